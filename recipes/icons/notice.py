@@ -1,0 +1,81 @@
+"""Write who made the icons and under which licence.
+
+    python -m recipes.icons.notice --parquet icons.parquet
+
+writes recipes/icons/NOTICE-data.md from the attribution that the table carries.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from recipes.icons.mix import LEFT_OUT_SETS
+from recipes.icons.sample_set import credits_of
+from recipes.icons.shapes import shape_rows
+
+_HEAD = """# Icons that the model `icons` and the sample set are made from
+
+The model `icons` was trained on drawings from the sets below, and the sample set in `src/onestill/data/sample` holds some of
+those under MIT and Apache-2.0. This list is written by `recipes/icons/notice.py` from what the sets state about themselves.
+"Icons" counts the drawings in the table after cleaning; sets marked "no" are in the table but in no training set.
+Drawings were scaled, those of one colour were coloured, some colours of two-tone sets were turned, and drawings were put
+together in one picture. Their names may be trademarks of their makers, who do not endorse this project.
+
+| set | name | author | licence | icons | trained on |
+|---|---|---|---|---|---|
+"""
+
+_MIT = """
+## The MIT licence
+
+For the sets under MIT, each with the copyright of the author named above:
+
+> Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation
+> files (the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy,
+> modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
+> Software is furnished to do so, subject to the following conditions:
+>
+> The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+> Software.
+>
+> THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+> WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+> COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE,
+> ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+
+The text of the Apache License 2.0 is in `LICENSE`. CC-BY-4.0, CC0-1.0 and ISC are named by their SPDX identifiers.
+
+Captions were made with the names of emojibase-data (MIT, Miles Johnson) and emojilib (MIT, Mu-An Chiou) and with WordNet 3.1
+(Princeton University, WordNet licence). The text tower is all-MiniLM-L6-v2 (Apache-2.0, sentence-transformers).
+"""
+
+
+def notice(credit: Mapping[str, Mapping[str, str]], counts: Mapping[str, int]) -> str:
+    """The notice as Markdown: the sets by number of icons, then the terms."""
+    lines = []
+    for name in sorted(counts, key=lambda name: (-counts[name], name)):
+        facts = credit[name]
+        licence = f"[{facts['licence']}]({facts['url']})" if facts.get("url") else facts["licence"]
+        used = "no" if name in LEFT_OUT_SETS else "yes"
+        lines.append(f"| {name} | {facts['name']} | {facts['author']} | {licence} | {counts[name]} | {used} |")
+    return _HEAD + "\n".join(lines) + "\n" + _MIT
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parquet", required=True, help="the icon table")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "NOTICE-data.md")
+    options = parser.parse_args(arguments)
+    sets = pq.read_table(options.parquet, columns=["set"]).column("set").to_pylist()
+    counts = Counter([*sets, *(row["set"] for row in shape_rows())])
+    options.out.write_text(notice(credits_of(options.parquet), counts), encoding="utf-8")
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()

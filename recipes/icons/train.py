@@ -1,0 +1,75 @@
+"""Make the shipped model, all stages in order: shards, autoencoder, cache, evaluator, teacher, student, folder, report.
+
+    python -m recipes.icons.train --parquet icons.parquet                 # the CPU form, about five hours on two cores
+    python -m recipes.icons.train --parquet icons.parquet --from 3-teacher
+
+A stage whose result exists is passed over; one that was interrupted goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+STAGES = ("shards", "1-autoencoder", "cache", "2-evaluator", "3-teacher", "4-student", "ship", "report")
+
+
+def module(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", name, *arguments]
+
+
+def command(stage: str, form: str, parquet: str, runs: Path, data: Path) -> tuple[Path, list[str]]:
+    """What a stage leaves behind when it is whole, and the command that makes it."""
+    vae = runs / "autoencoder/export/vae"
+    teacher, student = runs / "teacher/export/unet", runs / "student/export/unet"
+    if stage == "shards":
+        held = data / "concept/shard-000000.tar"
+        return held, module("recipes.icons.render", "--parquet", parquet, "--out", str(data))
+    if stage == "cache":
+        arguments = ("--shards", str(data / "train"), "--autoencoder", str(vae), "--out", str(data / "cached"))
+        return data / "cached.done", module("recipes.icons.cache", *arguments, "--done", str(data / "cached.done"))
+    if stage == "ship":
+        made = runs / "icons/onestill.json"
+        arguments = ("--unet", str(student), "--autoencoder", str(vae), "--out", str(runs / "icons"), "--force")
+        return made, module("recipes.icons.ship", *arguments)
+    if stage == "report":
+        folders = ("--teacher", str(runs / "icons-teacher"), "--student", str(runs / "icons"))
+        network = ("--network", str(runs / "evaluator/export"), "--out", str(runs / "report"))
+        return runs / "report/report.json", module("recipes.icons.evaluate", "--data", str(data), *folders, *network)
+    results = {
+        "1-autoencoder": vae / "config.json",
+        "2-evaluator": runs / "evaluator/export/contrastive.json",
+        "3-teacher": teacher / "config.json",
+        "4-student": student / "config.json",
+    }
+    return results[stage], module("onestill", "train", str(HERE / form / f"{stage}.toml"), "--resume")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parquet", required=True, help="the icon table, from recipes.icons.build")
+    parser.add_argument("--form", default="cpu", choices=("cpu",))
+    parser.add_argument("--from", dest="first", default=STAGES[0], choices=STAGES)
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+    options = parser.parse_args(arguments)
+    runs, data = Path(f"runs/icons-{options.form}"), Path("data/icons128")
+    for stage in STAGES[STAGES.index(options.first) :]:
+        result, line = command(stage, options.form, options.parquet, runs, data)
+        if result.exists() and not options.dry_run:
+            print(f"{stage}: {result} is there")
+            continue
+        print(f"{stage}: {' '.join(line)}", flush=True)
+        if not options.dry_run:
+            subprocess.run(line, check=True)
+            if stage == "ship":
+                teacher = ("--unet", str(runs / "teacher/export/unet"), "--autoencoder", str(runs / "autoencoder/export/vae"))
+                place = ("--out", str(runs / "icons-teacher"), "--name", "icons-teacher", "--steps", "25", "--force")
+                subprocess.run(module("recipes.icons.ship", *teacher, *place), check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""The command `onestill`: thin wiring over the package, importing nothing heavy until a command needs it."""
+
+from __future__ import annotations
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Args:
+        arguments: what follows the program's name; `sys.argv[1:]` when None.
+
+    Returns:
+        0 when all went well, 2 for a mistake the user can put right (one line on standard error says how),
+        130 when interrupted.
+    """
+    try:
+        # Inside the try: Ctrl-C while Python still imports must not end in a traceback.
+        from onestill.cli.app import run
+
+        return run(arguments)
+    except KeyboardInterrupt:
+        from onestill.cli.console import say_interrupted
+
+        return say_interrupted()

@@ -1,0 +1,83 @@
+"""The commands, and the one place that turns an error into a line and an exit status."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+import typer.main
+
+import onestill
+from onestill.cli import data, doctor, evaluate, export, generate, models, train
+from onestill.cli.console import INTERRUPTED, say_error, say_interrupted
+from onestill.errors import OnestillError
+
+__all__ = ["app", "run"]
+
+USAGE = 2  # the exit status of a mistake in the command itself
+
+app = typer.Typer(
+    name="onestill", pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
+app.command("generate")(generate.generate)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("export")(export.export)
+app.command("models")(models.models)
+app.add_typer(data.app, name="data")
+app.command("doctor")(doctor.doctor)
+
+
+def print_version(asked: bool) -> None:
+    """Print the version and stop, when asked to."""
+    if asked:
+        print(f"onestill {onestill.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Pictures from words in one diffusion step: draw, train, measure."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit status; see `onestill.cli.main`."""
+    command = typer.main.get_command(app)
+    try:
+        status = command.main(arguments, prog_name="onestill", standalone_mode=False)
+    except OnestillError as error:
+        say_error(str(error))
+        return error.exit_status
+    except typer.Abort:
+        return say_interrupted()
+    except OSError as error:
+        if error.errno is None:  # not from the operating system: a fault of ours, which deserves its traceback
+            raise
+        where = f" '{error.filename}'" if error.filename is not None else ""
+        say_error(f"The system refused{where}: {error.strerror}.")
+        return USAGE
+    except Exception as error:
+        # Typer has moved its usage errors between modules; every version of them can format itself.
+        format_message = getattr(error, "format_message", None)
+        if format_message is None:
+            raise
+        message = str(format_message())
+        stop = "" if message.endswith((".", "?", "!")) else "."
+        say_error(f"{message}{stop} See '{command_path(error)} --help'.")
+        return USAGE
+    if status == INTERRUPTED:
+        return say_interrupted()
+    return status if isinstance(status, int) else 0
+
+
+def command_path(error: Exception) -> str:
+    """The command that a usage error was made in, as typed: `onestill generate`."""
+    context = getattr(error, "ctx", None)
+    return str(context.command_path) if context is not None else "onestill"

@@ -1,0 +1,70 @@
+"""What the commands say, and where: results on standard output, everything else on standard error.
+
+Rich is imported only where something is really drawn with it, so that a command that prints one line starts at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["INTERRUPTED", "note", "print_json", "progress", "say_error", "say_interrupted", "stdout_console"]
+
+INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C: 128 + SIGINT
+
+
+def one_line(text: str) -> str:
+    """`text` with every run of white space, line ends included, as one blank."""
+    return " ".join(text.split())
+
+
+def say_error(message: str) -> None:
+    """Print `message` as the one line `error: ...` on standard error."""
+    print(f"error: {one_line(message)}", file=sys.stderr)
+
+
+def say_interrupted() -> int:
+    """Say that Ctrl-C was heard and return the exit status for it."""
+    print("interrupted", file=sys.stderr)
+    return INTERRUPTED
+
+
+def note(message: str) -> None:
+    """Print something worth knowing, as one line on standard error."""
+    print(f"note: {one_line(message)}", file=sys.stderr)
+
+
+def print_json(value: Mapping[str, object]) -> None:
+    """Print `value` as one line of JSON on standard output."""
+    print(json.dumps(value, allow_nan=False))
+
+
+def stdout_console() -> Console:
+    """Rich's console on standard output, which drops colours when that is no terminal."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on standard error while the body runs; silent where that is no terminal.
+
+    Yields:
+        A function to call with how many of `total` were finished since the last call.
+    """
+    if total <= 1 or not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)

@@ -1,0 +1,157 @@
+"""`onestill generate`: pictures from words."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from onestill.cli.console import note, print_json, progress
+from onestill.cli.options import Device, Dtype, Engine, Json, Model, parse_size
+from onestill.cli.output import Target
+from onestill.errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from onestill.pipeline import Pipeline
+
+__all__ = ["generate"]
+
+MOST_PICTURES = 1000  # of one prompt
+TOGETHER = 8  # pictures per call of the pipeline, so that the bar moves and Ctrl-C loses little
+DEFAULT_STRENGTH = 0.5
+TIMES = ("encode_ms", "denoise_ms", "decode_ms", "total_ms")
+
+
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to draw; quote it. Each one is drawn.")],
+    model: Model = "icons",
+    engine: Engine = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", metavar="N", help="Sampling steps, 1 to 50. (default: the model's)")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", "-s", metavar="N", help="Picture i has seed SEED + i. (default: random)")
+    ] = None,
+    num: Annotated[int, typer.Option("--num", metavar="N", min=1, max=MOST_PICTURES, help="Pictures per prompt.")] = 1,
+    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="In pixels. (default: the model's)")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance-scale", metavar="X", help="Above 1: how hard to follow the words.")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", metavar="TEXT", help="What to steer away from, with guidance.")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option("--sampler", metavar="NAME", help="For more than one step. (default: the model's)")
+    ] = None,
+    image: Annotated[Path | None, typer.Option("--image", metavar="FILE", help="A picture to start from.")] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option("--strength", metavar="X", help="With --image: 0 keeps it, 1 ignores it. (default: 0.5)"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE|DIR",
+            help="One .png, .jpg or .webp, or a folder. (default: named by prompt and seed)",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Draw pictures from words.
+
+    Prints the path of each picture. A default name never replaces a file: it takes the next free number.
+    """
+    if strength is not None and image is None:
+        raise ImageError("--strength needs a picture to start from; add --image FILE.")
+    height, width = parse_size(size)
+    wanted = [prompt for prompt in prompts for _ in range(num)]
+    target = Target(out, len(wanted), force)
+    settings: dict[str, Any] = {
+        "image": read_image(image) if image is not None else None,
+        "strength": DEFAULT_STRENGTH if strength is None else strength,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+        "height": height,
+        "width": width,
+        "sampler": sampler,
+    }
+    first_seed = secrets.randbelow(2**31) if seed is None else seed
+
+    started = time.perf_counter()
+    from onestill.pipeline import load
+
+    pipe = load(model, engine=engine, device=device, dtype=dtype)
+    load_ms = (time.perf_counter() - started) * 1000
+    images, timings, notes = draw(pipe, wanted, first_seed, settings, target)
+    for text in notes:
+        note(text)
+    if not as_json:
+        print(*(drawn["path"] for drawn in images), sep="\n")
+        return
+    print_json(
+        {
+            "images": images,
+            "timings": {"load_ms": round(load_ms, 1)} | timings,
+            "model": pipe.info.name,
+            "engine": pipe.engine.name,
+            "device": pipe.engine.device,
+            "dtype": pipe.engine.dtype,
+            "num_inference_steps": pipe.info.num_inference_steps if steps is None else steps,
+            "notes": notes,
+        }
+    )
+
+
+def draw(
+    pipe: Pipeline, prompts: list[str], first_seed: int, settings: dict[str, Any], target: Target
+) -> tuple[list[dict[str, str | int]], dict[str, float], list[str]]:
+    """Draw one picture per entry of `prompts`, picture i with seed `first_seed + i`, and save each as it is done.
+
+    Returns:
+        What was saved, in order; the milliseconds spent in each part, summed; and what is worth knowing, each once.
+    """
+    images: list[dict[str, str | int]] = []
+    timings = dict.fromkeys(TIMES, 0.0)
+    notes: dict[str, None] = {}
+    with progress("drawing", len(prompts)) as advance:
+        for start in range(0, len(prompts), TOGETHER):
+            output = pipe(prompts[start : start + TOGETHER], seed=first_seed + start, **settings)
+            for i, (prompt, seed, picture) in enumerate(zip(output.prompts, output.seeds, output.images, strict=True)):
+                path = target.path(prompt, seed)
+                output.save(i, path, force=target.force)
+                width, height = picture.size
+                images.append({"path": str(path), "prompt": prompt, "seed": seed, "width": width, "height": height})
+            for name in TIMES:
+                timings[name] += getattr(output.timings, name)
+            notes.update(dict.fromkeys(output.notes))
+            advance(len(output.images))
+    return images, {name: round(value, 1) for name, value in timings.items()}, list(notes)
+
+
+def read_image(path: Path) -> Image:
+    """The picture in the file `path`, read whole.
+
+    Raises:
+        ImageError: there is none, or it is too large to be opened safely.
+    """
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(path) as picture:
+            picture.load()
+            return picture
+    except FileNotFoundError as error:
+        raise ImageError(f"There is no picture '{path}'; check the path.") from error
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise ImageError(f"'{path}' cannot be read as a picture; give a PNG, JPEG or WebP file.") from error

@@ -1,0 +1,79 @@
+"""`onestill models`: what can be drawn with, and what a model is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from onestill.cli.console import print_json, stdout_console
+from onestill.cli.options import Json
+
+if TYPE_CHECKING:
+    from onestill.checkpoint import ModelInfo
+
+__all__ = ["models"]
+
+
+def models(
+    model: Annotated[str | None, typer.Argument(metavar="NAME|FOLDER", help="Describe this one in full.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Compare every file with its recorded SHA-256.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the shipped models, or describe one."""
+    from onestill.checkpoint import describe, list_models, resolve, verify
+
+    infos = [describe(resolve(name)) for name in ([model] if model is not None else list_models())]
+    if check:
+        for info in infos:
+            verify(info.path, contents=True, use_stamps=False)
+    if as_json:
+        print_json({"models": [facts(info) for info in infos]})
+    elif model is not None:
+        print_facts(facts(infos[0]))
+    else:
+        print_table(infos)
+
+
+def facts(info: ModelInfo) -> dict[str, object]:
+    """What is worth telling about a model, in words and numbers that JSON can hold."""
+    return {
+        "name": info.name,
+        "path": str(info.path),
+        "family": info.family,
+        "width": info.width,
+        "height": info.height,
+        "num_inference_steps": info.num_inference_steps,
+        "guidance_scale": info.guidance_scale,
+        "prediction_type": info.schedule.prediction_type,
+        "latent_shape": list(info.latent_shape),
+        "max_tokens": info.max_tokens,
+        "licence": info.licence,
+        "styles": list(info.styles),
+        "version": info.version,
+        "made": info.made,
+    }
+
+
+def print_facts(values: dict[str, object]) -> None:
+    """One fact a line, names in a column."""
+    console = stdout_console()
+    for name, value in values.items():
+        console.print(f"[bold]{name:<20}[/]", end="")
+        console.print(str(value), markup=False)
+
+
+def print_table(infos: list[ModelInfo]) -> None:
+    """One model a line."""
+    if not infos:
+        print("no model is installed")
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "draws", "steps", "version", "licence", "folder"):
+        table.add_column(heading, overflow="fold")
+    for info in infos:
+        size = f"{info.width}x{info.height}"
+        table.add_row(info.name, size, str(info.num_inference_steps), info.version, info.licence, str(info.path))
+    stdout_console().print(table)

@@ -1,0 +1,59 @@
+"""`onestill train`: run one recipe. Wires the reader of shards to the loop, as neither knows the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from onestill.cli.data import open_shards
+from onestill.errors import RecipeError, require
+
+if TYPE_CHECKING:
+    from onestill.data import Sample
+    from onestill.train.recipe import DataOptions
+
+__all__ = ["RecipeReader", "train"]
+
+
+class RecipeReader:
+    """What a recipe's `[data]` table names, read in an order that can be resumed: `onestill.train.batches.Reader`.
+
+    Args:
+        options: `shards` are tar files, folders of them, or `sample` for the packaged set.
+    """
+
+    def __init__(self, options: DataOptions) -> None:
+        self.shards = open_shards(options.shards, seed=options.seed, shuffle=True, images=options.images)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.shards)
+
+    def state(self) -> dict[str, Any]:
+        """Where the reader stands, as what JSON can hold."""
+        return dict(self.shards.state.as_dict())
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go to where a reader stood when it gave `state`."""
+        self.shards.state = type(self.shards.state).from_dict(state)
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="What to train, and how.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set loop.seed=1. May be repeated."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the recipe, stop.")] = False,
+) -> None:
+    """Train one stage of a model as its recipe says. Ctrl-C saves a checkpoint first."""
+    if not recipe.is_file():
+        raise RecipeError(f"There is no recipe '{recipe}'; give a TOML file, such as one from recipes/icons.")
+    for package in ("torch", "accelerate", "tensorboard"):
+        require(package, "train")
+    from onestill.train.run import train_recipe
+
+    train_recipe(recipe, overrides or [], reader=RecipeReader, resume=resume, dry_run=dry_run)

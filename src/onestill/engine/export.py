@@ -1,0 +1,317 @@
+"""From trained modules to the folder that ships: diffusers' format, OpenVINO's form, the manifest. Needs `[torch]`.
+
+In this order, as each step reads what the one before wrote:
+
+    save_folder(unet=..., vae=..., text_encoder=..., tokenizer=..., schedule=..., folder=folder)
+    export_openvino(folder)
+    write_manifest(folder, name="icons", version="1", licence="Apache-2.0", made={...})
+
+Write the model card and notices before the manifest, which lists every file.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import openvino
+import torch
+from openvino import opset13
+from openvino.frontend import FrontEndManager
+from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+from onestill import __version__
+from onestill.checkpoint import MANIFEST, ModelInfo, describe, sha256, verify, weights_file, written_whole
+from onestill.engine.ir import FOLDER, PARTS, point_into_weights, write_index
+from onestill.engine.openvino import OpenVinoEngine
+from onestill.engine.torch import TorchEngine, load_components, most_likely_latents, quiet_libraries
+from onestill.errors import CheckpointError, OutputError
+from onestill.schedule import NoiseSchedule
+
+__all__ = ["export_openvino", "save_folder", "write_manifest"]
+
+FORMAT = 1
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+SCHEDULER = "EulerAncestralDiscreteScheduler"
+MOST_DIFFERENCE = 2e-3  # of the largest value; both compute in float32 with the same weights
+SMALLEST_WEIGHT = 16  # numbers; a shorter constant is no weight
+
+
+# --- diffusers' format ----------------------------------------------------------------------------------------------
+
+
+def save_folder(
+    *,
+    unet: Any,
+    vae: Any,
+    text_encoder: Any,
+    tokenizer: Any,
+    schedule: NoiseSchedule | Mapping[str, Any],
+    folder: Path,
+    dtype: str = "float16",
+    force: bool = False,
+) -> Path:
+    """Save a model as a folder that `diffusers.DiffusionPipeline.from_pretrained` opens. The modules stay as they are.
+
+    Args:
+        unet: diffusers' UNet2DConditionModel, with `sample_size` set to the native latent size.
+        vae: AutoencoderKL or AutoencoderTiny, its `scaling_factor` set.
+        text_encoder: transformers' BertModel or CLIPTextModel.
+        tokenizer: its tokenizer, `model_max_length` set to the tokens of a prompt.
+        schedule: what the UNet was trained on, or a whole scheduler config; ancestral Euler is the default sampler.
+        folder: appears at once when everything is written.
+        dtype: "float16" or "float32", of the weights.
+        force: replace the folder where it exists.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: the folder exists, and `force` is not set.
+        CheckpointError: diffusers would draw something else than the modules do, or weights leave float16's range.
+    """
+    if vae.config.get("shift_factor"):
+        raise CheckpointError("diffusers' StableDiffusionPipeline ignores shift_factor; fold it into the weights.")
+    modules = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+    cast = {name: _cast(name, module, DTYPES[dtype]) for name, module in modules.items()}
+    with _folder_written_whole(folder, force) as unfinished:
+        with quiet_libraries():
+            pipeline = diffusers.StableDiffusionPipeline(
+                **cast,
+                tokenizer=tokenizer,
+                scheduler=_scheduler(schedule),
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
+            pipeline.save_pretrained(unfinished, safe_serialization=True)
+        _load_in_float32(unfinished / "text_encoder" / "config.json")
+        for file in unfinished.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # the libraries leave weights readable by their owner only
+        describe(unfinished)
+        verify(unfinished)
+    return folder
+
+
+def _cast(name: str, module: Any, dtype: torch.dtype) -> Any:
+    # diffusers' own `to` warns of modules to keep in float32 even where there are none.
+    cast = torch.nn.Module.to(copy.deepcopy(module), device="cpu", dtype=dtype).eval()
+    broken = [key for key, value in cast.state_dict().items() if not torch.isfinite(value).all()]
+    if broken:
+        raise CheckpointError(f"The {name}'s '{broken[0]}' is not finite in {str(dtype).removeprefix('torch.')}.")
+    return cast
+
+
+def _load_in_float32(config: Path) -> None:
+    # transformers loads in the type that a config names, diffusers in float32; in two types, the pipeline cannot draw.
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+
+
+def _scheduler(schedule: NoiseSchedule | Mapping[str, Any]) -> Any:
+    config = dict(schedule.to_config() if isinstance(schedule, NoiseSchedule) else schedule)
+    # diffusers warns of any other offset in every pipeline of this kind; trailing spacing does not use it.
+    if config.get("timestep_spacing") == "trailing":
+        config["steps_offset"] = 1
+    return getattr(diffusers, config.pop("_class_name", SCHEDULER)).from_config(config)
+
+
+# --- OpenVINO's form ------------------------------------------------------------------------------------------------
+
+
+class _TextEncoder(torch.nn.Module):
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
+        return self.module(input_ids, attention_mask=attention_mask)[0]
+
+
+class _UNet(torch.nn.Module):
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor) -> Any:
+        return self.module(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+
+
+class _Decoder(torch.nn.Module):
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, latents: torch.Tensor) -> Any:
+        return self.module.decode(latents, return_dict=False)[0]
+
+
+class _Encoder(torch.nn.Module):
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return most_likely_latents(self.module, image)
+
+
+_WRAPPERS = {"text_encoder": _TextEncoder, "unet": _UNet, "decoder": _Decoder, "encoder": _Encoder}
+
+
+def export_openvino(folder: Path) -> Path:
+    """Add OpenVINO's form to a model's folder, sharing its weights, and check it against torch.
+
+    What was there before is replaced once the new form draws as torch does. Write the manifest after this.
+
+    Returns:
+        `folder/openvino`.
+
+    Raises:
+        CheckpointError: the folder is no such model, or OpenVINO computes something else than torch.
+    """
+    info = describe(folder)
+    verify(folder)
+    components = load_components(info)
+    target = folder / FOLDER
+    with _folder_written_whole(target, force=True) as unfinished:
+        weights = {}
+        for part, component in PARTS.items():
+            weights[part] = weights_file(folder, component)
+            _write_part(_WRAPPERS[part](components[component]), _examples(info, part), unfinished / part, weights[part])
+        write_index(unfinished, weights, str(openvino.__version__))
+    try:
+        _check_openvino(info)
+    except Exception:
+        shutil.rmtree(target)
+        raise
+    return target
+
+
+def _examples(info: ModelInfo, part: str) -> dict[str, torch.Tensor]:
+    """Inputs to trace with; the first axis, of 2, becomes the batch."""
+    generator = torch.Generator().manual_seed(0)
+    width = json.loads((info.path / "unet" / "config.json").read_text())["cross_attention_dim"]
+    tokens, latents = (2, info.max_tokens), (2, *info.latent_shape)
+    match part:
+        case "text_encoder":
+            ids = {"input_ids": torch.ones(tokens, dtype=torch.long)}
+            return ids | ({"attention_mask": torch.ones(tokens, dtype=torch.long)} if info.use_attention_mask else {})
+        case "unet":
+            return {
+                "sample": torch.randn(latents, generator=generator),
+                "timestep": torch.tensor(999.0),
+                "encoder_hidden_states": torch.randn(*tokens, width, generator=generator),
+            }
+        case "decoder":
+            return {"latents": torch.randn(latents, generator=generator)}
+    return {"image": torch.rand(2, 3, info.height, info.width, generator=generator) * 2 - 1}
+
+
+def _write_part(module: torch.nn.Module, examples: dict[str, torch.Tensor], path: Path, weights: Path) -> None:
+    shapes = {
+        name: openvino.PartialShape([-1, *value.shape[1:]] if value.ndim else []) for name, value in examples.items()
+    }
+    # Not `openvino.convert_model`, which reports its use over the network. The tracer warns of every Python branch that
+    # it passes; the result is checked instead.
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    with torch.no_grad(), quiet_libraries():
+        decoder = TorchScriptPythonDecoder(module.eval(), example_input=examples)  # must outlive the conversion
+        model = frontend.convert(frontend.load(decoder))
+    model.reshape(shapes)
+    _keep_as_float16(model)
+    # OpenVINO counts its names up over a process; named by their places, the same model gives the same file.
+    model.set_friendly_name(path.name)
+    for i, node in enumerate(model.get_ordered_ops()):
+        node.set_friendly_name(f"{node.get_type_name()}_{i}")
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = Path(scratch) / "whole.xml"
+        openvino.serialize(model, str(whole), str(whole.with_suffix(".bin")))
+        graph, rest = point_into_weights(whole.read_text(), whole.with_suffix(".bin").read_bytes(), weights)
+    path.with_suffix(".xml").write_text(graph)
+    path.with_suffix(".bin").write_bytes(rest)
+
+
+def _keep_as_float16(model: Any) -> None:
+    """Store the constants that float16 holds exactly in that type, which the weights of such a folder are.
+
+    OpenVINO's own compression rounds everything, and ruins the table of frequencies that timesteps are embedded by.
+    """
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Constant" or node.get_element_type() != openvino.Type.f32:
+            continue
+        value = node.data
+        with np.errstate(over="ignore"):
+            half = value.astype(np.float16)
+        if value.size >= SMALLEST_WEIGHT and np.array_equal(half.astype(np.float32), value):
+            node.output(0).replace(opset13.convert(opset13.constant(half), "f32").output(0))
+
+
+def _check_openvino(info: ModelInfo) -> None:
+    slow, fast = TorchEngine(info), OpenVinoEngine(info)
+    generator = np.random.default_rng(0)
+    words, twin = slow.encode(["a red apple", ""]), fast.encode(["a red apple", ""])
+    latents = generator.standard_normal((2, *info.latent_shape)).astype(np.float32)
+    pictures = generator.integers(0, 256, (2, info.height, info.width, 3), dtype=np.uint8)
+    last = info.schedule.num_train_timesteps - 1
+    pairs = {
+        "text_encoder": (words.states, twin.states),
+        "unet": (slow.denoise(latents, last, words), fast.denoise(latents, last, words)),
+        "decoder": (slow.decode(latents).astype(np.float32), fast.decode(latents).astype(np.float32)),
+        "encoder": (slow.encode_image(pictures), fast.encode_image(pictures)),
+    }
+    for part, (expected, found) in pairs.items():
+        difference = np.abs(expected - found).max() / max(np.abs(expected).max(), 1e-6)
+        if not difference <= (2 / 255 if part == "decoder" else MOST_DIFFERENCE):
+            raise CheckpointError(f"OpenVINO's {part} differs from torch's by {difference:.1%}; its form was removed.")
+
+
+# --- the manifest ---------------------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path, **facts: Any) -> Path:
+    """Write `onestill.json`: what the model is, and the size and SHA-256 of every other file in its folder.
+
+    Args:
+        folder: the model, complete.
+        facts: name, version, licence, num_inference_steps, guidance_scale, styles, made (how: data, stages, hours,
+            numbers), and anything else that JSON holds.
+
+    Returns:
+        The manifest's path.
+    """
+    files = {
+        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.relative_to(folder).as_posix() != MANIFEST and not file.name.endswith(".part")
+    }
+    manifest = {"format": FORMAT, "onestill": __version__, **facts, "files": files}
+    with written_whole(folder / MANIFEST) as unfinished:
+        unfinished.write_text(json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    describe(folder)
+    verify(folder, contents=True, use_stamps=False)
+    return folder / MANIFEST
+
+
+# --- helpers --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _folder_written_whole(folder: Path, force: bool) -> Iterator[Path]:
+    """Yield a new folder beside `folder` that takes its place at the end of the body, or is removed if that fails."""
+    if folder.exists() and not force:
+        raise OutputError(f"'{folder}' exists; choose another folder, or replace it with force.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        unfinished = Path(scratch) / folder.name
+        unfinished.mkdir()
+        yield unfinished
+        if folder.exists():
+            folder.rename(Path(scratch) / "replaced")
+        unfinished.rename(folder)

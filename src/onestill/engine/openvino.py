@@ -1,0 +1,207 @@
+"""The engine of the base install: OpenVINO on the CPU, without torch.
+
+Two things make a cold start short. Compiled networks are kept in the cache folder, where loading one takes a fifth of
+compiling it; and the parts load side by side, each in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+from numpy.typing import NDArray
+
+from onestill.checkpoint import ModelInfo, cache_folder, written_whole
+from onestill.engine import Conditioning, to_images, to_pictures
+from onestill.engine.ir import PARTS, PartFiles, read_index
+from onestill.engine.text import PromptTokenizer
+from onestill.errors import CheckpointError, OnestillError
+
+__all__ = ["OpenVinoEngine"]
+
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+MANY = 4  # images to a call of the larger batch; each size is compiled for itself, as static shapes run fastest
+WORTH_COMPILING = 8  # images asked for at once; fewer are done one by one before a larger batch would have compiled
+MOST_KEPT = 24  # compiled networks in the cache, all models together
+BLOB_END = b"onestill blob 1\n"
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class OpenVinoEngine:
+    """A model on OpenVINO. See `onestill.engine.Engine`.
+
+    Args:
+        info: the model; its folder must have the `openvino` form.
+        device: only "cpu".
+        dtype: "float32" or "bfloat16", which is faster on some CPUs and changes pictures a little.
+        threads: how many to compute with; None lets OpenVINO choose.
+
+    Raises:
+        OnestillError: another device or dtype was asked for.
+        CheckpointError: the OpenVINO form is incomplete, or was made from other weights.
+    """
+
+    name = "openvino"
+
+    def __init__(
+        self, info: ModelInfo, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
+    ) -> None:
+        if (device or "cpu").lower() != "cpu":
+            raise OnestillError(f"The engine 'openvino' runs on 'cpu'; for '{device}' choose the engine 'torch'.")
+        if (dtype or "float32") not in PRECISIONS:
+            raise OnestillError(f"The engine 'openvino' computes in {' or '.join(PRECISIONS)}, not '{dtype}'.")
+        self.info = info
+        self.device = "cpu"
+        self.dtype = dtype or "float32"
+        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": PRECISIONS[self.dtype]}
+        if threads is not None:
+            config["INFERENCE_NUM_THREADS"] = threads
+        core = openvino.Core()
+        files = read_index(info.path)
+        self._parts = {part: _Part(part, core, files[part], config) for part in PARTS}
+        # The largest first, as the others fit beside it. The encoder waits until there is an image to encode.
+        with ThreadPoolExecutor(max_workers=3) as pool:
+            loading = [pool.submit(self._parts[part].warm_up) for part in ("unet", "decoder", "text_encoder")]
+            self._tokenize = PromptTokenizer(info)
+            for future in loading:
+                future.result()
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode B prompts."""
+        tokens = self._tokenize(prompts)
+        inputs: dict[str, NDArray[Any]] = {"input_ids": tokens.ids}
+        if self.info.use_attention_mask:
+            inputs["attention_mask"] = tokens.mask
+        return Conditioning(states=self._parts["text_encoder"](inputs), tokens_cut=tokens.cut)
+
+    def denoise(self, latents: NDArray[np.float32], timestep: int, conditioning: Conditioning) -> NDArray[np.float32]:
+        """Latents [B, C, h, w] -> the network's output, of the same shape."""
+        inputs = {"sample": latents, "encoder_hidden_states": conditioning.states}
+        return self._parts["unet"](inputs, timestep=np.array(timestep, dtype=np.float32))
+
+    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Latents [B, C, h, w] -> pictures [B, H, W, 3]."""
+        return to_pictures(self._parts["decoder"]({"latents": latents / np.float32(self.info.scaling_factor)}))
+
+    def encode_image(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Pictures [B, H, W, 3] -> latents [B, C, h, w]."""
+        return self._parts["encoder"]({"image": to_images(pictures)}) * np.float32(self.info.scaling_factor)
+
+
+class _Part:
+    """One network, compiled for each batch size when that is first needed. Safe to call from many threads."""
+
+    def __init__(self, name: str, core: Any, files: PartFiles, config: Mapping[str, Any]) -> None:
+        self._name = name
+        self._core = core
+        self._files = files
+        self._config = dict(config)
+        self._lock = threading.Lock()  # held while compiling
+        self._compiled: dict[int, Any] = {}
+        self._memory: list[NDArray[np.uint8]] = []  # what compiled networks may point into; OpenVINO does not own it
+        self._idle: dict[int, list[Any]] = {1: [], MANY: []}  # infer requests that no thread is using
+
+    def warm_up(self) -> None:
+        """Load the network for one image and run it once, as the first run also prepares its kernels."""
+        compiled = self._for_batch(1)
+        with self._request(1) as request:
+            request.infer({port.any_name: np.zeros(list(port.shape), _dtype(port)) for port in compiled.inputs})
+
+    def __call__(self, inputs: Arrays, **shared: NDArray[Any]) -> NDArray[np.float32]:
+        """Run B images in batches of the sizes there are.
+
+        Args:
+            inputs: arrays whose first axis is B.
+            shared: arrays that are the same for every image.
+        """
+        total = len(next(iter(inputs.values())))
+        has_many = MANY in self._compiled or total >= WORTH_COMPILING
+        outputs = []
+        start = 0
+        while start < total:
+            size = MANY if has_many and total - start >= MANY else 1
+            chunk = {name: np.ascontiguousarray(value[start : start + size]) for name, value in inputs.items()}
+            self._for_batch(size)
+            with self._request(size) as request:
+                request.infer({**chunk, **shared})
+                outputs.append(np.array(request.get_output_tensor(0).data, dtype=np.float32))  # its memory is reused
+            start += size
+        return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
+
+    @contextmanager
+    def _request(self, size: int) -> Iterator[Any]:
+        idle = self._idle[size]
+        try:
+            request = idle.pop()
+        except IndexError:
+            request = self._compiled[size].create_infer_request()
+        yield request
+        idle.append(request)
+
+    def _for_batch(self, size: int) -> Any:
+        with self._lock:
+            if size not in self._compiled:
+                self._compiled[size] = self._load(size)
+            return self._compiled[size]
+
+    def _load(self, size: int) -> Any:
+        key = "\n".join(
+            [
+                str(openvino.__version__),
+                str(self._core.get_property("CPU", "FULL_DEVICE_NAME")),
+                repr(sorted(self._config.items())),
+                str(size),
+                self._files.fingerprint(),
+            ]
+        )
+        path = cache_folder() / "openvino" / f"{self._name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.blob"
+        return self._import(path) or self._compile(path, size)
+
+    def _import(self, path: Path) -> Any:
+        with suppress(OSError, ValueError, RuntimeError):
+            blob = np.fromfile(path, dtype=np.uint8)
+            if blob[-len(BLOB_END) :].tobytes() == BLOB_END:
+                path.touch()  # the ones longest unused go first
+                self._memory.append(blob)
+                tensor = openvino.Tensor(blob[: -len(BLOB_END)], shared_memory=True)
+                return self._core.import_model(tensor, "CPU", self._config)
+        return None
+
+    def _compile(self, path: Path, size: int) -> Any:
+        graph, space = self._files.read()
+        self._memory.append(space)
+        try:
+            model = self._core.read_model(graph, openvino.Tensor(space, shared_memory=True))
+            model.reshape({port.any_name: _static(port.partial_shape, size) for port in model.inputs})
+            compiled = self._core.compile_model(model, "CPU", self._config)
+        except RuntimeError as error:
+            raise CheckpointError(f"OpenVINO cannot load '{self._files.graph}'; copy the model again.") from error
+        # Only a speed-up: a cache that cannot be written, or a full disk, must not stop anyone from drawing.
+        with suppress(OSError, RuntimeError), written_whole(path) as unfinished:
+            unfinished.write_bytes(compiled.export_model().getvalue() + BLOB_END)
+            _forget_oldest(path.parent)
+        return compiled
+
+
+def _static(shape: Any, size: int) -> list[int]:
+    return [size if dimension.is_dynamic else dimension.get_length() for dimension in shape]
+
+
+def _dtype(port: Any) -> Any:
+    return port.element_type.to_dtype()
+
+
+def _forget_oldest(folder: Path) -> None:
+    last_used: Callable[[Path], float] = lambda path: path.stat().st_mtime  # noqa: E731
+    for path in sorted(folder.glob("*.blob"), key=last_used, reverse=True)[MOST_KEPT - 1 :]:
+        with suppress(OSError):
+            os.unlink(path)

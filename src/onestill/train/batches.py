@@ -1,0 +1,117 @@
+"""From samples to batches: any resumable reader of samples becomes an endless, prefetched source of tensors."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from onestill.errors import DataError
+
+Collate = Callable[[Sequence[Any]], dict[str, Any]]
+
+
+class Reader(Protocol):
+    """An endless iterator of samples that can say and take back where it stands."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
+
+
+class SampleBatches:
+    """Batches of `batch_size` samples, collated, read `prefetch` batches ahead by a thread.
+
+    The state travels with each batch, so that what a checkpoint keeps is where the *trained* batches end, not where
+    the reader's thread has run ahead to.
+    """
+
+    def __init__(self, reader: Reader, collate: Collate, batch_size: int, prefetch: int = 4) -> None:
+        self._reader, self._collate, self._batch_size = reader, collate, batch_size
+        self._prefetch = prefetch
+        self._state = reader.state()
+        self._queue: queue.Queue[tuple[Any, dict[str, Any]]] | None = None
+
+    def next(self) -> dict[str, Any]:
+        if self._prefetch == 0:
+            batch, self._state = self._read(iter(self._reader))
+            return batch
+        if self._queue is None:
+            self._queue = queue.Queue(self._prefetch)
+            threading.Thread(target=self._run, args=(self._queue,), daemon=True, name="batches").start()
+        batch, state = self._queue.get()
+        if isinstance(batch, BaseException):
+            self._queue = None
+            raise batch
+        self._state = state
+        return dict(batch)
+
+    def state(self) -> dict[str, Any]:
+        return dict(self._state)
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go to `state`; only before the first `next`."""
+        if self._queue is not None:
+            raise RuntimeError("load_state after reading began")
+        self._reader.load_state(state)
+        self._state = dict(state)
+
+    def _read(self, samples: Iterator[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        batch = [next(samples) for _ in range(self._batch_size)]
+        return self._collate(batch), self._reader.state()
+
+    def _run(self, into: queue.Queue[tuple[Any, dict[str, Any]]]) -> None:
+        try:
+            samples = iter(self._reader)
+            while True:
+                into.put(self._read(samples))
+        except BaseException as error:  # handed to the trainer, which raises it
+            into.put((error, {}))
+
+
+def collate_images(samples: Sequence[Any]) -> dict[str, Any]:
+    """Samples with `.image` uint8 [H, W, 3] and `.caption` -> images [B, 3, H, W] in [-1, 1], captions."""
+    sizes = {np.shape(sample.image)[:2] for sample in samples}
+    if len(sizes) > 1 or (0, 0) in sizes:
+        raise DataError(
+            f"pictures of {sorted(sizes)} px make no batch: use shards of one size, with data.images = true."
+        )
+    pictures = torch.from_numpy(np.stack([np.asarray(sample.image) for sample in samples]))
+    images = pictures.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return {"images": images, "captions": [sample.caption for sample in samples]}
+
+
+def collate_latents(samples: Sequence[Any]) -> dict[str, Any]:
+    """Samples with `.arrays` latents float16 [C, h, w], text float16 [K, D] and mask bool [K] -> tensors, captions.
+
+    Where the reader decoded the pictures too, `images` [B, 3, H, W] in [-1, 1] are among them.
+    """
+    pictures = collate_images(samples) if samples[0].image.size else {}
+    for name in ("latents", "text", "mask"):
+        if any(name not in sample.arrays for sample in samples):
+            raise DataError(f"the shards hold no '{name}': train on those that `python -m recipes.icons.cache` writes.")
+    stacked = {name: np.stack([sample.arrays[name] for sample in samples]) for name in ("latents", "text", "mask")}
+    return pictures | {
+        "latents": torch.from_numpy(stacked["latents"]).float(),  # [B, C, h, w]
+        "text": torch.from_numpy(stacked["text"]).float(),  # [B, K, D]
+        "mask": torch.from_numpy(stacked["mask"]).bool(),  # [B, K]
+        "captions": [sample.caption for sample in samples],
+    }
+
+
+COLLATE: dict[str, Collate] = {"images": collate_images, "latents": collate_latents}
+
+
+def to_pictures(images: Tensor) -> NDArray[np.uint8]:
+    """[B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]."""
+    scaled = (images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
+    pictures: NDArray[np.uint8] = scaled.round().permute(0, 2, 3, 1).byte().numpy()
+    return pictures

@@ -1,0 +1,142 @@
+"""What a run leaves to be read: metrics.jsonl, TensorBoard events, sample sheets, a line on the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from onestill.train.state import TrainState
+
+
+class Log:
+    """The diary of one run in `folder`. Values given to `step` are averaged over the steps until `write`.
+
+    A run that resumes writes the rows that the uninterrupted run would have written, if its checkpoint stands at a row.
+    """
+
+    def __init__(self, folder: Path, name: str, state: TrainState, iterations: int) -> None:
+        self._folder, self._name, self._iterations = folder, name, iterations
+        self._path = folder / "metrics.jsonl"
+        self._started = time.monotonic()
+        self._first_nimg = state.nimg
+        _forget_after(self._path, state.iteration)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(folder / "events"), purge_step=state.iteration)
+        self._clear()
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._events.close()
+        if sys.stderr.isatty():
+            sys.stderr.write("\n")
+
+    def step(self, state: TrainState, metrics: Mapping[str, Tensor], seconds: float, waited_s: float) -> None:
+        """Take one iteration's metrics (scalars), how long it took, and how much of that it waited for data."""
+        for key, value in metrics.items():
+            self._values[key].append(value.detach())
+        self._seconds += seconds
+        self._waited_s += waited_s
+
+    def write(self, state: TrainState) -> None:
+        """Append the means since the last call to metrics.jsonl and TensorBoard, and show them."""
+        means = {key: _mean(values) for key, values in self._values.items()}
+        speed = (state.nimg - self._nimg_written(state)) / max(self._seconds, 1e-9)
+        row: dict[str, Any] = {"iteration": state.iteration, "nimg": state.nimg}
+        row |= {key: mean if math.isfinite(mean) else None for key, mean in means.items()}  # JSON knows no NaN
+        self._events_row(state, means, speed)
+        row |= {"images_per_s": round(speed, 2), "data_wait": round(self._waited_s / max(self._seconds, 1e-9), 4)}
+        row |= {"bad_steps": state.bad_steps}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        self._show(state, means, speed)
+        self._last_nimg = state.nimg
+        self._clear()
+
+    def sheet(self, state: TrainState, pictures: NDArray[np.uint8], captions: list[str]) -> None:
+        """Save a contact sheet of `pictures` [N, H, W, 3] with their captions as sheets/ITERATION.png."""
+        folder = self._folder / "sheets"
+        folder.mkdir(exist_ok=True)
+        partial = folder / f".{state.iteration:08d}.png"
+        sheet(pictures, captions).save(partial)
+        os.replace(partial, folder / f"{state.iteration:08d}.png")
+
+    def _clear(self) -> None:
+        self._values: dict[str, list[Tensor]] = defaultdict(list)
+        self._seconds = 0.0
+        self._waited_s = 0.0
+
+    def _nimg_written(self, state: TrainState) -> int:
+        return getattr(self, "_last_nimg", self._first_nimg)
+
+    def _events_row(self, state: TrainState, means: Mapping[str, float], speed: float) -> None:
+        for key, value in {**means, "images_per_s": speed}.items():
+            self._events.add_scalar(key, value, state.iteration)
+
+    def _show(self, state: TrainState, means: Mapping[str, float], speed: float) -> None:
+        left_s = (self._iterations - state.iteration) * (time.monotonic() - self._started)
+        left_s /= max(1, (state.nimg - self._first_nimg) / max(1, state.nimg / max(1, state.iteration)))
+        numbers = "  ".join(f"{key} {value:.4g}" for key, value in means.items() if not key.startswith("grad_norm"))
+        line = f"{self._name} {state.iteration}/{self._iterations}  {numbers}  {speed:.1f} img/s  {left_s / 60:.1f} min left"
+        if sys.stderr.isatty():
+            sys.stderr.write("\r\x1b[2K" + line[: os.get_terminal_size(sys.stderr.fileno()).columns - 1])
+        else:
+            sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+
+def sheet(pictures: NDArray[np.uint8], captions: list[str], columns: int = 8) -> Image.Image:
+    """A contact sheet of [N, H, W, 3] pictures, each over its caption."""
+    count, height, width = pictures.shape[:3]
+    columns = min(columns, count)
+    line, gap = 24, 4
+    rows = -(-count // columns)
+    canvas = Image.new("RGB", (columns * (width + gap), rows * (height + line + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        x, y = (i % columns) * (width + gap), (i // columns) * (height + line + gap)
+        canvas.paste(Image.fromarray(picture), (x, y))
+        letters = max(8, width // 6)
+        for row in range(2):
+            draw.text(
+                (x, y + height + 11 * row), caption[row * letters : (row + 1) * letters], fill="black", font_size=10
+            )
+    return canvas
+
+
+def _mean(values: list[Tensor]) -> float:
+    """The mean of the finite ones, NaN if there are none: a skipped step does not hide the others."""
+    numbers = [value.float() for value in values if math.isfinite(value)]
+    return float(sum(numbers) / len(numbers)) if numbers else math.nan
+
+
+def _forget_after(path: Path, iteration: int) -> None:
+    """Drop rows that a killed run wrote after the checkpoint it resumes from."""
+    if not path.exists():
+        return
+    rows = [row for row in path.read_text(encoding="utf-8").splitlines() if _iteration_of(row) <= iteration]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _iteration_of(row: str) -> float:
+    try:
+        return float(json.loads(row)["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut short by the kill

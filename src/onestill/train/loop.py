@@ -1,0 +1,230 @@
+"""The one training loop. A method brings networks, optimizers and a step; everything else happens here, once.
+
+    for each iteration:  take a batch -> method.step -> averages -> log -> sheet -> checkpoint
+
+Killed at any moment, `train(..., resume=True)` goes on from the last whole checkpoint to the same numbers, on the same
+device with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from onestill.errors import OnestillError, RecipeError
+from onestill.train.log import Log
+from onestill.train.recipe import LoopOptions, Recipe
+from onestill.train.state import (
+    TrainState,
+    checkpoints,
+    drop_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    start_ema,
+    sweep,
+)  # fmt: skip
+
+Batch = Mapping[str, Any]
+Update = Callable[[str, Tensor], Tensor]  # (optimizer's name, loss) -> gradient norm
+
+
+class Batches(Protocol):
+    """An endless, resumable source of batches."""
+
+    def next(self) -> Batch: ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able: where the next call of `next` stands."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Method(Protocol):
+    """What a file in `methods/` provides.
+
+    `networks` are trained; `averaged` names those with an EMA; `batch` names what the batches hold, a key of
+    `batches.COLLATE`. `step` computes losses from one batch and calls
+    `update(name, loss)` once for each optimizer's turn; all its noise comes from `state.generator`. `sheet` draws what
+    a person looks at: uint8 [N, H, W, 3] and N captions. `export` writes the finished networks into a folder.
+    """
+
+    networks: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Optimizer]
+    averaged: tuple[str, ...]
+    batch: str
+
+    def to(self, device: torch.device) -> None: ...
+
+    def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]: ...
+
+    def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]: ...
+
+    def export(self, state: TrainState, folder: Path) -> None: ...
+
+
+class TrainingStoppedError(OnestillError):
+    """Training cannot go on: too many steps in a row gave NaN."""
+
+
+def train(recipe: Recipe, method: Method, batches: Batches, *, resume: bool = False) -> TrainState:
+    """Run `recipe` to its last iteration, or until Ctrl-C, which saves first and then raises KeyboardInterrupt.
+
+    Raises:
+        RecipeError: the run folder already holds another run and `resume` is false.
+        TrainingStoppedError: `loop.max_bad_steps` steps in a row were not finite.
+    """
+    out = Path(recipe.out)
+    if not resume and checkpoints(out / "checkpoints"):
+        raise RecipeError(f"{out} already holds a run: give --resume to go on with it, or another 'out' folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    options = recipe.loop
+    accelerator = Accelerator(cpu=options.device == "cpu")
+    device = _device(options, accelerator)
+    state = _start(recipe, method, accelerator, device)
+    sweep(out / "checkpoints")
+    if resume and (found := checkpoints(out / "checkpoints")):
+        load_checkpoint(state, found[-1], recipe.fingerprint())
+        batches.load_state(state.data)
+    (out / "recipe.json").write_text(json.dumps(recipe.resolved(), indent=1) + "\n", encoding="utf-8")
+    # Without the cache of casts, which would hand a network's weights of before its turn to the next turn.
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, options.precision == "bf16", cache_enabled=False)
+    bad_in_a_row = 0
+    with Log(out, recipe.name, state, options.iterations) as log, _Interrupt() as interrupt:
+        while state.iteration < options.iterations and not interrupt.asked:
+            started = time.perf_counter()
+            batch = batches.next()
+            waited_s = time.perf_counter() - started
+            update = _Updater(accelerator, state, options)
+            with autocast():
+                metrics = method.step(state, batch, update)
+            state.iteration += 1
+            state.nimg += options.batch_size
+            state.data = batches.state()
+            if update.bad:
+                state.bad_steps += 1
+                bad_in_a_row += 1
+            else:
+                bad_in_a_row = 0
+                state.update_ema(options.ema_decay)
+            log.step(state, {**metrics, **update.norms}, time.perf_counter() - started, waited_s)
+            last = state.iteration == options.iterations
+            if state.iteration % options.log_every == 0 or last:
+                log.write(state)
+            if state.iteration % options.sheet_every == 0 or last:
+                log.sheet(state, *method.sheet(state))
+            if state.iteration % options.checkpoint_every == 0 or last:
+                _save(state, out / "checkpoints", recipe)
+            if bad_in_a_row >= options.max_bad_steps:
+                raise TrainingStoppedError(
+                    f"{bad_in_a_row} steps in a row gave NaN or infinity: lower the learning rate, or look at the "
+                    f"last sheet in {out}."
+                )
+    if interrupt.asked and state.iteration < options.iterations:
+        _save(state, out / "checkpoints", recipe)
+        raise KeyboardInterrupt
+    method.export(state, out / "export")
+    return state
+
+
+def _device(options: LoopOptions, accelerator: Accelerator) -> torch.device:
+    """The device to train on. accelerate's own is fixed for the life of the process; it decides among several processes."""
+    if accelerator.num_processes > 1:
+        return accelerator.device  # type: ignore[no-any-return]
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"loop.device '{options.device}' cannot be used here ({error}): set it to cpu.") from error
+    return device
+
+
+def _start(recipe: Recipe, method: Method, accelerator: Accelerator, device: torch.device) -> TrainState:
+    """The state at iteration 0, with networks on their device and prepared."""
+    method.to(device)
+    for role, network in method.networks.items():
+        method.networks[role] = accelerator.prepare(network, device_placement=[False])
+    for name, optimizer in method.optimizers.items():
+        method.optimizers[name] = accelerator.prepare(optimizer, device_placement=[False]).optimizer
+    generator = torch.Generator("cpu").manual_seed(recipe.loop.seed)
+    ema = {role: start_ema(method.networks[role]) for role in method.averaged}
+    return TrainState(method.networks, method.optimizers, ema, generator)
+
+
+def _save(state: TrainState, folder: Path, recipe: Recipe) -> None:
+    save_checkpoint(state, folder / f"{state.iteration:08d}", recipe.fingerprint())
+    for old in checkpoints(folder)[: -recipe.loop.keep_checkpoints]:
+        drop_checkpoint(old)
+
+
+class _Updater:
+    """One optimizer's turn: backward, clip, step. A gradient that is not finite skips the step and is remembered."""
+
+    def __init__(self, accelerator: Accelerator, state: TrainState, options: LoopOptions) -> None:
+        self.bad = False
+        self.norms: dict[str, Tensor] = {}
+        self._accelerator, self._state, self._options = accelerator, state, options
+
+    def __call__(self, name: str, loss: Tensor) -> Tensor:
+        optimizer = self._state.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        self._accelerator.backward(loss)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, self._options.grad_clip)
+        self.norms[f"grad_norm/{name}"] = norm.detach()
+        if not torch.isfinite(norm):
+            self.bad = True
+            optimizer.zero_grad(set_to_none=True)
+            return norm
+        factor = learning_rate_factor(self._state.iteration, self._options)
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def learning_rate_factor(iteration: int, options: LoopOptions) -> float:
+    """Linear warm-up over `warmup` iterations, then constant or a cosine down to 5 % at the last iteration."""
+    rise = min(1.0, (iteration + 1) / options.warmup) if options.warmup else 1.0
+    if options.decay == "constant":
+        return rise
+    through = min(1.0, iteration / options.iterations)
+    return rise * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * through)))
+
+
+class _Interrupt:
+    """Turns the first Ctrl-C into a request to save and stop; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> _Interrupt:
+        try:
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        except ValueError:  # not the main thread: whoever runs us there handles Ctrl-C
+            self._before = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, _signum: int, _frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True

@@ -1,0 +1,203 @@
+"""The autoencoder: pictures to small latents and back, with edges that stay sharp.
+
+Reconstruction (L1) and image gradients from the first step; a patch discriminator on top once the picture stands. The
+latents get a little noise on the way to the decoder, so that it forgives a denoiser's errors, and a penalty that holds
+each channel near zero mean and unit variance, so that noise of variance 1 means the same for all of them.
+
+Shapes: B batch, H W pixels, C latent channels, h w latent size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderTiny
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from onestill.train.batches import to_pictures
+from onestill.train.loop import Batch, Update
+from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator, unit_moments
+from onestill.train.recipe import LoopOptions, option
+from onestill.train.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Sizes of the network (blocks from full resolution to the smallest, for both halves) and weights of the losses.
+
+    `adversarial_from` is the iteration at which the patch discriminator joins; its weight 0 leaves it out. The first
+    `adversarial_warmup` iterations after that train the discriminator alone.
+    """
+
+    kind: str = option("tiny", choices=("tiny", "kl"))
+    latent_channels: int = option(16, low=1, high=256)
+    widths: list[int] = option([16, 32, 64, 128, 192], low=8)
+    layers_per_block: int = option(1, low=1, high=8)
+    encoder_width: int = option(32, low=4)
+    decoder_width: int = option(48, low=4)
+    encoder_blocks: list[int] = option([0, 0, 2, 3, 4], low=0, high=32)
+    decoder_blocks: list[int] = option([4, 4, 3, 0, 0], low=0, high=32)
+    lr: float = option(1e-3, low=0.0, high=1.0)
+    l1: float = option(1.0, low=0.0)
+    gradient: float = option(1.0, low=0.0)
+    moments: float = option(0.01, low=0.0)
+    latent_noise: float = option(0.05, low=0.0, high=1.0)
+    adversarial: float = option(0.0, low=0.0)
+    adversarial_from: int = option(2000, low=0)
+    adversarial_warmup: int = option(100, low=0)
+    discriminator_width: int = option(32, low=4)
+    discriminator_lr: float = option(5e-4, low=0.0, high=1.0)
+
+
+class Method:
+    averaged: tuple[str, ...] = ("autoencoder",)
+    batch = "images"
+
+    def __init__(self, options: Options, loop: LoopOptions) -> None:
+        torch.manual_seed(loop.seed)
+        self.options, self.loop = options, loop
+        self.autoencoder = build(options)
+        self.discriminator = PatchDiscriminator(options.discriminator_width)
+        self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder, "discriminator": self.discriminator}
+        adam = dict(betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "autoencoder": torch.optim.AdamW(self.autoencoder.parameters(), lr=options.lr, **adam),  # type: ignore[arg-type]
+            "discriminator": torch.optim.AdamW(
+                self.discriminator.parameters(),
+                lr=options.discriminator_lr,
+                betas=(0.5, 0.99),
+                weight_decay=0.0,
+                fused=True,
+            ),
+        }
+        self._shown: Tensor | None = None
+        self._captions: list[str] = []
+
+    def to(self, device: torch.device) -> None:
+        for network in self.networks.values():
+            network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
+        options = self.options
+        device = next(self.autoencoder.parameters()).device
+        x = batch["images"].to(device).contiguous(memory_format=torch.channels_last)  # [B, 3, H, W] in [-1, 1]
+        if self._shown is None:
+            self._shown, self._captions = x[:8].clone(), list(batch["captions"][:8])
+        latents = encode(self.autoencoder, x)  # [B, C, h, w]
+        noise = torch.randn(latents.shape, generator=state.generator).to(device)
+        y = self.autoencoder.decode(latents + options.latent_noise * noise).sample  # [B, 3, H, W]
+
+        l1, edges, moments = (y - x).abs().mean(), gradient_difference(x, y), unit_moments(latents)
+        loss = options.l1 * l1 + options.gradient * edges + options.moments * moments
+        metrics = {"l1": l1, "edges": edges, "moments": moments, "psnr": -10 * torch.log10((y - x).square().mean() / 4)}
+
+        playing = options.adversarial > 0 and state.iteration >= options.adversarial_from
+        if playing:
+            logits = self.discriminator(y)
+            if state.iteration >= options.adversarial_from + options.adversarial_warmup:
+                loss = loss + options.adversarial * hinge_generator([logits])
+            metrics["fake_logits"] = logits.mean()
+        update("autoencoder", loss)
+        if playing:
+            real, fake = self.discriminator(x), self.discriminator(y.detach())
+            game = hinge_discriminator([real], [fake])
+            update("discriminator", game)
+            metrics |= {"discriminator": game, "real_logits": real.mean()}
+        return metrics
+
+    def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
+        """The first batch's pictures above what becomes of them."""
+        assert self._shown is not None
+        averaged = build(self.options).to(self._shown.device)
+        averaged.load_state_dict(state.averaged("autoencoder"))
+        with torch.no_grad():
+            y = averaged.decode(encode(averaged, self._shown)).sample
+        return to_pictures(torch.cat([self._shown, y])), self._captions + ["reconstruction"] * len(y)
+
+    def export(self, state: TrainState, folder: Path) -> None:
+        """The averaged autoencoder in diffusers' format, with the scale that makes its latents unit-variance."""
+        averaged = build(self.options)
+        averaged.load_state_dict({k: v.cpu() for k, v in state.averaged("autoencoder").items()})
+        averaged.save_pretrained(folder / "vae")
+
+
+def build(options: Options) -> AutoencoderTiny | AutoencoderKL:
+    """The autoencoder that `options` describe, with random weights. Its factor is 2 ** (number of stages - 1)."""
+    if options.kind == "kl":
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * len(options.widths),
+            up_block_types=("UpDecoderBlock2D",) * len(options.widths),
+            block_out_channels=tuple(options.widths),
+            layers_per_block=options.layers_per_block,
+            latent_channels=options.latent_channels,
+            norm_num_groups=8,
+            sample_size=128,
+            scaling_factor=1.0,
+            mid_block_add_attention=False,
+        )
+    stages = len(options.encoder_blocks)
+    autoencoder = AutoencoderTiny(
+        latent_channels=options.latent_channels,
+        encoder_block_out_channels=(options.encoder_width,) * stages,
+        decoder_block_out_channels=(options.decoder_width,) * len(options.decoder_blocks),
+        num_encoder_blocks=tuple(options.encoder_blocks),
+        num_decoder_blocks=tuple(options.decoder_blocks),
+        upsampling_scaling_factor=2,
+    )
+    keep_variance(autoencoder)
+    return autoencoder
+
+
+def encode(autoencoder: AutoencoderTiny | AutoencoderKL, x: Tensor) -> Tensor:
+    """[B, 3, H, W] -> latents [B, C, h, w]: of a KL autoencoder, the mode."""
+    encoded = autoencoder.encode(x)
+    latents: Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return latents
+
+
+@torch.no_grad()
+def keep_variance(autoencoder: AutoencoderTiny) -> None:
+    """Start every residual block as the identity and every other convolution so that it keeps the variance.
+
+    PyTorch's default shrinks the signal at each of the dozen convolutions between picture and picture, and without
+    normalisation layers it takes thousands of steps to grow back.
+    """
+    for half in (autoencoder.encoder, autoencoder.decoder):
+        for layer in half.layers:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.orthogonal_(layer.weight, 2**0.5 if layer.out_channels == layer.in_channels else 1.0)
+                if layer.bias is not None:
+                    layer.bias.zero_()
+            elif hasattr(layer, "conv"):
+                layer.conv[-1].weight.zero_()
+                layer.conv[-1].bias.zero_()
+                for conv in (layer.conv[0], layer.conv[2]):
+                    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+                    conv.bias.zero_()
+
+
+class PatchDiscriminator(nn.Module):
+    """[B, 3, H, W] -> logits [B, 1, H/8, W/8], each judging a patch of about 40 pixels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        norm = nn.utils.parametrizations.spectral_norm
+        self.layers = nn.ModuleList(
+            [
+                norm(nn.Conv2d(3, width, 4, 2, 1)),
+                norm(nn.Conv2d(width, 2 * width, 4, 2, 1)),
+                norm(nn.Conv2d(2 * width, 4 * width, 4, 2, 1)),
+                norm(nn.Conv2d(4 * width, 1, 3, 1, 1)),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.leaky_relu(layer(x), 0.2)
+        logits: Tensor = self.layers[-1](x)
+        return logits

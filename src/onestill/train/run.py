@@ -1,0 +1,45 @@
+"""Train one recipe: read it, build its method, wire its data, run the loop."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onestill.train.batches import COLLATE, Reader, SampleBatches
+from onestill.train.loop import train
+from onestill.train.recipe import DataOptions, read_recipe
+from onestill.train.state import TrainState
+
+
+def train_recipe(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    reader: Callable[[DataOptions], Reader],
+    resume: bool = False,
+    dry_run: bool = False,
+    say: Callable[[str], Any] = print,
+) -> TrainState | None:
+    """Train what the recipe at `path` describes.
+
+    Args:
+        overrides: `KEY=VALUE` settings that replace the recipe's.
+        reader: opens the data that `[data]` names; given by the caller, since training knows no file format.
+        dry_run: read and check everything, build the networks, print the resolved recipe and their sizes, stop.
+    """
+    recipe = read_recipe(path, overrides)
+    if recipe.loop.threads:
+        torch.set_num_threads(recipe.loop.threads)
+    module = importlib.import_module(f"onestill.train.methods.{recipe.method}")
+    method = module.Method(recipe.options, recipe.loop)
+    if dry_run:
+        sizes = {role: sum(p.numel() for p in net.parameters()) for role, net in method.networks.items()}
+        say(json.dumps({**recipe.resolved(), "parameters": sizes}, indent=1))
+        return None
+    batches = SampleBatches(reader(recipe.data), COLLATE[method.batch], recipe.loop.batch_size, recipe.data.prefetch)
+    return train(recipe, method, batches, resume=resume)

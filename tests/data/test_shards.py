@@ -1,0 +1,242 @@
+"""Shards: what is written is read back, in a resumable order, and damage costs only the samples it hit."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from onestill.data import ReaderState, Sample, ShardReader, ShardWriter, find_shards, sample_shards
+from onestill.errors import DataError
+
+SIDE = 8
+
+
+def picture(number: int) -> bytes:
+    pixels = np.full((SIDE, SIDE, 3), number % 256, np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "WEBP", lossless=True)
+    return file.getvalue()
+
+
+def write(folder: Path, count: int = 20, per_shard: int = 7) -> list[Path]:
+    with ShardWriter(folder, per_shard) as writer:
+        for i in range(count):
+            writer.write(f"k{i:03d}", picture(i), f"caption {i}", {"number": i})
+    return writer.paths
+
+
+def keys(samples: list[Sample]) -> list[str]:
+    return [sample.key for sample in samples]
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    paths = write(tmp_path)
+    assert [path.name for path in paths] == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
+    reader = ShardReader(tmp_path, shuffle=False, epochs=1)
+    samples = list(reader)
+    assert len(reader) == 20
+    assert keys(samples) == [f"k{i:03d}" for i in range(20)]
+    for i, sample in enumerate(samples):
+        assert sample.caption == f"caption {i}"
+        assert sample.meta == {"number": i}
+        assert sample.image.dtype == np.uint8
+        assert sample.image.shape == (SIDE, SIDE, 3)
+        assert (sample.image == i).all()
+    assert reader.skipped == {}
+
+
+def test_equal_samples_give_equal_files(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a"), write(tmp_path / "b")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_the_order_depends_on_seed_and_epoch_alone(tmp_path: Path) -> None:
+    write(tmp_path / "one", per_shard=20)
+    write(tmp_path / "many", per_shard=3)
+    orders = [keys(list(ShardReader(tmp_path / name, seed=5, epochs=2))) for name in ("one", "many")]
+    assert orders[0] == orders[1]
+    first, second = orders[0][:20], orders[0][20:]
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert keys(list(ShardReader(tmp_path / "one", seed=6, epochs=1))) != first
+
+
+def test_resumes_exactly_anywhere(tmp_path: Path) -> None:
+    write(tmp_path)
+    reader = ShardReader(tmp_path, seed=3, epochs=3)
+    states, order = [reader.state], []
+    for sample in reader:
+        order.append(sample.key)
+        states.append(reader.state)
+    assert len(order) == 60
+    for done in np.random.Generator(np.random.PCG64(0)).integers(0, 60, 12):
+        state = ReaderState.from_dict(json.loads(json.dumps(states[done].as_dict())))
+        assert keys(list(ShardReader(tmp_path, seed=3, epochs=3, start=state))) == order[done:]
+
+
+def test_batches_run_over_epochs_and_resume(tmp_path: Path) -> None:
+    write(tmp_path)
+    whole = [batch.keys for batch in ShardReader(tmp_path, seed=1, epochs=2).batches(6)]
+    assert [len(batch) for batch in whole] == [6] * 6 + [4]
+    stream = ShardReader(tmp_path, seed=1, epochs=2).batches(6)
+    taken = [next(stream) for _ in range(4)]
+    assert taken[0].images.shape == (6, SIDE, SIDE, 3)
+    assert taken[0].captions == [f"caption {int(key[1:])}" for key in taken[0].keys]
+    rest = ShardReader(tmp_path, seed=1, epochs=2, start=taken[-1].state).batches(6)
+    assert [batch.keys for batch in taken] + [batch.keys for batch in rest] == whole
+
+
+def test_parts_share_one_order(tmp_path: Path) -> None:
+    write(tmp_path)
+    whole = keys(list(ShardReader(tmp_path, seed=2, epochs=1)))
+    parts = [keys(list(ShardReader(tmp_path, seed=2, epochs=1, part=(i, 3)))) for i in range(3)]
+    assert [whole[i::3] for i in range(3)] == parts
+
+
+def test_odd_samples_are_skipped_counted_and_named(tmp_path: Path) -> None:
+    good = picture(1)
+    with tarfile.open(tmp_path / "odd.tar", "w") as tar:
+        for name, data in (
+            ("fine.webp", good),
+            ("fine.txt", b"words"),
+            ("nocaption.webp", good),
+            ("empty.webp", good),
+            ("empty.txt", b" \n"),
+            ("noimage.txt", b"words"),
+            ("cut.webp", good[: len(good) // 2]),
+            ("cut.txt", b"words"),
+            ("noise.png", bytes(range(200))),
+            ("noise.txt", b"words"),
+            ("json.webp", good),
+            ("json.txt", b"words"),
+            ("json.json", b"{"),
+            ("list.webp", good),
+            ("list.txt", b"words"),
+            ("list.json", b"[]"),
+            ("latin.webp", good),
+            ("latin.txt", b"caf\xe9"),
+        ):
+            add(tar, name, data)
+    reader = ShardReader(tmp_path, epochs=1)
+    assert keys(list(reader)) == ["fine"]
+    assert sorted(reader.skipped) == [
+        f"odd.tar:{name}" for name in ("cut", "empty", "json", "latin", "list", "nocaption", "noimage", "noise")
+    ]
+    assert reader.skipped["odd.tar:nocaption"] == "it has no caption"
+    assert reader.skipped["odd.tar:noimage"] == "it has no image"
+
+
+def test_a_size_leaves_other_sizes_out(tmp_path: Path) -> None:
+    big = io.BytesIO()
+    Image.new("RGB", (SIDE, SIDE + 1)).save(big, "PNG")
+    with ShardWriter(tmp_path) as writer:
+        writer.write("a", picture(0), "small", {})
+        writer.write("b", big.getvalue(), "big", {}, suffix="png")
+    reader = ShardReader(tmp_path, shuffle=False, epochs=1)
+    assert [batch.keys for batch in reader.batches(2)] == [["a"]]
+    assert reader.skipped == {"shard-000000.tar:b": "it is 9 x 8 pixels, not 8 x 8"}
+
+
+def test_a_truncated_shard_gives_what_is_whole(tmp_path: Path) -> None:
+    (path,) = write(tmp_path, count=5, per_shard=5)
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        cut = tar.getmember("k003.webp").offset_data + 10
+    path.write_bytes(data[:cut])
+    reader = ShardReader(tmp_path, shuffle=False, epochs=1)
+    assert keys(list(reader)) == ["k000", "k001", "k002"]
+    assert reader.skipped == {"shard-000000.tar:k003.webp": "the shard ends in the middle of it"}
+
+
+def test_a_damaged_header_costs_one_sample(tmp_path: Path) -> None:
+    (path,) = write(tmp_path, count=5, per_shard=5)
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        start = tar.getmember("k002.webp").offset
+    data[start : start + 300] = bytes(reversed(range(256))) + bytes(44)
+    path.write_bytes(data)
+    reader = ShardReader(tmp_path, shuffle=False, epochs=1)
+    assert keys(list(reader)) == ["k000", "k001", "k003", "k004"]
+    assert set(reader.skipped) == {f"shard-000000.tar:byte {start}", "shard-000000.tar:k002"}
+
+
+def test_a_missing_or_empty_shard_among_good_ones(tmp_path: Path) -> None:
+    write(tmp_path, count=3)
+    (tmp_path / "void.tar").write_bytes(b"")
+    reader = ShardReader(tmp_path, epochs=1)
+    assert len(list(reader)) == 3
+    assert reader.skipped == {"void.tar:byte 0": "the shard is empty"}
+
+
+def test_tars_of_other_tools_are_read(tmp_path: Path) -> None:
+    long = "folder/" + "x" * 120
+    for name, kind in (("gnu", tarfile.GNU_FORMAT), ("pax", tarfile.PAX_FORMAT)):
+        with tarfile.open(tmp_path / f"{name}.tar", "w", format=kind) as tar:
+            folder = tarfile.TarInfo("folder")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+            add(tar, f"{long}.webp", picture(7))
+            add(tar, f"{long}.txt", "ein Café".encode())
+    samples = list(ShardReader(tmp_path, shuffle=False, epochs=1))
+    assert keys(samples) == [long, long]
+    assert [sample.caption for sample in samples] == ["ein Café"] * 2
+
+
+def test_transparency_lies_on_white(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(file, "PNG")
+    with ShardWriter(tmp_path) as writer:
+        writer.write("clear", file.getvalue(), "nothing", {}, suffix="png")
+    (sample,) = ShardReader(tmp_path, epochs=1)
+    assert (sample.image == 255).all()
+
+
+def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="There is no shard or folder"):
+        find_shards(tmp_path / "none")
+    with pytest.raises(DataError, match="No shards"):
+        ShardReader(tmp_path)
+    (tmp_path / "a.tar").write_bytes(b"not a tar" * 200)
+    with pytest.raises(DataError, match="No samples"):
+        ShardReader(tmp_path)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "a.webp", picture(0))
+    with pytest.raises(DataError, match="Not one of 1 samples can be used"):
+        next(iter(ShardReader(tmp_path)))
+
+
+def test_a_failed_write_leaves_no_shard(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="stop"), ShardWriter(tmp_path) as writer:
+        writer.write("a", picture(0), "words", {})
+        raise RuntimeError("stop")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="dot or a slash"):
+        ShardWriter(tmp_path).write("a.b", b"", "", {})
+
+
+def test_the_sample_set_opens() -> None:
+    (path,) = sample_shards()
+    assert path.stat().st_size < 1.5e6
+    reader = ShardReader(sample_shards(), seed=0, epochs=1)
+    samples = list(reader)
+    assert len(samples) >= 200
+    assert reader.skipped == {}
+    for sample in samples:
+        assert sample.image.shape == (128, 128, 3)
+        assert sample.caption
+        assert set(sample.meta["licence"].split(" + ")) <= {"MIT", "Apache-2.0"}
+        assert sample.meta["author"]
+        assert sample.meta["split"] == "train"
+    assert len({sample.meta["id"] for sample in samples}) == len(samples)

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onestill.checkpoint import cache_folder, describe, weights_file
+from onestill.engine.openvino import BLOB_END, OpenVinoEngine
+from onestill.errors import CheckpointError
+from onestill.pipeline import Pipeline
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_folder, tmp_path / "tiny"))
+
+
+@pytest.fixture
+def own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for one test."""
+    monkeypatch.setenv("ONESTILL_CACHE", str(tmp_path / "cache"))
+    return cache_folder() / "openvino"
+
+
+def picture(folder: Path) -> np.ndarray:
+    return np.asarray(Pipeline(OpenVinoEngine(describe(folder)))("a red apple", seed=5).images[0])
+
+
+def test_the_second_start_reads_the_cache_and_draws_the_same(folder: Path, own_place: Path) -> None:
+    first = picture(folder)
+    blobs = sorted(own_place.glob("*.blob"))
+    assert [blob.name.rsplit("-", 1)[0] for blob in blobs] == ["decoder", "text_encoder", "unet"]
+    times = [blob.stat().st_ctime_ns for blob in blobs]
+    # With a graph gone, only the cache can have drawn it... but the graph's bytes are part of the cache's key.
+    np.testing.assert_array_equal(picture(folder), first)
+    assert sorted(own_place.glob("*.blob")) == blobs
+    assert [blob.stat().st_size for blob in blobs] == [len(blob.read_bytes()) for blob in blobs]
+    assert all(later >= earlier for later, earlier in zip([b.stat().st_ctime_ns for b in blobs], times, strict=True))
+
+
+@pytest.mark.parametrize("spoil", [lambda blob: blob[:100], lambda blob: b"", lambda blob: b"x" * 50 + BLOB_END])
+def test_a_spoilt_cache_is_made_again(folder: Path, own_place: Path, spoil: object) -> None:
+    first = picture(folder)
+    sizes = {blob: blob.stat().st_size for blob in own_place.glob("*.blob")}
+    for blob in sizes:
+        blob.write_bytes(spoil(blob.read_bytes()))  # type: ignore[operator]
+    np.testing.assert_array_equal(picture(folder), first)
+    assert {blob: blob.stat().st_size for blob in own_place.glob("*.blob")} == sizes
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_not_to_draw(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = picture(folder)
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("ONESTILL_CACHE", str(tmp_path / "file"))
+    np.testing.assert_array_equal(picture(folder), expected)
+
+
+def test_the_cache_does_not_grow_without_end(folder: Path, own_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onestill.engine.openvino.MOST_KEPT", 2)
+    picture(folder)
+    assert len(list(own_place.glob("*.blob"))) <= 2
+
+
+def test_weights_that_the_graphs_were_not_made_from_are_refused(folder: Path, own_place: Path) -> None:
+    weights = weights_file(folder, "unet")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-4] + b"\0\0\0\1")
+    with pytest.raises(CheckpointError, match="not the file that"):
+        OpenVinoEngine(describe(folder))
+    weights.write_bytes(content[:-4])
+    with pytest.raises(CheckpointError, match="not the file that"):
+        OpenVinoEngine(describe(folder))
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        OpenVinoEngine(describe(folder))
+
+
+@pytest.mark.parametrize("name", ["index.json", "unet.xml", "decoder.bin"])
+def test_a_missing_part_is_named(folder: Path, own_place: Path, name: str) -> None:
+    (folder / "openvino" / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        OpenVinoEngine(describe(folder))
+
+
+def test_a_spoilt_graph_or_index_is_refused(folder: Path, own_place: Path) -> None:
+    graph = folder / "openvino" / "unet.xml"
+    content = graph.read_text()
+    graph.write_text(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"unet\.xml"):
+        OpenVinoEngine(describe(folder))
+    graph.write_text(content)
+    index = folder / "openvino" / "index.json"
+    index.write_text(index.read_text().replace('"format": 1', '"format": 99'))
+    with pytest.raises(CheckpointError, match="another version"):
+        OpenVinoEngine(describe(folder))
+    index.write_text('{"format": 1, "parts": {}}')
+    with pytest.raises(CheckpointError, match="damaged"):
+        OpenVinoEngine(describe(folder))
+
+
+def test_eight_threads_draw_what_each_would_draw_alone(tiny_folder: Path) -> None:
+    pipe = Pipeline(OpenVinoEngine(describe(tiny_folder)))
+    jobs = [(f"a red apple {i % 5}", i) for i in range(32)]
+    alone = [np.asarray(pipe(prompt, seed=seed).images[0]) for prompt, seed in jobs]
+    fresh = Pipeline(pipe.engine)
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        together = list(pool.map(lambda job: np.asarray(fresh(job[0], seed=job[1]).images[0]), jobs))
+    for expected, found in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_threads_can_be_limited(tiny_folder: Path) -> None:
+    engine = OpenVinoEngine(describe(tiny_folder), threads=1)
+    assert engine.encode(["a red apple"]).states.shape == (1, 16, 32)
