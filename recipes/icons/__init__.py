@@ -1,1 +1,1 @@
-"""The recipe of the shipped model's data: fetch the packages, build one table of icons, draw captioned shards from it."""
+"""The recipe of the shipped model's data: fetch the packages, build one table of icons, draw captioned shards."""

@@ -31,7 +31,7 @@ def captionable(icon: Icon) -> bool:
 
 
 def distinct(icons: Sequence[Icon], processes: int) -> tuple[list[Icon], Counter[str]]:
-    """The icons that can be drawn and are no near-copies of earlier ones, with their colours, and a count of the others."""
+    """The icons that can be drawn and are no near-copies of earlier ones, their colours set; a count of the others."""
     with ProcessPoolExecutor(processes) as pool:
         looks = list(pool.map(looks_of, icons, chunksize=500))
     seen = [(icon, look) for icon, look in zip(icons, looks, strict=True) if look is not None]

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from onestill.data import ShardReader, ShardWriter
+from onestill.train.batches import collate_images
 from onestill.train.cache import cache_samples
 from onestill.train.conditioning import LatentSpace, TextEncoder
 
@@ -62,8 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         def write(sample: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
             writer.write(sample.key, encode_picture(sample.image), sample.caption, sample.meta, arrays=arrays)
 
+        space = LatentSpace(options.autoencoder)
+        some = collate_images(list(islice(ShardReader(options.shards, seed=1, epochs=1), 512)))["images"]
+        print(f"scaling factor {space.calibrate(some, options.autoencoder)}", file=sys.stderr)
         samples = told(islice(reader, total), total)
-        cache_samples(samples, LatentSpace(options.autoencoder), TextEncoder(options.text_encoder), write)
+        cache_samples(samples, space, TextEncoder(options.text_encoder), write)
     for name, why in reader.skipped.items():
         print(f"left out {name}: {why}", file=sys.stderr)
     if options.done:

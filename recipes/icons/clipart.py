@@ -34,8 +34,8 @@ _NO_TITLE = re.compile(
 _NO_CAPTION = re.compile(
     r"\b(sexy|nude|naked|cm|cisco|sprint|dodge|tux|form|etiquette|various|unsorted|signs?|symbols?|aiga|mapsym|networksym"
     r"|sport|sports|hardware|landscapes?|pieces|contour|christianity|work|simple|part|pattern|border|corner|map|maps|people"
-    r"|container|basic|layer|new|test|vector|svg|obligato|pie|tons|rib|mission|far|lente|norm|card figure|team|elfish|peters"
-    r"|lcd|flourish|template|unknown|object|item|line art)\b"
+    r"|container|basic|layer|new|test|vector|svg|obligato|pie|tons|rib|mission|far|lente|norm|card figure|team|elfish"
+    r"|peters|lcd|flourish|template|unknown|object|item|line art)\b"
 )
 _FILLER = re.compile(r"\b(clip ?art|clipart|stylized|symbol|icon|picture of|drawing of|image of)\b")
 _FORBIDDEN = ("<image", "<text", "<flowRoot", "<script", "&ns_")

@@ -1,4 +1,4 @@
-"""The icons of all sets as rows: drawing, words, licence. Nothing is left out here but what cannot be named or may not be used."""
+"""The icons of all sets as rows: drawing, words, licence; only what cannot be named or used is left out."""
 
 from __future__ import annotations
 

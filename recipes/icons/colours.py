@@ -6,6 +6,7 @@ import colorsys
 import hashlib
 import random
 import re
+from collections.abc import Collection
 
 Colour = tuple[int, int, int]
 
@@ -107,7 +108,7 @@ def held_pair(concept: str, colour: str) -> bool:
 
 
 def held_colours(foreground: str, background: str) -> bool:
-    """Whether this (foreground, background) is one of the 10 % that are never trained on; white backgrounds are not held out."""
+    """Whether this (foreground, background) is one of the 10 % that are never trained on; no white background is."""
     return background != "white" and _share(f"colours|{foreground}|{background}") % 10 == 0
 
 
@@ -116,8 +117,8 @@ def held_concepts(first: str, second: str) -> bool:
     return _share("concepts|" + "|".join(sorted((first, second)))) % 20 == 0
 
 
-def choose_pair(concept: str, on_white: bool, rng: random.Random) -> tuple[str, str]:
-    """A trainable (foreground, background) for an icon of `concept`."""
+def choose_pair(concepts: Collection[str], on_white: bool, rng: random.Random) -> tuple[str, str]:
+    """A trainable (foreground, background) for an icon that is known by `concepts`."""
     names = list(COLOURS)
     weights = [WEIGHTS[name] for name in names]
     while True:
@@ -127,7 +128,7 @@ def choose_pair(concept: str, on_white: bool, rng: random.Random) -> tuple[str, 
             continue
         if (
             apart(foreground, background)
-            and not held_pair(concept, foreground)
+            and not any(held_pair(concept, foreground) for concept in concepts)
             and not held_colours(foreground, background)
         ):
             return foreground, background

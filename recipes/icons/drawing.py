@@ -47,9 +47,18 @@ class Drawn:
 
 
 def rasterise(svg: str, size: int, colour: str = "#000") -> Pixels:
-    """The drawing as uint8 RGBA [size, size, 4]; `colour` is what `currentColor` stands for. Raises ValueError if it cannot be read."""
+    """The drawing as uint8 RGBA [size, size, 4], `currentColor` being `colour`.
+
+    Raises ValueError if it cannot be read.
+    """
     root = svg.replace("<svg ", f'<svg color="{colour}" width="{size}" height="{size}" ', 1)
-    png = resvg.render(usvg.Tree.from_str(root, _OPTIONS), _IDENTITY)
+    try:
+        png = resvg.render(usvg.Tree.from_str(root, _OPTIONS), _IDENTITY)
+    except BaseException as error:
+        # A panic of resvg's Rust code is no Exception, and its type cannot be imported.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"resvg cannot draw it: {error}") from error
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
 
 
@@ -100,8 +109,8 @@ def draw_colour(row: Row, size: int, kind: str, rng: random.Random) -> Drawn:
 
 def draw_mono(row: Row, size: int, rng: random.Random) -> Drawn:
     """A one-colour icon in a named colour, half of the time on white."""
-    concept = geometry(row) or row["concept"]
-    foreground, background = choose_pair(concept, rng.random() < 0.5, rng)
+    concepts = {row["concept"], geometry(row) or row["concept"]}
+    foreground, background = choose_pair(concepts, rng.random() < 0.5, rng)
     canvas = _canvas(size, background, rng)
     margin = int(size * rng.uniform(0.05, 0.15))
     _place(canvas, _painted(row, size - 2 * margin, foreground, rng), margin, margin)

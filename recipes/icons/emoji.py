@@ -1,4 +1,4 @@
-"""Emoji names: code points -> name, keywords, group and skin tone; an icon's name -> code points for sets without them."""
+"""Emoji names: code points -> name, keywords, group, skin tone; an icon's name -> code points."""
 
 from __future__ import annotations
 

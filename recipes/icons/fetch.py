@@ -33,7 +33,8 @@ def check(path: Path, expected: str) -> None:
     found = sha256_of(path)
     if found != expected:
         raise DataError(
-            f"{path} has the SHA-256 {found[:12]}..., not {expected[:12]}...: it is another version or damaged, fetch it again."
+            f"{path} has the SHA-256 {found[:12]}..., not {expected[:12]}...: "
+            "it is another version or damaged, fetch it again."
         )
 
 

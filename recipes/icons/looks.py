@@ -114,7 +114,7 @@ def looks_of(icon: Icon) -> Looks | None:
 
 
 def near_copies(icons: Sequence[Icon], looks: Sequence[Looks], block: int = 2000) -> list[int]:
-    """For each icon the index of the earlier one that it is a near-copy of, or -1. Emoji of other meaning are no copies."""
+    """For each icon the index of the earlier one that it nearly copies, or -1. Emoji of other meaning are no copies."""
     copies = [-1] * len(icons)
     signs = np.array([look.bits for look in looks], np.float32) * 2 - 1
     thumbnails = np.array([look.thumbnail for look in looks])

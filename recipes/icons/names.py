@@ -1,4 +1,4 @@
-"""From an icon's name to words: style affixes off, run-together words split, a noun phrase, and whether it is worth a caption."""
+"""From an icon's name to words: style affixes off, words split, a noun phrase, whether it is worth a caption."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _without(name: str, suffixes: Sequence[str]) -> str:
 
 
 def strip_style(icon_set: str, name: str, suffixes: Sequence[str], prefixes: Sequence[str]) -> str:
-    """The name without the style words that its set declares or that icon sets generally use, and without variant numbers."""
+    """The name without the style words that its set declares or that are usual, and without variant numbers."""
     for suffix in sorted((s for s in suffixes if s), key=len, reverse=True):
         if name.endswith(f"-{suffix}"):
             name = name[: -len(suffix) - 1]

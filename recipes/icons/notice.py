@@ -1,13 +1,14 @@
 """Write who made the icons and under which licence.
 
-    python -m recipes.icons.notice --parquet icons.parquet
+    python -m recipes.icons.notice --parquet icons.parquet [--out src/onestill/models/icons/NOTICE]
 
-writes recipes/icons/NOTICE-data.md from the attribution that the table carries.
+writes, by default, recipes/icons/NOTICE-data.md from the attribution that the table carries.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,19 +16,22 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from recipes.icons.mix import LEFT_OUT_SETS
-from recipes.icons.sample_set import credits_of
-from recipes.icons.shapes import shape_rows
+from recipes.icons.shapes import ATTRIBUTION, SET, shape_rows
 
-_HEAD = """# Icons that the model `icons` and the sample set are made from
+MODEL_HEAD = """# The icons that the model `icons` is made from
 
-The model `icons` was trained on drawings from the sets below, and the sample set in `src/onestill/data/sample` holds some of
-those under MIT and Apache-2.0. This list is written by `recipes/icons/notice.py` from what the sets state about themselves.
-"Icons" counts the drawings in the table after cleaning; sets marked "no" are in the table but in no training set.
-Drawings were scaled, those of one colour were coloured, some colours of two-tone sets were turned, and drawings were put
-together in one picture. Their names may be trademarks of their makers, who do not endorse this project.
+The model `icons` was trained on drawings from the sets below. This list is written by `recipes/icons/notice.py`
+from what the sets state about themselves. "Icons" counts the drawings in the table after cleaning; sets marked
+"no" are in the table but in no training set. Drawings were scaled, those of one colour were coloured, some colours
+of two-tone sets were turned, and drawings were put together in one picture. Names may be trademarks of their
+makers, who do not endorse this project.
+"""
+SAMPLE_HEAD = """# The icons of the sample set
 
-| set | name | author | licence | icons | trained on |
-|---|---|---|---|---|---|
+The pictures in `icons-000000.tar` were drawn from the sets below; the JSON beside each picture names its icon,
+set, licence and author. "Icons" counts the drawings taken. They were scaled, those of one colour were coloured,
+some colours of two-tone sets were turned, and drawings were put together in one picture. Names may be trademarks
+of their makers, who do not endorse this project.
 """
 
 _MIT = """
@@ -35,35 +39,44 @@ _MIT = """
 
 For the sets under MIT, each with the copyright of the author named above:
 
-> Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation
-> files (the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy,
-> modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
-> Software is furnished to do so, subject to the following conditions:
+> Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+> documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+> rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+> persons to whom the Software is furnished to do so, subject to the following conditions:
 >
 > The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
 > Software.
 >
 > THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
 > WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
-> COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE,
-> ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+> COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+> OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 
-The text of the Apache License 2.0 is in `LICENSE`. CC-BY-4.0, CC0-1.0 and ISC are named by their SPDX identifiers.
+The text of the Apache License 2.0 is in the project's `LICENSE`. CC-BY-4.0, CC0-1.0 and ISC are named by their SPDX
+identifiers.
 
-Captions were made with the names of emojibase-data (MIT, Miles Johnson) and emojilib (MIT, Mu-An Chiou) and with WordNet 3.1
-(Princeton University, WordNet licence). The text tower is all-MiniLM-L6-v2 (Apache-2.0, sentence-transformers).
+Captions were made with the names of emojibase-data (MIT, Miles Johnson) and emojilib (MIT, Mu-An Chiou) and with
+WordNet 3.1
+(Princeton University, WordNet licence).
 """
 
 
-def notice(credit: Mapping[str, Mapping[str, str]], counts: Mapping[str, int]) -> str:
-    """The notice as Markdown: the sets by number of icons, then the terms."""
-    lines = []
+def credits_of(parquet: str | Path) -> dict[str, dict[str, str]]:
+    """Set -> name, author, licence and, where it is known, url, from an icon table; the plain shapes are added."""
+    stored = pq.read_schema(parquet).metadata[b"attribution"]
+    found: dict[str, dict[str, str]] = json.loads(stored)
+    return {**found, SET: ATTRIBUTION}
+
+
+def notice(head: str, credit: Mapping[str, Mapping[str, str]], counts: Mapping[str, int]) -> str:
+    """The notice as Markdown: `head`, the sets by number of icons, the terms."""
+    lines = ["", "| set | name | author | licence | icons | trained on |", "|---|---|---|---|---|---|"]
     for name in sorted(counts, key=lambda name: (-counts[name], name)):
         facts = credit[name]
         licence = f"[{facts['licence']}]({facts['url']})" if facts.get("url") else facts["licence"]
         used = "no" if name in LEFT_OUT_SETS else "yes"
         lines.append(f"| {name} | {facts['name']} | {facts['author']} | {licence} | {counts[name]} | {used} |")
-    return _HEAD + "\n".join(lines) + "\n" + _MIT
+    return head + "\n".join(lines) + "\n" + _MIT
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     sets = pq.read_table(options.parquet, columns=["set"]).column("set").to_pylist()
     counts = Counter([*sets, *(row["set"] for row in shape_rows())])
-    options.out.write_text(notice(credits_of(options.parquet), counts), encoding="utf-8")
+    options.out.write_text(notice(MODEL_HEAD, credits_of(options.parquet), counts), encoding="utf-8")
     print(options.out)
 
 

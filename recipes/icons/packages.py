@@ -44,7 +44,7 @@ PARQUET_SHA256 = "03721a38cfdab1f7f0bfccda2950d52b807db5f4ebe3cc8263e134ba9b9dab
 
 
 def unpacked(sources: str | Path, package: Package) -> Path:
-    """Where the unpacked package lies in a folder that `fetch.py` filled. Raises FileNotFoundError if it is not there."""
+    """Where the unpacked package lies in a folder that `fetch.py` filled. Raises FileNotFoundError without it."""
     folder = Path(sources) / package.folder
     if not folder.is_dir():
         raise FileNotFoundError(

@@ -2,7 +2,8 @@
 
     python -m recipes.icons.render --parquet icons.parquet --out data/icons128 --samples 150000
 
-writes OUT/train (the mix of `mix.py`, rows of the training split only) and OUT/val, OUT/style and OUT/concept (every held-out row once, emoji twice).
+writes OUT/train (the mix of `mix.py`, rows of the training split only) and OUT/val, OUT/style and OUT/concept (every
+held-out row once, emoji twice).
 A sample depends on the seed and its number alone, not on how many processes draw.
 """
 

@@ -2,35 +2,27 @@
 
     python -m recipes.icons.sample_set --parquet icons.parquet
 
-writes src/onestill/data/sample/icons-000000.tar: samples as `render.py` draws them, each with its author in its JSON.
+writes src/onestill/data/sample/icons-000000.tar: samples as `render.py` draws them, each with its author in its JSON,
+and NOTICE beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from onestill.data.shards import ShardWriter
-from recipes.icons import shapes
+from onestill.data.shards import ShardReader, ShardWriter
 from recipes.icons.mix import Mix
+from recipes.icons.notice import SAMPLE_HEAD, credits_of, notice
 from recipes.icons.render import encode, meta_of, read_rows
 
 FOLDER = Path(__file__).parents[2] / "src" / "onestill" / "data" / "sample"
 LICENCES = ("MIT", "Apache-2.0")
 _SIZE = 128
-
-
-def credits_of(parquet: str | Path) -> dict[str, dict[str, str]]:
-    """Set -> name, author, licence and, where it is known, url."""
-    stored = pq.read_schema(parquet).metadata[b"attribution"]
-    found: dict[str, dict[str, str]] = json.loads(stored)
-    return {**found, shapes.SET: shapes.ATTRIBUTION}
 
 
 def write_sample_set(
@@ -53,6 +45,15 @@ def write_sample_set(
     return writer.paths[0]
 
 
+def write_notice(shard: Path, credit: Mapping[str, Mapping[str, str]]) -> Path:
+    """Write who made the pictures of a sample set into NOTICE beside it."""
+    reader = ShardReader(shard, shuffle=False, epochs=1, images=False)
+    counts = Counter(name for sample in reader for name in sample.meta["set"].split(" + "))
+    path = shard.with_name("NOTICE")
+    path.write_text(notice(SAMPLE_HEAD, credit, counts), encoding="utf-8")
+    return path
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parquet", required=True, help="the icon table")
@@ -61,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(arguments)
     rows = read_rows(options.parquet)
-    path = write_sample_set(rows, credits_of(options.parquet), options.out, options.samples, options.seed)
+    credit = credits_of(options.parquet)
+    path = write_sample_set(rows, credit, options.out, options.samples, options.seed)
+    write_notice(path, credit)
     print(f"{path}: {options.samples} samples, {path.stat().st_size / 1e6:.2f} MB")
 
 

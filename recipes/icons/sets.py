@@ -136,8 +136,8 @@ CATEGORY_SETS = (
 MORE_CATEGORIES = {
     "streamline-pixel": (
         "interface-essential computers-devices-electronics food-drink business-product business-products content-files"
-        " internet-network social-rewards entertainment-events-hobbies shopping-shipping school-science email phone design"
-        " ecology weather travel health beauty coding-apps-websites building-real-estate map-navigation music photography"
-        " video-movies user transportation logo-social-medias logos constellations pet-animals romance"
+        " internet-network social-rewards entertainment-events-hobbies shopping-shipping school-science email phone"
+        " design ecology weather travel health beauty coding-apps-websites building-real-estate map-navigation music"
+        " photography video-movies user transportation logo-social-medias logos constellations pet-animals romance"
     ).split()
 }

@@ -1,4 +1,4 @@
-"""Plain geometry as icon rows: icon sets treat circles and squares as interface parts, but people ask for "a red circle"."""
+"""Plain geometry as icon rows: icon sets file circles under interface parts, but people ask for "a red circle"."""
 
 from __future__ import annotations
 
@@ -31,13 +31,18 @@ def _ellipse(rx: float, ry: float) -> str:
 
 
 def _heart(width: float) -> str:
-    w = width / 2
-    return (
-        f"M12 {12 + 0.95 * w:.3f}C{12 - 0.75 * w:.3f} {12 + 0.4 * w:.3f} {12 - 1.05 * w:.3f} 12 {12 - w:.3f} {12 - 0.4 * w:.3f}"
-        f"C{12 - 0.95 * w:.3f} {12 - 1.1 * w:.3f} {12 - 0.15 * w:.3f} {12 - 1.1 * w:.3f} 12 {12 - 0.4 * w:.3f}"
-        f"C{12 + 0.15 * w:.3f} {12 - 1.1 * w:.3f} {12 + 0.95 * w:.3f} {12 - 1.1 * w:.3f} {12 + w:.3f} {12 - 0.4 * w:.3f}"
-        f"C{12 + 1.05 * w:.3f} 12 {12 + 0.75 * w:.3f} {12 + 0.4 * w:.3f} 12 {12 + 0.95 * w:.3f}Z"
+    """A heart: its lower tip, then four curves around it, as shares of half its width about the middle."""
+    curves = (
+        ((-0.75, 0.4), (-1.05, 0), (-1, -0.4)),
+        ((-0.95, -1.1), (-0.15, -1.1), (0, -0.4)),
+        ((0.15, -1.1), (0.95, -1.1), (1, -0.4)),
+        ((1.05, 0), (0.75, 0.4), (0, 0.95)),
     )
+
+    def point(x: float, y: float) -> str:
+        return f"{12 + x * width / 2:.3f} {12 + y * width / 2:.3f}"
+
+    return f"M{point(0, 0.95)}" + "".join("C" + " ".join(point(*p) for p in curve) for curve in curves) + "Z"
 
 
 def _paths() -> dict[str, list[str]]:
@@ -88,8 +93,9 @@ def shape_rows() -> list[dict[str, Any]]:
     for phrase, paths in _paths().items():
         for i, path in enumerate(paths):
             fill = f'<path fill="currentColor" d="{path}"/>'
-            joined = f'<path fill="currentColor" stroke="currentColor" stroke-width="1.6" stroke-linejoin="round" d="{path}"/>'
-            line = f'<path fill="none" stroke="currentColor" stroke-width="1.8" stroke-linejoin="round" d="{path}"/>'
+            edge = f'stroke="currentColor" stroke-linejoin="round" d="{path}"/>'
+            joined = f'<path fill="currentColor" stroke-width="1.6" {edge}'
+            line = f'<path fill="none" stroke-width="1.8" {edge}'
             rows.append(_row(phrase, 2 * i, "solid", fill))
             rows.append(
                 _row(phrase, 2 * i + 1, "solid", joined.replace('d="', 'transform="translate(1.2 1.2) scale(.9)" d="'))

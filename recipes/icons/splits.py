@@ -27,7 +27,7 @@ def held_concepts() -> list[str]:
 
 
 def name_concepts(icons: Sequence[Icon], wordnet: WordNet) -> None:
-    """Give emoji the concept that interface icons of the same thing have, and each concept its commonest word as its name."""
+    """Give emoji the concept of interface icons of the same thing, and each concept its commonest word as its name."""
     for icon in icons:
         if icon.source == "emoji" and not icon.group.startswith("flags"):
             words = icon.phrase.replace("-", " ")
@@ -91,7 +91,7 @@ def _hold_styles(icons: Sequence[Icon], wordnet: WordNet) -> None:
 
 
 def split(icons: Sequence[Icon], wordnet: WordNet, concepts: Sequence[str]) -> None:
-    """Set `split` of every icon to "train", "val", "style" or "concept"; held words leave the keywords of all others too."""
+    """Set `split` of every icon to "train", "val", "style" or "concept"; held words leave all other keywords too."""
     _hold_concepts(icons, wordnet, concepts)
     _hold_styles(icons, wordnet)
     held_word = re.compile(r"\b(" + "|".join(map(re.escape, concepts)) + r")(s|es)?\b")

@@ -18,7 +18,10 @@ _DICTIONARY = ("set", "style", "licence", "group", "junk", "lex", "split")
 
 @dataclass
 class Icon:
-    """An icon with the words for it. `source` is "emoji", "interface" or "clipart"; `svg` or else `img` (WebP) is its drawing."""
+    """An icon with the words for it.
+
+    `source` is "emoji", "interface" or "clipart"; `svg` or else `img` (WebP) is its drawing.
+    """
 
     id: str
     set: str
@@ -74,7 +77,10 @@ def to_table(icons: Sequence[Icon]) -> pa.Table:
 
 
 def write_table(icons: Sequence[Icon], attribution: Mapping[str, Mapping[str, str]], path: Path) -> None:
-    """Write the table, colour rows first, each set together. Who made what stands in the schema's metadata under `attribution`."""
+    """Write the table, colour rows first, each set together.
+
+    Who made what stands in the schema's metadata under `attribution`.
+    """
     order = {name: i for i, name in enumerate(dict.fromkeys(icon.set for icon in icons))}
     rows = sorted(icons, key=lambda icon: (not icon.palette, order[icon.set], icon.id))
     credits = {name: dict(attribution[name]) for name in order}

@@ -78,7 +78,7 @@ class WordNet:
         return _IRREGULAR.get(word)
 
     def concept(self, words: str) -> str:
-        """A key that synonyms share, "@" and the number of the first sense if that can be drawn, or the singular words."""
+        """A key that synonyms share: "@" and the number of the first sense if that can be drawn, or the singular."""
         word = words.replace(" ", "_")
         single = word if word in self.senses else (self.singular(word) or word)
         if "_" in word and word not in self.senses:

@@ -217,10 +217,15 @@ def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
         next(iter(ShardReader(tmp_path)))
 
 
-def test_a_failed_write_leaves_no_shard(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="stop"), ShardWriter(tmp_path) as writer:
+def write_then_fail(folder: Path) -> None:
+    with ShardWriter(folder) as writer:
         writer.write("a", picture(0), "words", {})
-        raise RuntimeError("stop")
+        writer.write("b", picture(0), "words", {"number": object()})
+
+
+def test_a_failed_write_leaves_no_shard(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="not JSON"):
+        write_then_fail(tmp_path)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="dot or a slash"):
         ShardWriter(tmp_path).write("a.b", b"", "", {})

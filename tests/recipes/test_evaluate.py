@@ -52,7 +52,7 @@ def test_the_report_is_made_and_made_again_from_what_was_kept(
     arguments += ["--network", str(network), "--also", str(contrastive(tmp_path / "discriminator", "resnet"))]
     arguments += ["--out", str(tmp_path / "report"), "--work", str(tmp_path / "work"), "--captions", "12"]
     arguments += ["--sweep-captions", "6", "--sweep-steps", "2", "--guidance", "1", "2"]
-    arguments += ["--teacher-steps", "1", "2", "--student-steps", "1", "--dtype", "float32", "--threads", "1"]
+    arguments += ["--teacher-steps", "1", "2", "--student-steps", "1", "--engine", "torch", "--threads", "1"]
     main(arguments)
     assert capsys.readouterr().out.strip() == str(tmp_path / "report" / "index.html")
     facts = json.loads((tmp_path / "report" / "report.json").read_text())

@@ -46,7 +46,10 @@ def open_shards(sources: list[str], **options: Any) -> ShardReader:
 
 @app.command("count")
 def count(shards: Shards = None, as_json: Json = False) -> None:
-    """Read every sample; count sizes, sets and licences, and name what had to be skipped."""
+    """Read every sample; count sizes, sets and licences, and name what had to be skipped.
+
+    A sample made of two icons counts once for each set and licence that they come from.
+    """
     reader = open_shards(shards or [], shuffle=False, epochs=1)
     sizes: Counter[str] = Counter()
     kinds: dict[str, Counter[str]] = {"set": Counter(), "licence": Counter()}
@@ -55,7 +58,8 @@ def count(shards: Shards = None, as_json: Json = False) -> None:
             height, width = sample.image.shape[:2]
             sizes[f"{width}x{height}"] += 1
             for kind, counter in kinds.items():
-                counter[str(sample.meta.get(kind, "unknown"))] += 1
+                # A composition of two icons names both: "MIT + Apache-2.0".
+                counter.update(set(str(sample.meta.get(kind, "unknown")).split(" + ")))
             advance(1)
     counted = {"sizes": sizes} | {f"{kind}s": counter for kind, counter in kinds.items()}
     if as_json:

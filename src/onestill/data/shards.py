@@ -47,7 +47,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one size stacked: `images` is uint8 [B, H, W, 3]. A reader that starts at `state` goes on behind them."""
+    """Samples of one size stacked: `images` is uint8 [B, H, W, 3].
+
+    A reader that starts at `state` goes on behind them.
+    """
 
     keys: list[str]
     images: npt.NDArray[np.uint8]
@@ -97,9 +100,10 @@ def find_shards(source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
 class ShardReader:
     """Iterates over the samples of local shards, epoch after epoch.
 
-    The order is a permutation of all samples that depends on (`seed`, epoch) alone, or the order of the files when `shuffle` is
-    off; `start` resumes it exactly. `epochs` ends the iteration after that many (None: never). With `part=(i, n)` the reader takes
-    every n-th place from i on, so that n processes share one order. With `size` (height, width), samples of another size are left out.
+    The order is a permutation of all samples that depends on (`seed`, epoch) alone, or the order of the files when
+    `shuffle` is off; `start` resumes it exactly. `epochs` ends the iteration after that many (None: never). With
+    `part=(i, n)` the reader takes every n-th place from i on, so that n processes share one order. With `size`
+    (height, width), samples of another size are left out.
     `images=False` leaves the pictures undecoded, for training from cached arrays.
 
     A sample without a readable image and caption is left out, and `skipped` names it ("SHARD:KEY") with the reason.
@@ -186,7 +190,7 @@ class ShardReader:
             self.state = ReaderState(epoch + 1, 0)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Batches of exactly `batch_size` samples, running on over the ends of epochs; a rest at the very end is given too.
+        """Batches of exactly `batch_size` samples, over the ends of epochs; a rest at the very end is given too.
 
         All pictures must have one size: those that differ from the first one's (or from `size`) are left out and named.
         """
@@ -245,7 +249,10 @@ class ShardReader:
 
 
 def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
-    """An encoded picture as uint8 [H, W, 3], transparent parts on white. Raises ValueError, SyntaxError or OSError if it is damaged."""
+    """An encoded picture as uint8 [H, W, 3], transparent parts on white.
+
+    Raises ValueError, SyntaxError or OSError if it is damaged.
+    """
     image: Image.Image = Image.open(io.BytesIO(data))
     if image.mode != "RGB":
         layers = image.convert("RGBA")
@@ -264,7 +271,7 @@ def _stack(samples: list[Sample], state: ReaderState) -> Batch:
 
 
 def sample_shards() -> list[Path]:
-    """The shards of the sample set in the package: a few hundred MIT and Apache-2.0 icons, 128 x 128 pixels, with captions."""
+    """The shards of the package's sample set: a few hundred captioned MIT and Apache-2.0 icons, 128 x 128 pixels."""
     return sorted((Path(__file__).parent / "sample").glob("*.tar"))
 
 
@@ -285,8 +292,8 @@ def _member(name: str, data: bytes) -> tarfile.TarInfo:
 class ShardWriter:
     """Writes samples into `folder/PREFIX-000000.tar`, `PREFIX-000001.tar`, ... of `samples_per_shard` samples each.
 
-    A shard appears under its name only when it is complete. `first` numbers the first shard, so that several processes can write
-    into one folder. Use it as a context manager: leaving it by an error drops the unfinished shard.
+    A shard appears under its name only when it is complete. `first` numbers the first shard, so that several processes
+    can write into one folder. Use it as a context manager: leaving it by an error drops the unfinished shard.
     """
 
     def __init__(
@@ -314,9 +321,9 @@ class ShardWriter:
         suffix: str = "webp",
         arrays: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> None:
-        """Add one sample: the encoded `image` in the format that `suffix` names, its caption, JSON-able `meta`, arrays by name.
+        """Add a sample: the `image` encoded as `suffix` says, its caption, JSON-able `meta`, arrays by name.
 
-        Keys must be unique and hold neither dots nor slashes, which WebDataset reads as the end of the key and as folders.
+        Keys must be unique and without dots and slashes, which end the key or make folders in WebDataset.
         """
         if suffix not in IMAGE_SUFFIXES:
             raise ValueError(f"unknown image suffix {suffix!r}: use one of {', '.join(IMAGE_SUFFIXES)}")
@@ -346,7 +353,7 @@ class ShardWriter:
 
     def _open(self) -> tarfile.TarFile:
         self._partial = self.folder / f".{self._prefix}-{self._number:06d}.tar.{os.getpid()}"
-        self._tar = tarfile.open(self._partial, "w", format=tarfile.USTAR_FORMAT)
+        self._tar = tarfile.open(self._partial, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed by _finish
         return self._tar
 
     def _finish(self) -> None:

@@ -20,9 +20,9 @@ def sheet(
     captions: Sequence[str] | None = None,
     columns: int = 8,
 ) -> Image.Image:
-    """Pictures, each uint8 [H, W, 3], in rows of `columns`, each over its caption (at most four lines, wrapped to its width).
+    """Pictures, each uint8 [H, W, 3], in rows of `columns`, each over its caption (at most four lines).
 
-    All cells are as large as the largest picture. Raises ValueError without pictures or with another number of captions.
+    All cells are as large as the largest picture. Raises ValueError without pictures or with too many or few captions.
     """
     if len(pictures) == 0 or columns < 1:
         raise ValueError("a sheet needs at least one picture and one column")

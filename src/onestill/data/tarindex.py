@@ -1,4 +1,4 @@
-"""Where the samples of a tar shard lie, found in one pass over its headers; damage costs the samples it hit and no more."""
+"""Where the samples of a tar shard lie, found in one pass over its headers; damage costs only the samples it hit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ZEROS = bytes(_BLOCK)
 
 @dataclass
 class Entry:
-    """One sample of a shard: (offset, size) in bytes of each of its files that is there; `image` is named by its suffix in `files`."""
+    """One sample of a shard: suffix -> (offset, size) in bytes of each of its files."""
 
     key: str
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -62,7 +62,7 @@ def _name(header: bytes) -> str:
 
 
 def _pax_name(record: bytes) -> str | None:
-    """The `path` of a POSIX extended header: records of "LENGTH KEY=VALUE\\n"."""
+    """The `path` of a POSIX extended header, whose records are lines of "LENGTH KEY=VALUE"."""
     while record:
         digits, _, _ = record.partition(b" ")
         if not digits.isdigit() or int(digits) <= len(digits):
@@ -75,7 +75,7 @@ def _pax_name(record: bytes) -> str | None:
 
 
 def _members(data: mmap.mmap, damage: list[tuple[str, str]]) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of every regular file in a tar; a bad header is reported and the next good one looked for."""
+    """(name, offset, size) of every regular file in a tar; behind a bad header the next good one is looked for."""
     position, end, long_name, lost = 0, len(data), None, False
     while position + _BLOCK <= end:
         header = data[position : position + _BLOCK]

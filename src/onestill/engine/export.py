@@ -25,6 +25,7 @@ import numpy as np
 import openvino
 import torch
 from openvino import opset13
+from openvino._offline_transformations import apply_moc_transformations
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
@@ -225,11 +226,15 @@ def _write_part(module: torch.nn.Module, examples: dict[str, torch.Tensor], path
         decoder = TorchScriptPythonDecoder(module.eval(), example_input=examples)  # must outlive the conversion
         model = frontend.convert(frontend.load(decoder))
     model.reshape(shapes)
+    apply_moc_transformations(model, cf=False)  # the fusions that `convert_model` makes
     _keep_as_float16(model)
     # OpenVINO counts its names up over a process; named by their places, the same model gives the same file.
     model.set_friendly_name(path.name)
     for i, node in enumerate(model.get_ordered_ops()):
         node.set_friendly_name(f"{node.get_type_name()}_{i}")
+        if node.get_type_name() != "Parameter":  # whose names are the inputs'
+            for output in node.outputs():
+                output.get_tensor().set_names(set())
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch) / "whole.xml"
         openvino.serialize(model, str(whole), str(whole.with_suffix(".bin")))

@@ -33,6 +33,9 @@ PARTS: Mapping[str, str] = {"text_encoder": "text_encoder", "unet": "unet", "dec
 FORMAT = 1
 ALIGNMENT = 64
 SMALLEST = 64  # bytes; below it equal bytes mean little, and a copy costs nothing
+# Where a node came from, by names that OpenVINO counts up over a process: nobody reads them, and no two runs agree.
+ORIGINS = re.compile(r'\s*<attribute name="fused_names"[^>]*/>')
+EMPTY_INFO = re.compile(r"\s*<rt_info>\s*</rt_info>")
 CONSTANT = re.compile(r'(<data element_type="[^"]*" shape="[^"]*" offset=")(\d+)(" size=")(\d+)(")')
 
 
@@ -150,6 +153,7 @@ def point_into_weights(graph: str, constants: bytes, weights: Path) -> tuple[str
             rest.extend(value)
         return f"{match[1]}{moved[value] if place is None else place}{match[3]}{size}{match[5]}"
 
+    graph = EMPTY_INFO.sub("", ORIGINS.sub("", graph))
     return CONSTANT.sub(move, graph), bytes(rest)
 
 

@@ -73,6 +73,17 @@ class LatentSpace:
         self.channels = int(config.latent_channels)
         self.shift = float(getattr(config, "shift_factor", None) or 0.0)
 
+    @torch.no_grad()
+    def calibrate(self, images: Tensor, folder: str | Path) -> float:
+        """Set the scale that gives the latents of `images` [B, 3, H, W] unit variance, here and in the folder's config."""
+        encoded = self.autoencoder.encode(images)
+        raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        # About each channel's own mean: a constant offset costs a denoiser nothing, and noise has none.
+        self.scale = round(float((raw - raw.mean((0, 2, 3), keepdim=True)).std().reciprocal()), 4)
+        self.autoencoder.register_to_config(scaling_factor=self.scale)
+        self.autoencoder.save_config(folder)
+        return self.scale
+
     def to(self, device: torch.device) -> LatentSpace:
         """Move the weights."""
         self.autoencoder.to(device)

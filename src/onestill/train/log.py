@@ -92,7 +92,8 @@ class Log:
         left_s = (self._iterations - state.iteration) * (time.monotonic() - self._started)
         left_s /= max(1, (state.nimg - self._first_nimg) / max(1, state.nimg / max(1, state.iteration)))
         numbers = "  ".join(f"{key} {value:.4g}" for key, value in means.items() if not key.startswith("grad_norm"))
-        line = f"{self._name} {state.iteration}/{self._iterations}  {numbers}  {speed:.1f} img/s  {left_s / 60:.1f} min left"
+        line = f"{self._name} {state.iteration}/{self._iterations}  {numbers}  {speed:.1f} img/s  "
+        line += f"{left_s / 60:.1f} min left"
         if sys.stderr.isatty():
             sys.stderr.write("\r\x1b[2K" + line[: os.get_terminal_size(sys.stderr.fileno()).columns - 1])
         else:

@@ -141,7 +141,7 @@ def train(recipe: Recipe, method: Method, batches: Batches, *, resume: bool = Fa
 
 
 def _device(options: LoopOptions, accelerator: Accelerator) -> torch.device:
-    """The device to train on. accelerate's own is fixed for the life of the process; it decides among several processes."""
+    """The device to train on. accelerate's is fixed for the process's life, so only several processes ask it."""
     if accelerator.num_processes > 1:
         return accelerator.device  # type: ignore[no-any-return]
     try:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 
 from onestill.train.batches import COLLATE, Reader, SampleBatches
 from onestill.train.loop import train
@@ -33,6 +35,8 @@ def train_recipe(
         dry_run: read and check everything, build the networks, print the resolved recipe and their sizes, stop.
     """
     recipe = read_recipe(path, overrides)
+    transformers.utils.logging.disable_progress_bar()  # it would tear the line that shows the training
+    diffusers.utils.logging.set_verbosity_error()
     if recipe.loop.threads:
         torch.set_num_threads(recipe.loop.threads)
     module = importlib.import_module(f"onestill.train.methods.{recipe.method}")

@@ -113,6 +113,7 @@ def load_checkpoint(state: TrainState, folder: Path, fingerprint: str) -> None:
         for name, optimizer in state.optimizers.items():
             tensors = load_file(folder / f"{name}.optimizer.safetensors")
             optimizer.load_state_dict(_join(tensors, saved["optimizers"][name]))
+            _match_layout(optimizer)
         state.generator.set_state(load_file(folder / "random.safetensors")["generator"])
     except RecipeError:
         raise
@@ -167,6 +168,14 @@ def _join(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
     return {"state": state, "param_groups": rest["param_groups"]}
+
+
+def _match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Give each moment its parameter's strides: safetensors keeps none, and the fused kernels pair elements by memory."""
+    for parameter, slots in optimizer.state.items():
+        for key, value in slots.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                slots[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _changed(old: Any, new: Any, at: str = "") -> Iterator[str]:

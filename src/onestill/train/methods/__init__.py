@@ -1,1 +1,1 @@
-"""One file for each method: its `Options`, its networks, its step. A new method is a new file and its name in METHODS."""
+"""One file for each method: its `Options`, networks and step. A new method is a new file and its name in METHODS."""

@@ -7,23 +7,21 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 from numpy.typing import NDArray
 from PIL.Image import Image
-from PIL.PngImagePlugin import PngInfo
 
 from onestill import __version__
-from onestill.checkpoint import ModelInfo, written_whole
+from onestill.checkpoint import ModelInfo
 from onestill.engine import Conditioning, Engine, load_engine
-from onestill.errors import ImageError, OutputError, PromptError, SizeError, StepsError
+from onestill.errors import PromptError, SizeError, StepsError
 from onestill.noise import noise_source
+from onestill.pipeline.picture import fitted, save_picture
 from onestill.sampling import classifier_free_guidance, sample, strength_timesteps
 from onestill.schedule import add_noise
 
@@ -35,8 +33,6 @@ MOST_LETTERS = 10_000  # of a prompt, far beyond any model's tokens
 MOST_GUIDANCE = 50.0
 TOGETHER = 16  # images drawn side by side, which bounds memory
 PROMPTS_KEPT = 256  # whose states are remembered; some 50 KB each
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-EXIF_DESCRIPTION = 0x010E
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class Output:
         prompts: the prompt of each.
         timings: of the whole call.
         notes: sentences on what was not done to the letter, such as how many tokens did not fit.
-        settings: what else a picture was drawn with: model, version, num_inference_steps, sampler, guidance_scale, ...
+        settings: what else each was drawn with: model, version, num_inference_steps, sampler, guidance_scale, ...
     """
 
     images: list[Image]
@@ -67,15 +63,28 @@ class Output:
     prompts: list[str]
     timings: Timings
     notes: list[str]
-    settings: Mapping[str, str]
+    settings: list[dict[str, str]]
 
     def metadata(self, index: int) -> dict[str, str]:
         """What image `index` is drawn from, as written into its file."""
-        return {"prompt": self.prompts[index], "seed": str(self.seeds[index]), **self.settings}
+        return {"prompt": self.prompts[index], "seed": str(self.seeds[index]), **self.settings[index]}
 
     def save(self, index: int, path: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Save image `index` with its parameters; see `save_picture`."""
         return save_picture(self.images[index], path, self.metadata(index), force=force)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The checked settings that all images of a call share."""
+
+    num_inference_steps: int
+    timesteps: tuple[int, ...]
+    guidance_scale: float
+    sampler: str
+    height: int
+    width: int
+    strength: float | None
 
 
 class Pipeline:
@@ -126,56 +135,77 @@ class Pipeline:
             sampler: one of `onestill.sampling.SAMPLERS`; None is the model's own.
 
         Raises:
-            PromptError, SizeError, StepsError, ImageError, ScheduleError: an argument that nothing can be drawn from.
+            PromptError, SizeError, StepsError, ImageError, ScheduleError: nothing can be drawn from an argument.
         """
         started = time.perf_counter()
-        info = self.info
         each = _checked_whole("num_images_per_prompt", num_images_per_prompt, MOST_IMAGES)
         prompts = [text for text in _checked_prompts(prompt) for _ in range(each)]
-        if len(prompts) > MOST_IMAGES:
-            raise StepsError(f"{len(prompts)} images are too many for one call; ask for at most {MOST_IMAGES}.")
+        plan = self._plan(
+            num_inference_steps, guidance_scale, height, width, sampler, None if image is None else strength
+        )
         negatives = _matched_negatives(negative_prompt, prompts, each)
         seeds = _seeds(seed, len(prompts))
-        height, width = _checked_size(height, width, info)
-        guidance = _checked_guidance(info.guidance_scale if guidance_scale is None else guidance_scale)
-        steps = info.num_inference_steps if num_inference_steps is None else num_inference_steps
-        steps = _checked_whole("num_inference_steps", steps, MOST_STEPS)
-        timesteps = info.schedule.timesteps(steps)
-        if image is not None:
-            timesteps = strength_timesteps(timesteps, strength, info.schedule.num_train_timesteps)
+        picture = None if image is None else fitted(image, plan.height, plan.width)
 
         words, notes = self._encode(prompts)
-        against = self._encode(negatives)[0] if guidance > 1 else None
-        start = self.engine.encode_image(_fitted(image, height, width)[None]) if image is not None else None
+        against = self._encode(negatives)[0] if plan.guidance_scale > 1 else None
+        start = None if picture is None else self.engine.encode_image(picture[None])
         encoded = time.perf_counter()
 
         latents = []
         for first in range(0, len(prompts), TOGETHER):
             part = slice(first, first + TOGETHER)
-            cond, uncond = words[part], None if against is None else against[part]
-            latents.append(self._draw(cond, uncond, guidance, start, seeds[part], timesteps, sampler or info.sampler))
+            latents.append(
+                self._draw(plan, words[part], None if against is None else against[part], start, seeds[part])
+            )
         denoised = time.perf_counter()
 
-        images = [PIL.Image.fromarray(picture) for some in latents for picture in self.engine.decode(some)]
+        images = [PIL.Image.fromarray(drawn) for some in latents for drawn in self.engine.decode(some)]
         ended = time.perf_counter()
-        settings = {
-            "num_inference_steps": str(steps),
-            "sampler": sampler or info.sampler,
-            "guidance_scale": f"{guidance:g}",
-            **({"negative_prompt": negatives[0]} if guidance > 1 and negatives[0] else {}),
-            **({"strength": f"{strength:g}"} if image is not None else {}),
-            "size": f"{width}x{height}",
-            "model": f"{info.name} {info.version}".strip(),
-            "engine": f"{self.engine.name} {self.engine.dtype}",
-            "version": f"onestill {__version__}",
-        }
         timings = Timings(
             encode_ms=(encoded - started) * 1000,
             denoise_ms=(denoised - encoded) * 1000,
             decode_ms=(ended - denoised) * 1000,
             total_ms=(ended - started) * 1000,
         )
+        settings = [self._settings(plan, negative) for negative in negatives]
         return Output(images, seeds, prompts, timings, notes, settings)
+
+    def _plan(
+        self,
+        steps: int | None,
+        guidance_scale: float | None,
+        height: int | None,
+        width: int | None,
+        sampler: str | None,
+        strength: float | None,
+    ) -> _Plan:
+        info = self.info
+        steps = _checked_whole("num_inference_steps", info.num_inference_steps if steps is None else steps, MOST_STEPS)
+        timesteps = info.schedule.timesteps(steps)
+        if strength is not None:
+            timesteps = strength_timesteps(timesteps, strength, info.schedule.num_train_timesteps)
+        return _Plan(
+            steps,
+            tuple(timesteps),
+            _checked_guidance(info.guidance_scale if guidance_scale is None else guidance_scale),
+            sampler or info.sampler,
+            *_checked_size(height, width, info),
+            strength,
+        )
+
+    def _settings(self, plan: _Plan, negative: str) -> dict[str, str]:
+        return {
+            "num_inference_steps": str(plan.num_inference_steps),
+            "sampler": plan.sampler,
+            "guidance_scale": f"{plan.guidance_scale:g}",
+            **({"negative_prompt": negative} if plan.guidance_scale > 1 and negative else {}),
+            **({"strength": f"{plan.strength:g}"} if plan.strength is not None else {}),
+            "size": f"{plan.width}x{plan.height}",
+            "model": f"{self.info.name} {self.info.version}".strip(),
+            "engine": f"{self.engine.name} {self.engine.dtype}",
+            "version": f"onestill {__version__}",
+        }
 
     def _encode(self, prompts: Sequence[str]) -> tuple[NDArray[np.float32], list[str]]:
         """States [B, K, D] of the prompts, each encoded once and remembered, and notes on those that were cut."""
@@ -200,18 +230,16 @@ class Pipeline:
 
     def _draw(
         self,
+        plan: _Plan,
         cond: NDArray[np.float32],
         uncond: NDArray[np.float32] | None,
-        guidance_scale: float,
         start: NDArray[np.float32] | None,
         seeds: Sequence[int],
-        timesteps: Sequence[int],
-        sampler: str,
     ) -> NDArray[np.float32]:
         """Latents [B, C, h, w] for B seeds and states [B, K, D]; `start` [1, C, h, w] are those of an image."""
         schedule = self.info.schedule
         draw = noise_source(seeds, self.info.latent_shape if start is None else start.shape[1:])
-        alpha, sigma = schedule.at(timesteps[0])
+        alpha, sigma = schedule.at(plan.timesteps[0])
         x = add_noise(0.0 if start is None else start, draw(0), alpha, sigma)
         states = cond if uncond is None else np.concatenate([cond, uncond])
         conditioning = Conditioning(states, (0,) * len(states))
@@ -221,10 +249,10 @@ class Pipeline:
                 output = self.engine.denoise(x, timestep, conditioning)
             else:
                 both = self.engine.denoise(np.concatenate([x, x]), timestep, conditioning)
-                output = classifier_free_guidance(both[: len(x)], both[len(x) :], guidance_scale)
+                output = classifier_free_guidance(both[: len(x)], both[len(x) :], plan.guidance_scale)
             return np.asarray(schedule.x0(output, x, timestep), dtype=np.float32)
 
-        return np.asarray(sample(sampler, predict_x0, x, schedule, timesteps, draw), dtype=np.float32)
+        return np.asarray(sample(plan.sampler, predict_x0, x, schedule, plan.timesteps, draw), dtype=np.float32)
 
 
 def load(
@@ -250,78 +278,15 @@ def load(
     return Pipeline(load_engine(engine, model, device, dtype, threads=threads))
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def save_picture(
-    image: Image, path: str | os.PathLike[str], metadata: Mapping[str, str], *, force: bool = False
-) -> Path:
-    """Save an image with what it was drawn from: a PNG's text fields, or the description of a JPEG or WebP.
-
-    The file appears whole or not at all. Its field `parameters` has the form that other tools read.
-
-    Args:
-        image: RGB.
-        path: ends in .png, .jpg, .jpeg or .webp; its folder is made where there is none.
-        metadata: name -> text, with at least `prompt` and `seed`.
-        force: replace a file that exists.
-
-    Raises:
-        OutputError: the file exists and `force` is not set, cannot be written, or is of another kind.
-    """
-    target = Path(path)
-    if target.suffix.lower() not in FORMATS:
-        raise OutputError(f"'{target}' does not end in {', '.join(FORMATS)}; choose one of those.")
-    try:
-        with written_whole(target, replace=force) as unfinished, unfinished.open("xb") as file:
-            image.save(file, FORMATS[target.suffix.lower()], **_embedded(target, metadata))
-    except OSError as error:
-        if isinstance(error, FileExistsError) and os.path.lexists(target):
-            raise OutputError(f"'{target}' exists; choose another name, or replace it with force.") from error
-        raise OutputError(f"'{target}' cannot be written: {error.strerror or error}; choose another place.") from error
-    return target
-
-
-def _embedded(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    names = {"num_inference_steps": "Steps", "guidance_scale": "CFG scale", "strength": "Denoising strength"}
-    rest = {names.get(name, name.capitalize()): value for name, value in metadata.items() if name != "prompt"}
-    parameters = metadata["prompt"] + "\n" + ", ".join(f"{name}: {value}" for name, value in rest.items())
-    if path.suffix.lower() == ".png":
-        fields = PngInfo()
-        for name, value in {**metadata, "parameters": parameters}.items():
-            fields.add_text(name, value)
-        return {"pnginfo": fields}
-    exif = PIL.Image.Exif()
-    exif[EXIF_DESCRIPTION] = parameters
-    return {"exif": exif, "quality": 95}
-
-
-def _fitted(image: Image | NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """A picture as uint8 [height, width, 3]: upright, on white where transparent, its longer sides cut evenly."""
-    try:
-        picture = PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else PIL.ImageOps.exif_transpose(image)
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
-        picture = picture.convert("RGB")
-        if picture.size != (width, height):
-            picture = PIL.ImageOps.fit(picture, (width, height), PIL.Image.Resampling.LANCZOS)
-    except (AttributeError, OSError, TypeError, ValueError, SyntaxError) as error:
-        raise ImageError(f"The image cannot be used ({error}); give a PIL image or uint8 [H, W, 3].") from error
-    return np.asarray(picture, dtype=np.uint8)
-
-
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
 def _checked_prompts(prompt: str | Sequence[str]) -> list[str]:
     prompts = _listed(prompt)
-    if not prompts:
-        raise PromptError("There is no prompt; say what to draw, such as 'a red apple'.")
     for text in prompts:
         _check_text(text)
-        if not text.strip():
-            raise PromptError("The prompt is empty; say what to draw, such as 'a red apple'.")
+    if not prompts or not all(text.strip() for text in prompts):
+        raise PromptError("The prompt is empty; say what to draw, such as 'a red apple'.")
     return prompts
 
 
@@ -342,16 +307,15 @@ def _check_text(text: object) -> None:
 
 def _matched_negatives(negative: str | Sequence[str] | None, prompts: Sequence[str], each: int) -> list[str]:
     """One negative prompt per image."""
-    if negative is None or isinstance(negative, str):
-        _check_text(negative or "")
-        return [negative or ""] * len(prompts)
-    negatives = list(negative)
+    negatives = _listed("" if negative is None else negative)
+    for text in negatives:
+        _check_text(text)
+    if not isinstance(negative, list | tuple):
+        return negatives * len(prompts)
     if len(negatives) * each != len(prompts):
         raise PromptError(
             f"{len(negatives)} negative prompts do not match {len(prompts) // each} prompts; give as many."
         )
-    for text in negatives:
-        _check_text(text)
     return [text for text in negatives for _ in range(each)]
 
 
@@ -368,6 +332,8 @@ def _checked_guidance(scale: object) -> float:
 
 
 def _seeds(seed: int | None, count: int) -> list[int]:
+    if count > MOST_IMAGES:
+        raise StepsError(f"{count} images are too many for one call; ask for at most {MOST_IMAGES}.")
     first = secrets.randbelow(2**32 - count) if seed is None else seed
     if not _is_whole(first) or not 0 <= first <= 2**63 - count:
         raise StepsError(f"The seed is {first}; choose a whole number from 0 to {2**63 - count}.")

@@ -1,0 +1,81 @@
+"""Pictures in and out: any picture fitted to a model's size, and files that carry what they were drawn from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+from numpy.typing import NDArray
+from PIL.Image import Image
+from PIL.PngImagePlugin import PngInfo
+
+from onestill.checkpoint import written_whole
+from onestill.errors import ImageError, OutputError
+
+__all__ = ["fitted", "save_picture"]
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+EXIF_DESCRIPTION = 0x010E
+
+
+def save_picture(
+    image: Image, path: str | os.PathLike[str], metadata: Mapping[str, str], *, force: bool = False
+) -> Path:
+    """Save an image with what it was drawn from: a PNG's text fields, or the description of a JPEG or WebP.
+
+    The file appears whole or not at all. Its field `parameters` has the form that other tools read.
+
+    Args:
+        image: RGB.
+        path: ends in .png, .jpg, .jpeg or .webp; its folder is made where there is none.
+        metadata: name -> text, with at least `prompt` and `seed`.
+        force: replace a file that exists.
+
+    Raises:
+        OutputError: the file exists and `force` is not set, cannot be written, or is of another kind.
+    """
+    target = Path(path)
+    if target.suffix.lower() not in FORMATS:
+        raise OutputError(f"'{target}' does not end in {', '.join(FORMATS)}; choose one of those.")
+    try:
+        with written_whole(target, replace=force) as unfinished, unfinished.open("xb") as file:
+            image.save(file, FORMATS[target.suffix.lower()], **_embedded(target, metadata))
+    except OSError as error:
+        if isinstance(error, FileExistsError) and os.path.lexists(target):
+            raise OutputError(f"'{target}' exists; choose another name, or replace it with force.") from error
+        raise OutputError(f"'{target}' cannot be written: {error.strerror or error}; choose another place.") from error
+    return target
+
+
+def _embedded(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    names = {"num_inference_steps": "Steps", "guidance_scale": "CFG scale", "strength": "Denoising strength"}
+    rest = {names.get(name, name.capitalize()): value for name, value in metadata.items() if name != "prompt"}
+    parameters = metadata["prompt"] + "\n" + ", ".join(f"{name}: {value}" for name, value in rest.items())
+    if path.suffix.lower() == ".png":
+        fields = PngInfo()
+        for name, value in {**metadata, "parameters": parameters}.items():
+            fields.add_text(name, value)
+        return {"pnginfo": fields}
+    exif = PIL.Image.Exif()
+    exif[EXIF_DESCRIPTION] = parameters
+    return {"exif": exif, "quality": 95}
+
+
+def fitted(image: Image | NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """A picture as uint8 [height, width, 3]: upright, on white where transparent, its longer sides cut evenly."""
+    try:
+        picture = PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else PIL.ImageOps.exif_transpose(image)
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
+        picture = picture.convert("RGB")
+        if picture.size != (width, height):
+            picture = PIL.ImageOps.fit(picture, (width, height), PIL.Image.Resampling.LANCZOS)
+    except (AttributeError, OSError, TypeError, ValueError, SyntaxError) as error:
+        raise ImageError(f"The image cannot be used ({error}); give a PIL image or uint8 [H, W, 3].") from error
+    return np.asarray(picture, dtype=np.uint8)

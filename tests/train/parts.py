@@ -1,0 +1,53 @@
+"""Tiny real networks on disk, and one batch of cached latents for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onestill.train.features import Tower, new_backbone
+from onestill.train.methods.add import Method
+from onestill.train.recipe import parse_recipe
+from tests.tiny import MAX_TOKENS, WIDTH, tiny_model
+
+CHANNELS, SIZE = 4, 4
+
+
+def write_parts(folder: Path) -> Path:
+    """A diffusers folder `model` with an AutoencoderTiny, and two towers: `latents` (ViT) and `pixels` (ResNet)."""
+    tiny_model(folder / "model", autoencoder="tiny", openvino=False)
+    torch.manual_seed(0)
+    latents = new_backbone("vit", channels=CHANNELS, size=SIZE, patch=1, width=32, depth=3)
+    Tower(latents, 16, WIDTH).save(folder / "latents", space="latents")
+    pixels = new_backbone("resnet", channels=3, size=32, patch=1, width=32, depth=1)
+    Tower(pixels, 16, WIDTH).save(folder / "pixels", space="pixels")
+    return folder
+
+
+def add_recipe(parts: Path, **options: Any) -> Any:
+    model = parts / "model"
+    given = {"teacher": str(model / "unet"), "autoencoder": str(model / "vae"), "text_encoder": str(model)}
+    given |= {"tower": str(parts / "latents"), "tower_layers": [0, 1, 3], "head_width": 16, **options}
+    loop = {"iterations": 2, "batch_size": 4}
+    return parse_recipe({"name": "tiny", "method": "add", "out": "runs/tiny", "loop": loop, "add": given})
+
+
+def add_method(parts: Path, **options: Any) -> Method:
+    recipe = add_recipe(parts, **options)
+    method = Method(recipe.options, recipe.loop)
+    method.to(torch.device("cpu"))
+    return method
+
+
+def latents_batch(count: int = 4, seed: int = 0) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(count, *shape, generator=draw)
+
+    mask = torch.ones(count, MAX_TOKENS, dtype=torch.bool)
+    text = noise(MAX_TOKENS, WIDTH)
+    return {"latents": noise(CHANNELS, SIZE, SIZE), "text": text, "mask": mask, "captions": ["a red star"] * count}

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from onestill.errors import CheckpointError
+from onestill.train.denoiser import Denoiser, load_unet, training_schedule
+from onestill.train.features import FeatureNetwork, TeacherFeatures, Tower, TowerFeatures, new_backbone, pool, tokens
+from tests.tiny import WIDTH
+from tests.train.parts import CHANNELS, SIZE, write_parts
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_parts(tmp_path_factory.mktemp("parts"))
+
+
+def teacher_features(parts: Path) -> TeacherFeatures:
+    teacher = load_unet(parts / "model/unet").eval().requires_grad_(False)
+    return TeacherFeatures(Denoiser(teacher, training_schedule()))
+
+
+def networks(parts: Path) -> list[tuple[FeatureNetwork, torch.Tensor]]:
+    latents = torch.randn(3, CHANNELS, SIZE, SIZE)
+    return [
+        (TowerFeatures(parts / "latents", (0, 1, 3)), latents),
+        (TowerFeatures(parts / "pixels", (0, 2, 4)), torch.randn(3, 3, 32, 32)),
+        (teacher_features(parts), latents),
+    ]
+
+
+def test_taps_are_tokens_on_a_square_grid_of_the_widths_told(parts: Path) -> None:
+    for network, x in networks(parts):
+        taps = network.taps(x)
+        assert [tap.shape[-1] for tap in taps] == list(network.widths)
+        for tap in taps:
+            assert tap.shape[0] == 3
+            assert int(tap.shape[1] ** 0.5) ** 2 == tap.shape[1]
+        assert network.embed(x).shape == (3, network.embedding_width)
+
+
+def test_gradients_flow_through_to_the_input_and_stay_out_of_the_weights(parts: Path) -> None:
+    for network, x in networks(parts):
+        inner = network.tower if isinstance(network, TowerFeatures) else network.denoiser.unet  # type: ignore[attr-defined]
+        before = {name: value.clone() for name, value in inner.state_dict().items()}
+        x = x.clone().requires_grad_()
+        sum(tap.square().sum() for tap in network.taps(x)).backward()  # type: ignore[union-attr]
+        assert x.grad is not None
+        assert x.grad.abs().sum() > 0
+        assert not inner.training
+        assert all(not module.training for module in inner.modules())
+        assert all(parameter.grad is None and not parameter.requires_grad for parameter in inner.parameters())
+        assert all(torch.equal(value, before[name]) for name, value in inner.state_dict().items())
+
+
+def test_a_sample_does_not_see_its_batch(parts: Path) -> None:
+    for network, x in networks(parts):
+        alone = network.taps(x[:1])
+        for together, single in zip(network.taps(x), alone, strict=True):
+            torch.testing.assert_close(together[:1], single, rtol=1e-4, atol=1e-4)
+
+
+def test_the_teachers_taps_follow_noise_and_words(parts: Path) -> None:
+    features, latents = teacher_features(parts), torch.randn(2, CHANNELS, SIZE, SIZE)
+    noise, text = torch.randn_like(latents), torch.randn(2, 5, WIDTH)
+    at = torch.tensor([100, 100])
+    base = features.noised_taps(latents, at, noise, text)[-1]
+    assert not torch.allclose(base, features.noised_taps(latents, at + 300, noise, text)[-1])
+    assert not torch.allclose(base, features.noised_taps(latents, at, noise, text + 1)[-1])
+    pure = torch.tensor([999, 999])  # zero terminal SNR: nothing of the latents is left
+    one, other = (features.noised_taps(x, pure, noise, text)[-1] for x in (latents, latents + 1))
+    assert torch.equal(one, other)
+
+
+def test_the_teachers_encoder_is_the_unets_own(parts: Path) -> None:
+    features = teacher_features(parts)
+    unet, seen = features.denoiser.unet, []
+    hook = unet.mid_block.register_forward_hook(lambda _m, _i, output: seen.append(output))
+    latents, text = torch.randn(2, CHANNELS, SIZE, SIZE), torch.randn(2, 5, WIDTH)
+    at = torch.tensor([10, 400])
+    taps = features.noised_taps(latents, at, torch.zeros_like(latents), text)
+    alpha, _ = features.denoiser.signal(at)
+    unet(alpha * latents, at, text)
+    hook.remove()
+    torch.testing.assert_close(tokens(seen[1]), taps[-1])
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_a_tower_is_saved_whole(tmp_path: Path, kind: str) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    tower = Tower(new_backbone(kind, channels=3, size=32, patch=8, width=32, depth=1), 16, WIDTH)
+    tower.embed_image(x)  # moves the statistics that a ResNet keeps
+    tower.eval().save(tmp_path / "tower", space="pixels", image_size=32)
+    loaded = Tower.load(tmp_path / "tower")
+    assert torch.equal(loaded.embed_image(x), tower.embed_image(x))
+    text, mask = torch.randn(2, 5, WIDTH), torch.ones(2, 5, dtype=torch.bool)
+    assert torch.equal(loaded.embed_text(text, mask), tower.embed_text(text, mask))
+    torch.testing.assert_close(loaded.embed_image(x).norm(dim=-1), torch.ones(2))
+    assert loaded.logit_scale == tower.logit_scale
+
+
+def test_what_is_no_tower(parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no contrastive model"):
+        Tower.load(tmp_path)
+    for name in ("projections.safetensors", "image_tower/model.safetensors", "contrastive.json"):
+        folder = tmp_path / name.replace("/", "-")
+        shutil.copytree(parts / "pixels", folder)
+        (folder / name).write_bytes((folder / name).read_bytes()[:40])
+        with pytest.raises(CheckpointError, match="holds no contrastive model"):
+            Tower.load(folder)
+
+
+def test_layers_that_are_not_there(parts: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has taps 0 to 3, not \[4\]"):
+        TowerFeatures(parts / "latents", (4,))
+
+
+def test_pooling_leaves_padding_out() -> None:
+    text = torch.tensor([[[1.0], [3.0], [50.0]], [[7.0], [9.0], [9.0]]])
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    assert pool(text, mask).tolist() == [[2.0], [0.0]]
+
+
+def test_a_class_token_is_no_place_on_the_grid() -> None:
+    assert tokens(torch.arange(5.0).view(1, 5, 1)).flatten().tolist() == [1, 2, 3, 4]
+    assert tokens(torch.arange(4.0).view(1, 1, 2, 2)).flatten().tolist() == [0, 1, 2, 3]

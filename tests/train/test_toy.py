@@ -1,0 +1,176 @@
+"""Eight Gaussians on a circle, drawn in one step: ADD's own step and loop, with a teacher that is exact.
+
+The latents are points [B, 2, 1, 1]; the teacher knows the posterior mean; the features are frozen random Fourier ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from onestill.train.denoiser import Denoiser, training_schedule
+from onestill.train.discriminator import Discriminator
+from onestill.train.loop import train
+from onestill.train.methods.add import Method
+from onestill.train.recipe import LoopOptions, Recipe, parse_recipe
+from onestill.train.state import TrainState
+
+MODES = torch.stack([torch.tensor([np.cos(a), np.sin(a)]) for a in np.arange(8) * np.pi / 4]).float() * 2**0.5
+SPREAD = 0.06
+SCHEDULE = training_schedule()
+ALPHA, SIGMA = (torch.tensor(values, dtype=torch.float32) for values in (SCHEDULE.alpha, SCHEDULE.sigma))
+
+
+def points(count: int, draw: torch.Generator) -> Tensor:
+    """`count` points of the eight Gaussians, [B, 2]."""
+    return MODES[torch.randint(0, 8, (count,), generator=draw)] + SPREAD * torch.randn(count, 2, generator=draw)
+
+
+class ExactTeacher(nn.Module):
+    """The v of the eight Gaussians' posterior mean."""
+
+    def forward(self, x: Tensor, timesteps: Tensor, text: Tensor) -> SimpleNamespace:
+        alpha, sigma = ALPHA[timesteps].view(-1, 1), SIGMA[timesteps].view(-1, 1)
+        flat = x.flatten(1)
+        variance = alpha.square() * SPREAD**2 + sigma.square()  # [B, 1]
+        away = flat.unsqueeze(1) - alpha.unsqueeze(1) * MODES  # [B, 8, 2]
+        share = (-away.square().sum(-1) / (2 * variance)).softmax(-1).unsqueeze(-1)
+        mean = (share * (MODES + (alpha * SPREAD**2 / variance).unsqueeze(1) * away)).sum(1)
+        return SimpleNamespace(sample=((alpha * flat - mean) / sigma).view_as(x))
+
+
+class PointStudent(nn.Module):
+    """A small network of points and timesteps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(4, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2)
+        )
+
+    def forward(self, x: Tensor, timesteps: Tensor, text: Tensor) -> SimpleNamespace:
+        signal = torch.stack([ALPHA[timesteps], SIGMA[timesteps]], 1)
+        return SimpleNamespace(sample=self.layers(torch.cat([x.flatten(1), signal], 1)).view_as(x))
+
+
+class FourierFeatures:
+    """Random, frozen: one tap of one token for each of two scales."""
+
+    widths, embedding_width = (64, 64), 64
+
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(5)
+        self.frequencies = [scale * torch.randn(2, 32, generator=draw) for scale in (0.7, 2.0)]
+
+    def to(self, device: torch.device) -> FourierFeatures:
+        return self
+
+    def taps(self, x: Tensor) -> list[Tensor]:
+        waves = [x.flatten(1) @ frequency for frequency in self.frequencies]
+        return [torch.cat([wave.sin(), wave.cos()], 1).unsqueeze(1) * 2**0.5 for wave in waves]
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.taps(x)[0].squeeze(1)
+
+
+class ToyMethod(Method):
+    """ADD itself; only the networks are put in by hand instead of read from folders."""
+
+    def __init__(self, options: Any, loop: LoopOptions) -> None:
+        torch.manual_seed(loop.seed)
+        self.options, self.loop = options, loop
+        self.student, self.teacher = PointStudent(), ExactTeacher()
+        self.features = [FourierFeatures()]
+        self.discriminator = Discriminator((64, 64), options.head_width, 0, 0)
+        self.networks = {"student": self.student, "discriminator": self.discriminator}
+        rates = {"student": options.lr, "discriminator": options.discriminator_lr}
+        self.optimizers = {
+            role: torch.optim.AdamW(self.networks[role].parameters(), lr=rate, betas=(options.beta1, 0.99), weight_decay=0)
+            for role, rate in rates.items()
+        }
+        self.empty = torch.zeros(1, 1, 1)
+
+    def to(self, device: torch.device) -> None:
+        self.student_denoiser = Denoiser(self.student, SCHEDULE)
+        self.teacher_denoiser = Denoiser(self.teacher, SCHEDULE)
+
+    def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
+        return np.zeros((1, 8, 8, 3), np.uint8), ["points"]
+
+    def export(self, state: TrainState, folder: Path) -> None:
+        folder.mkdir()
+
+
+class PointBatches:
+    def __init__(self, size: int) -> None:
+        self.draw, self.size = torch.Generator().manual_seed(0), size
+
+    def next(self) -> dict[str, Any]:
+        text = torch.zeros(self.size, 1, 1)
+        return {"latents": points(self.size, self.draw).view(-1, 2, 1, 1), "text": text, "mask": text[..., 0].bool()}
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def toy_recipe(out: Path, iterations: int) -> Recipe:
+    add = {"condition_on_text": False, "condition_on_image": False, "shift": 0, "head_width": 64}
+    add |= {"lr": 1e-3, "discriminator_lr": 2e-3, "timestep_weights": [3.0, 1.0, 1.0, 1.0], "lambda_distill": 2.5}
+    loop = {"iterations": iterations, "batch_size": 128, "log_every": 100, "sheet_every": 9999, "checkpoint_every": 9999}
+    loop |= {"ema_decay": 0.995, "warmup": 20, "grad_clip": 10.0}
+    return parse_recipe({"name": "toy", "method": "add", "out": str(out), "loop": loop, "add": add})
+
+
+def one_step(method: ToyMethod, state: TrainState, count: int = 2000) -> Tensor:
+    """Points [B, 2] drawn by the averaged student in one step, from noise alone."""
+    student = PointStudent()
+    student.load_state_dict(state.averaged("student"))
+    noise = torch.randn(count, 2, 1, 1, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        return Denoiser(student, SCHEDULE).x0(noise, torch.full((count,), 999), torch.zeros(count, 1, 1)).flatten(1)
+
+
+def energy_distance(x: Tensor, y: Tensor) -> float:
+    return float(2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean())
+
+
+def test_the_exact_teacher_is_exact() -> None:
+    """Its x0 minimises the error: no constant shift or scale of it does better, and it is unbiased."""
+    draw = torch.Generator().manual_seed(1)
+    x0, t = points(20_000, draw).view(-1, 2, 1, 1), torch.randint(20, 981, (20_000,), generator=draw)
+    alpha, sigma = ALPHA[t].view(-1, 1, 1, 1), SIGMA[t].view(-1, 1, 1, 1)
+    x_t = alpha * x0 + sigma * torch.randn(x0.shape, generator=draw)
+    mean = Denoiser(ExactTeacher(), SCHEDULE).x0(x_t, t, torch.zeros(1))
+    error = x0 - mean
+    assert float(error.mean()) == pytest.approx(0, abs=0.02)
+    assert float((error * mean).mean()) == pytest.approx(0, abs=0.02)  # orthogonal to every function of x_t
+    assert float((error * x_t).mean()) == pytest.approx(0, abs=0.02)
+
+
+def test_one_step_reaches_all_eight_modes(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    recipe = toy_recipe(tmp_path, 1200)
+    method = ToyMethod(recipe.options, recipe.loop)
+    data = points(2000, torch.Generator().manual_seed(3))
+    untrained = PointStudent()
+    start = Denoiser(untrained, SCHEDULE).x0(torch.randn(2000, 2, 1, 1), torch.full((2000,), 999), torch.zeros(1))
+    state = train(recipe, method, PointBatches(recipe.loop.batch_size))
+    drawn = one_step(method, state)
+    distance, mode = torch.cdist(drawn, MODES).min(1)
+    shares = mode[distance < 0.35].bincount(minlength=8) / len(drawn)
+    before, after = energy_distance(start.detach().flatten(1), data), energy_distance(drawn, data)
+    print(f"energy distance {before:.3f} -> {after:.4f}, mean distance to a mode {distance.mean():.3f}, shares {shares}")
+    assert shares.min() > 0.04, shares
+    assert after < 0.03
+    assert distance.mean() < 0.3
