@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--card", help="the model card, copied as README.md")
-    parser.add_argument("--notice", help="licences and authors of the data, copied as NOTICE.md")
+    parser.add_argument("--notice", help="licences and authors of the data, copied as NOTICE")
     parser.add_argument("--made", help="a JSON file: how it was made, with numbers")
     parser.add_argument("--force", action="store_true")
     options = parser.parse_args(arguments)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         force=options.force,
     )
     export_openvino(folder)
-    for source, name in ((options.card, "README.md"), (options.notice, "NOTICE.md")):
+    for source, name in ((options.card, "README.md"), (options.notice, "NOTICE")):
         if source:
             shutil.copyfile(source, folder / name)
     made = json.loads(Path(options.made).read_text(encoding="utf-8")) if options.made else {}

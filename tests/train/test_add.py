@@ -189,7 +189,7 @@ def test_options_that_contradict_each_other(parts: Path, options: dict[str, Any]
 
 
 def test_networks_that_are_not_there(parts: Path) -> None:
-    for key, sentence in (("teacher", "UNet2DConditionModel"), ("autoencoder", "AutoencoderTiny"), ("tower", "no cont")):
+    for key, sentence in (("teacher", "UNet2DCond"), ("autoencoder", "AutoencoderTiny"), ("tower", "no contrastive")):
         with pytest.raises(CheckpointError, match=sentence):
             add_method(parts, **{key: str(parts / "none")})
     with pytest.raises(CheckpointError, match="no text encoder"):

@@ -168,7 +168,7 @@ class _Part:
 
     def _import(self, path: Path) -> Any:
         with suppress(OSError, ValueError, RuntimeError):
-            blob = np.fromfile(path, dtype=np.uint8)
+            blob = np.memmap(path, dtype=np.uint8, mode="c")  # half of it is a table of words, of which few are read
             if blob[-len(BLOB_END) :].tobytes() == BLOB_END:
                 path.touch()  # the ones longest unused go first
                 self._memory.append(blob)

@@ -75,7 +75,7 @@ class LatentSpace:
 
     @torch.no_grad()
     def calibrate(self, images: Tensor, folder: str | Path) -> float:
-        """Set the scale that gives the latents of `images` [B, 3, H, W] unit variance, here and in the folder's config."""
+        """Set the scale that gives the latents of `images` [B, 3, H, W] unit variance, here and in the folder."""
         encoded = self.autoencoder.encode(images)
         raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
         # About each channel's own mean: a constant offset costs a denoiser nothing, and noise has none.

@@ -171,7 +171,7 @@ def _join(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _match_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Give each moment its parameter's strides: safetensors keeps none, and the fused kernels pair elements by memory."""
+    """Give each moment its parameter's strides: safetensors keeps none, and fused kernels pair elements by memory."""
     for parameter, slots in optimizer.state.items():
         for key, value in slots.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:

@@ -1,0 +1,125 @@
+"""Every stage of recipes/icons, first as it is read, then all in order in a tiny form on the packaged sample set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from onestill.cli.train import RecipeReader
+from onestill.data import ShardReader, sample_shards
+from onestill.errors import DataError
+from onestill.train.conditioning import LatentSpace, TextEncoder
+from onestill.train.denoiser import load_unet
+from onestill.train.features import Tower
+from onestill.train.recipe import METHODS, read_recipe
+from onestill.train.run import train_recipe
+from recipes.icons import cache
+from tests.tiny import MAX_TOKENS, WIDTH, tiny_model
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes/icons").glob("*/*.toml"))
+STAGES = {path.stem: path for path in RECIPES if path.parent.name == "cpu"}
+
+SHORT = ["loop.iterations=2", "loop.batch_size=4", "loop.log_every=1", "loop.threads=1", "loop.warmup=0"]
+UNET = ["sample_size=8", "channels=4", "head_dim=8", "groups=8", f"text_width={WIDTH}"]
+UNET += ["block_out_channels=[16, 32]", "attention=[false, true]"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_parses(path: Path) -> None:
+    recipe = read_recipe(path)
+    assert recipe.method in METHODS
+    assert recipe.out.startswith("runs/")
+    assert recipe.data.shards
+
+
+def test_the_stages_hand_on_what_they_make() -> None:
+    made = {recipe.method: recipe.out for recipe in map(read_recipe, STAGES.values())}
+    assert set(made) == set(METHODS)
+    student = read_recipe(STAGES["4-student"]).options
+    assert student.teacher == f"{made['diffusion']}/export/unet"
+    assert student.autoencoder == f"{made['autoencoder']}/export/vae"
+    assert read_recipe(STAGES["3-teacher"]).options.autoencoder == student.autoencoder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def run(stage: str, runs: Path, shards: Path | str, *more: str) -> Any:
+    sets = [f'out="{runs / stage}"', f'data.shards=["{shards}"]', *SHORT, *more]
+    return train_recipe(STAGES[stage], sets, reader=RecipeReader)
+
+
+def rows(runs: Path, stage: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (runs / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_all_stages_in_a_tiny_form(runs: Path) -> None:
+    torch.set_num_threads(1)
+    assert sample_shards()
+    words = tiny_model(runs / "model", autoencoder="tiny", openvino=False)
+    sizes = ["latent_channels=4", "encoder_width=4", "decoder_width=4"]
+    sizes += ["encoder_blocks=[0, 0, 1, 1, 1]", "decoder_blocks=[1, 1, 1, 0, 0]"]
+    run("1-autoencoder", runs, "sample", *[f"autoencoder.{size}" for size in sizes])
+    vae = runs / "1-autoencoder/export/vae"
+    arguments = ["--shards", *map(str, sample_shards()), "--autoencoder", str(vae), "--out", str(runs / "cached")]
+    cache.main([*arguments, "--text-encoder", str(words), "--samples", "12", "--threads", "1"])
+    check_cache(runs, LatentSpace(vae), TextEncoder(str(words)))
+
+    tower = ["width=32", "depth=1", "embedding_width=16", f"text_width={WIDTH}"]
+    run("2-evaluator", runs, runs / "cached", *[f"contrastive.{size}" for size in tower])
+    assert Tower.load(runs / "2-evaluator/export").embed_image(torch.zeros(1, 3, 128, 128)).shape == (1, 16)
+
+    parts = [f'autoencoder="{vae}"', f'text_encoder="{words}"']
+    teacher = [f"diffusion.{part}" for part in (*parts, "sheet_steps=2", *(f"unet.{size}" for size in UNET))]
+    run("3-teacher", runs, runs / "cached", *teacher)
+
+    given = [f"add.{part}" for part in (*parts, f'teacher="{runs}/3-teacher/export/unet"', "head_width=8")]
+    run("4-student", runs, runs / "cached", *given)
+    student, parent = (load_unet(runs / stage / "export/unet") for stage in ("4-student", "3-teacher"))
+    assert student.config["block_out_channels"] == parent.config["block_out_channels"]
+    assert any(not torch.equal(a, b) for a, b in zip(student.parameters(), parent.parameters(), strict=True))
+
+    for stage in STAGES:
+        last = rows(runs, stage)[-1]
+        assert (last["iteration"], last["nimg"], last["bad_steps"]) == (2, 8, 0)
+        assert (runs / stage / "sheets/00000002.png").is_file()
+
+
+def check_cache(runs: Path, space: LatentSpace, encoder: TextEncoder) -> None:
+    """The cached arrays are what the networks make of the pictures and words beside them."""
+    samples = list(ShardReader(runs / "cached", shuffle=False, epochs=1))
+    assert len(samples) == 12
+    pictures = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        latents = space.encode(pictures)  # [B, 4, 8, 8]
+    assert latents.std().item() == pytest.approx(1, abs=0.3)
+    text, mask = encoder([sample.caption for sample in samples])
+    for i, sample in enumerate(samples):
+        assert sample.arrays["text"].shape == (MAX_TOKENS, WIDTH)
+        np.testing.assert_allclose(sample.arrays["latents"], latents[i].numpy(), rtol=0.01, atol=0.01)
+        np.testing.assert_allclose(sample.arrays["text"], text[i].numpy(), rtol=0.01, atol=0.01)
+        assert (sample.arrays["mask"] == mask[i].numpy()).all()
+
+
+def test_shards_without_what_a_stage_needs(runs: Path) -> None:
+    with pytest.raises(DataError, match=r"hold no 'latents'.*recipes\.icons\.cache"):
+        run("2-evaluator", runs / "wrong", "sample", "contrastive.width=32", "contrastive.depth=1")
+    with pytest.raises(DataError, match=r"data\.images = true"):
+        run("1-autoencoder", runs / "wrong", "sample", "data.images=false", "autoencoder.encoder_width=4")
+
+
+def test_a_dry_run_builds_and_trains_nothing(runs: Path) -> None:
+    said: list[str] = []
+    out = f'out="{runs / "dry"}"'
+    assert train_recipe(STAGES["1-autoencoder"], [out], reader=RecipeReader, dry_run=True, say=said.append) is None
+    told = json.loads(said[0])
+    assert told["method"] == "autoencoder"
+    assert told["parameters"]["autoencoder"] > 100_000
+    assert not (runs / "dry").exists()
