@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import onestill
 from onestill.checkpoint import (
     MANIFEST,
+    _shipped,
     cache_folder,
     describe,
     list_models,
@@ -40,6 +42,10 @@ def test_every_shipped_model_has_a_folder_that_verifies() -> None:
         assert resolve(name) == model_path(name)
         verify(model_path(name), contents=True, use_stamps=False)
         assert describe(model_path(name)).name == name
+
+
+def test_shipped_models_lie_in_the_package() -> None:
+    assert _shipped() == Path(onestill.__file__).parent / "models"
 
 
 def test_a_folder_is_found_by_its_path(tiny_folder: Path) -> None:

@@ -1,8 +1,9 @@
-"""Encode shards once, so that the teacher and the student train on latents and text states.
+r"""Encode shards once, so that the teacher and the student train on latents and text states.
 
-    python -m recipes.icons.cache --shards data/icons128/train --autoencoder runs/autoencoder/export/vae --out data/icons128/cached
+    python -m recipes.icons.cache --shards data/icons128/train --autoencoder runs/autoencoder/export/vae \
+        --out data/icons128/cached
 
-Each cached sample keeps its picture, caption and JSON and gains `latents`, `text` and `mask` (see onestill.train.cache).
+Each cached sample keeps its picture, caption and JSON, and gains `latents`, `text` and `mask` (onestill.train.cache).
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def told(samples: Iterable[Any], total: int) -> Iterator[Any]:
         yield sample
         if count % 1024 == 0 or count == total:
             rate = count / (time.monotonic() - started)
-            print(f"{count}/{total} cached, {rate:.0f}/s, {(total - count) / rate:.0f} s left", file=sys.stderr, flush=True)
+            left = (total - count) / rate
+            print(f"{count}/{total} cached, {rate:.0f}/s, {left:.0f} s left", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

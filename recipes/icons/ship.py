@@ -1,6 +1,7 @@
-"""Turn trained stages into a model folder: diffusers' format, OpenVINO's form, model card, notices, manifest.
+r"""Turn trained stages into a model folder: diffusers' format, OpenVINO's form, model card, notices, manifest.
 
-    python -m recipes.icons.ship --unet runs/icons-cpu/student/export/unet --autoencoder runs/icons-cpu/autoencoder/export/vae \
+    python -m recipes.icons.ship --unet runs/icons-cpu/student/export/unet \
+        --autoencoder runs/icons-cpu/autoencoder/export/vae \
         --card recipes/icons/card.md --out src/onestill/models/icons --version 1
 
 The teacher is put into a folder of the same kind (`--name icons-teacher --steps 25 --guidance 3`) for evaluation.
@@ -26,8 +27,8 @@ MAX_TOKENS = 32
 STYLES = (
     "fluent 3d emoji", "fluent flat emoji", "fluent gradient emoji", "noto emoji", "blob emoji", "twemoji", "emojione",
     "firefox emoji", "outlined cartoon emoji", "solid icon", "outline icon", "duotone icon", "two-colour outline icon",
-    "two-tone flat icon", "pixel art icon", "thin line icon", "filled line art", "solid emoji icon", "stencil emoji icon",
-    "flat multicolour icon",
+    "two-tone flat icon", "pixel art icon", "thin line icon", "filled line art", "solid emoji icon",
+    "stencil emoji icon", "flat multicolour icon",
 )  # fmt: skip
 
 

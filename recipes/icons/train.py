@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not options.dry_run:
             subprocess.run(line, check=True)
             if stage == "ship":
-                teacher = ("--unet", str(runs / "teacher/export/unet"), "--autoencoder", str(runs / "autoencoder/export/vae"))
+                unet, autoencoder = runs / "teacher/export/unet", runs / "autoencoder/export/vae"
+                teacher = ("--unet", str(unet), "--autoencoder", str(autoencoder))
                 place = ("--out", str(runs / "icons-teacher"), "--name", "icons-teacher", "--steps", "25", "--force")
                 subprocess.run(module("recipes.icons.ship", *teacher, *place), check=True)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from onestill.errors import CheckpointError, RecipeError
+from onestill.train.loop import train
 from onestill.train.methods.add import Method
+from onestill.train.recipe import parse_recipe
 from onestill.train.state import TrainState, start_ema
-from tests.train.parts import CHANNELS, SIZE, add_method, latents_batch, write_parts
+from tests.train.parts import CHANNELS, SIZE, add_method, add_recipe, latents_batch, write_parts
+from tests.train.small import rows
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +199,38 @@ def test_networks_that_are_not_there(parts: Path) -> None:
             add_method(parts, **{key: str(parts / "none")})
     with pytest.raises(CheckpointError, match="no text encoder"):
         add_method(parts, text_encoder="none_of_these")
+
+
+class LatentsBatches:
+    def __init__(self) -> None:
+        self.position = 0
+
+    def next(self) -> dict[str, Any]:
+        self.position += 1
+        return latents_batch(seed=self.position)
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.position = state["position"]
+
+
+def test_it_resumes_to_the_same_losses(parts: Path, tmp_path: Path) -> None:
+    """With channels-last weights, spectral norms and two optimizers there is more to lose than in the loop's own test."""
+
+    def run(out: str, iterations: int, resume: bool = False) -> None:
+        loop = {"iterations": iterations, "batch_size": 4, "log_every": 1, "sheet_every": 99, "checkpoint_every": 2}
+        given = dataclasses.asdict(add_recipe(parts, feature_network="both", lr=1e-3).options)
+        table = {"name": "tiny", "method": "add", "out": str(tmp_path / out), "loop": loop, "add": given}
+        recipe = parse_recipe(table)
+        train(recipe, Method(recipe.options, recipe.loop), LatentsBatches(), resume=resume)
+
+    torch.set_num_threads(1)
+    run("whole", 5)
+    run("parts", 2)
+    run("parts", 5, resume=True)
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
 def test_sheet_and_export(parts: Path, tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def resolve(name_or_path: str | os.PathLike[str] = DEFAULT_MODEL) -> Path:
 
 
 def _shipped() -> Path:
-    return Path(__file__).parent / "models"
+    return Path(__file__).parents[1] / "models"
 
 
 def _checked_folder(path: Path) -> Path:

@@ -21,7 +21,7 @@ from onestill.errors import OnestillError, require
 __all__ = ["doctor"]
 
 PACKAGES = {
-    "base": ("numpy", "openvino", "Pillow", "rich", "safetensors", "tokenizers", "typer"),
+    "base": ("numpy", "openvino", "Pillow", "rich", "safetensors", "typer"),
     "torch": ("accelerate", "diffusers", "peft", "torch", "transformers"),
     "train": ("tensorboard",),
 }
