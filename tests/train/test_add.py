@@ -217,7 +217,7 @@ class LatentsBatches:
 
 
 def test_it_resumes_to_the_same_losses(parts: Path, tmp_path: Path) -> None:
-    """With channels-last weights, spectral norms and two optimizers there is more to lose than in the loop's own test."""
+    """Channels-last weights, spectral norms and two optimizers: more to lose than in the loop's own test."""
 
     def run(out: str, iterations: int, resume: bool = False) -> None:
         loop = {"iterations": iterations, "batch_size": 4, "log_every": 1, "sheet_every": 99, "checkpoint_every": 2}

@@ -87,7 +87,7 @@ def sheet(
         raise OutputError(f"'{out}' is not the name of a picture; end it in .png, .jpg or .webp.")
     target = Target(out, 1, force)
     from onestill.checkpoint import written_whole
-    from onestill.data.sheet import sheet as draw_sheet
+    from onestill.pipeline.sheet import sheet as draw_sheet
 
     reader = open_shards(shards or [], seed=seed, shuffle=True, epochs=1)
     samples = [sample for _, sample in zip(range(number), reader, strict=False)]

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from onestill.pipeline.sheet import sheet
 from onestill.train.state import TrainState
 
 
@@ -99,31 +99,6 @@ class Log:
         else:
             sys.stderr.write(line + "\n")
         sys.stderr.flush()
-
-
-def sheet(pictures: NDArray[np.uint8], captions: list[str], columns: int = 8) -> Image.Image:
-    """A contact sheet of [N, H, W, 3] pictures, each over its caption."""
-    count, height, width = pictures.shape[:3]
-    columns = min(columns, count)
-    line, gap = 24, 4
-    rows = -(-count // columns)
-    canvas = Image.new("RGB", (columns * (width + gap), rows * (height + line + gap)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        x, y = (i % columns) * (width + gap), (i // columns) * (height + line + gap)
-        canvas.paste(Image.fromarray(picture), (x, y))
-        letters = max(8, width // 6)
-        for row in range(2):
-            draw.text(
-                (x, y + height + 11 * row), caption[row * letters : (row + 1) * letters], fill="black", font_size=10
-            )
-    return canvas
-
-
-def _mean(values: list[Tensor]) -> float:
-    """The mean of the finite ones, NaN if there are none: a skipped step does not hide the others."""
-    numbers = [value.float() for value in values if math.isfinite(value)]
-    return float(sum(numbers) / len(numbers)) if numbers else math.nan
 
 
 def _forget_after(path: Path, iteration: int) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onestill.data.sheet import sheet
+from onestill.pipeline.sheet import sheet
 
 
 def test_pictures_stand_in_rows_over_their_captions() -> None:
