@@ -101,6 +101,12 @@ class Log:
         sys.stderr.flush()
 
 
+def _mean(values: list[Tensor]) -> float:
+    """The mean of the finite ones, NaN if there are none: a skipped step does not hide the others."""
+    numbers = [value.float() for value in values if math.isfinite(value)]
+    return float(sum(numbers) / len(numbers)) if numbers else math.nan
+
+
 def _forget_after(path: Path, iteration: int) -> None:
     """Drop rows that a killed run wrote after the checkpoint it resumes from."""
     if not path.exists():
