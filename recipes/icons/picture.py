@@ -1,6 +1,6 @@
 """The README's picture: what the model draws for a fixed list of prompts, seed 1, one step, nothing picked by hand.
 
-    python -m recipes.icons.picture --out docs/assets/readme.png
+python -m recipes.icons.picture --out docs/assets/readme.png
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from onestill.pipeline.sheet import sheet
 PROMPTS = (
     "a red apple, fluent 3d emoji", "a yellow circle", "a green square", "a red heart",
     "a blue star", "a purple triangle", "a grinning face, noto emoji", "a green leaf, fluent flat emoji",
-    "a cat face, noto emoji", "a yellow bell on a blue background", "an orange, fluent 3d emoji", "a black solid icon of a house",
+    "a cat face, noto emoji", "a yellow bell on a blue background", "an orange, fluent 3d emoji",
+    "a black solid icon of a house",
     "a tree, noto emoji", "a cookie, twemoji", "a full moon, fluent gradient emoji", "a blue umbrella, twemoji",
 )  # fmt: skip
 
