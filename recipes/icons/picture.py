@@ -1,4 +1,4 @@
-"""The README's picture: what the model draws for a fixed list of prompts, seed 1, one step, nothing picked by hand.
+"""The README's picture: what the model draws in one step for a fixed list of prompts, picture i with seed i, none picked.
 
 python -m recipes.icons.picture --out docs/assets/readme.png
 """
@@ -26,11 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="icons")
     parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", required=True)
     options = parser.parse_args(arguments)
     pipeline = onestill.load(options.model)
-    images = [pipeline(p, seed=options.seed, num_inference_steps=options.steps).images[0] for p in PROMPTS]
+    images = pipeline(list(PROMPTS), seed=0, num_inference_steps=options.steps).images
     sheet([np.asarray(image) for image in images], list(PROMPTS)).save(options.out, optimize=True)
 
 
