@@ -1,4 +1,4 @@
-"""The README's picture: what the model draws in one step for a fixed list of prompts, picture i with seed i, none picked.
+"""The README's picture: what the model draws in one step for a fixed list of prompts, picture i with seed i.
 
 python -m recipes.icons.picture --out docs/assets/readme.png
 """
