@@ -153,7 +153,7 @@ def cropped(svg: str) -> tuple[str, bytes | None]:
         side = max(page.width, page.height)
         pad = 0.03 * max(right - left, bottom - top)
         x, y = page.x + (left - pad) * side, page.y + (top - pad) * side
-        result = boxed(_Box(x, y, (right - left + 2 * pad) * side, (bottom - top + 2 * pad) * side))
+        result = boxed(_Box(x, y, (right - left + 2 * pad) * side, (bottom - top + 2 * pad) * side).square())
         if len(result) <= _MOST_SVG:
             return result, None
         file = io.BytesIO()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -297,6 +298,9 @@ def test_clip_art(tmp_path: Path, namer: Namer, wordnet: WordNet) -> None:
     assert row.keywords == ["pet"]
     assert row.svg is not None
     assert "<metadata" not in row.svg
+    x, y, width, height = (float(v) for v in re.findall(r'viewBox="([^"]*)"', row.svg)[0].split())
+    assert width == height
+    assert (x + width / 2, y + height / 2) == pytest.approx((175, 90), abs=3)
     assert sorted(art.dropped) == [
         f"openclipart: {reason}" for reason in ("blank", "caption", "folder", "licence", "text or bitmap inside")
     ]

@@ -84,9 +84,11 @@ def collate_images(samples: Sequence[Any]) -> dict[str, Any]:
         raise DataError(
             f"pictures of {sorted(sizes)} px make no batch: use shards of one size, with data.images = true."
         )
-    pictures = torch.from_numpy(np.stack([np.asarray(sample.image) for sample in samples]))
-    images = pictures.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-    return {"images": images, "captions": [sample.caption for sample in samples]}
+    # NumPy and not torch: a torch operation in the reading thread would start a second team of threads, which then
+    # fights the training's for the cores (measured on two cores: 48 images a second instead of 60).
+    pictures = np.stack([np.asarray(sample.image) for sample in samples]).transpose(0, 3, 1, 2)
+    images = np.ascontiguousarray(pictures, np.float32) / np.float32(127.5) - 1
+    return {"images": torch.from_numpy(images), "captions": [sample.caption for sample in samples]}
 
 
 def collate_latents(samples: Sequence[Any]) -> dict[str, Any]:
@@ -100,9 +102,9 @@ def collate_latents(samples: Sequence[Any]) -> dict[str, Any]:
             raise DataError(f"the shards hold no '{name}': train on those that `python -m recipes.icons.cache` writes.")
     stacked = {name: np.stack([sample.arrays[name] for sample in samples]) for name in ("latents", "text", "mask")}
     return pictures | {
-        "latents": torch.from_numpy(stacked["latents"]).float(),  # [B, C, h, w]
-        "text": torch.from_numpy(stacked["text"]).float(),  # [B, K, D]
-        "mask": torch.from_numpy(stacked["mask"]).bool(),  # [B, K]
+        "latents": torch.from_numpy(stacked["latents"].astype(np.float32)),  # [B, C, h, w]
+        "text": torch.from_numpy(stacked["text"].astype(np.float32)),  # [B, K, D]
+        "mask": torch.from_numpy(stacked["mask"].astype(np.bool_)),  # [B, K]
         "captions": [sample.caption for sample in samples],
     }
 
