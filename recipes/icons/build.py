@@ -3,7 +3,7 @@
     python -m recipes.icons.fetch --out sources
     python -m recipes.icons.build --sources sources --out icons.parquet
 
-Takes about five minutes on two cores. Prints what was left out and why.
+Takes about ten minutes on two cores. Prints what was left out and why.
 """
 
 from __future__ import annotations
