@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel
 
+from onestill.engine.torch import most_likely_latents
 from onestill.errors import CheckpointError
 from onestill.train.batches import to_pictures
 
@@ -76,8 +77,7 @@ class LatentSpace:
     @torch.no_grad()
     def calibrate(self, images: Tensor, folder: str | Path) -> float:
         """Set the scale that gives the latents of `images` [B, 3, H, W] unit variance, here and in the folder."""
-        encoded = self.autoencoder.encode(images)
-        raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        raw = most_likely_latents(self.autoencoder, images)
         # About each channel's own mean: a constant offset costs a denoiser nothing, and noise has none.
         self.scale = round(float((raw - raw.mean((0, 2, 3), keepdim=True)).std().reciprocal()), 4)
         self.autoencoder.register_to_config(scaling_factor=self.scale)
@@ -91,9 +91,8 @@ class LatentSpace:
 
     def encode(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] of about unit variance."""
-        encoded = self.autoencoder.encode(images)
-        raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        return (raw - self.shift) * self.scale  # type: ignore[no-any-return]
+        raw = most_likely_latents(self.autoencoder, images)
+        return (raw - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> [B, 3, H, W] in about [-1, 1]; gradients flow through."""

@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from onestill.engine.torch import most_likely_latents
 from onestill.train.batches import to_pictures
 from onestill.train.loop import Batch, Update
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator, unit_moments
@@ -88,7 +89,7 @@ class Method:
         x = batch["images"].to(device).contiguous(memory_format=torch.channels_last)  # [B, 3, H, W] in [-1, 1]
         if self._shown is None:
             self._shown, self._captions = x[:8].clone(), list(batch["captions"][:8])
-        latents = encode(self.autoencoder, x)  # [B, C, h, w]
+        latents = most_likely_latents(self.autoencoder, x)  # [B, C, h, w]
         noise = torch.randn(latents.shape, generator=state.generator).to(device)
         y = self.autoencoder.decode(latents + options.latent_noise * noise).sample  # [B, 3, H, W]
 
@@ -116,7 +117,7 @@ class Method:
         averaged = build(self.options).to(self._shown.device)
         averaged.load_state_dict(state.averaged("autoencoder"))
         with torch.no_grad():
-            y = averaged.decode(encode(averaged, self._shown)).sample
+            y = averaged.decode(most_likely_latents(averaged, self._shown)).sample
         return to_pictures(torch.cat([self._shown, y])), self._captions + ["reconstruction"] * len(y)
 
     def export(self, state: TrainState, folder: Path) -> None:
@@ -151,13 +152,6 @@ def build(options: Options) -> AutoencoderTiny | AutoencoderKL:
     )
     keep_variance(autoencoder)
     return autoencoder
-
-
-def encode(autoencoder: AutoencoderTiny | AutoencoderKL, x: Tensor) -> Tensor:
-    """[B, 3, H, W] -> latents [B, C, h, w]: of a KL autoencoder, the mode."""
-    encoded = autoencoder.encode(x)
-    latents: Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-    return latents
 
 
 @torch.no_grad()
