@@ -17,6 +17,8 @@ __all__ = [
     "ImageError",
     "MissingExtraError",
     "ModelNotFoundError",
+    "NotEnoughMemoryError",
+    "NotFiniteError",
     "OnestillError",
     "OutputError",
     "PromptError",
@@ -58,6 +60,14 @@ class ImageError(OnestillError, ValueError):
 
 class ModelNotFoundError(OnestillError, LookupError):
     """No model has the given name or path."""
+
+
+class NotEnoughMemoryError(OnestillError, MemoryError):
+    """A model or a request that does not fit into memory. The engine works on for the next request."""
+
+
+class NotFiniteError(OnestillError, ArithmeticError):
+    """A picture that is none, as a network's numbers left the range of its type (NaN or infinity)."""
 
 
 class CheckpointError(OnestillError, ValueError):

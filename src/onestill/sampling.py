@@ -32,6 +32,7 @@ from onestill.errors import ScheduleError, StepsError, near
 from onestill.schedule import Array, NoiseSchedule
 
 __all__ = [
+    "DRAWING",
     "SAMPLERS",
     "Draw",
     "PredictX0",
@@ -148,6 +149,9 @@ SAMPLERS: Mapping[str, Sampler] = {
 }
 
 
+DRAWING = ("consistency", "euler_ancestral")  # those that add new noise, once between two steps
+
+
 def sample(
     name: str,
     predict_x0: PredictX0,
@@ -221,10 +225,10 @@ def classifier_free_guidance(cond: Array, uncond: Array, guidance_scale: float) 
 
 
 def strength_timesteps(timesteps: Sequence[int], strength: float, num_train_timesteps: int = 1000) -> list[int]:
-    """The part of a walk that changes an image by `strength`: the timesteps within its share of the schedule.
+    """The part of a walk that changes an image by `strength`: that share of its timesteps, the last ones.
 
-    [999, 749, 499, 249] at 0.5 -> [499, 249]. Where the share holds no timestep, one step at its end, so that one-step
-    models also leave some of the image: [999] at 0.5 -> [499]. Elsewhere equal to diffusers' image to image.
+    [999, 749, 499, 249] at 0.5 -> [499, 249]. Where the share is less than one step, one step at its end, so that
+    one-step models also leave some of the image: [999] at 0.5 -> [499]. Elsewhere equal to diffusers' image to image.
 
     Args:
         timesteps: falling.
@@ -236,5 +240,5 @@ def strength_timesteps(timesteps: Sequence[int], strength: float, num_train_time
     """
     if not 0.0 < strength <= 1.0:
         raise StepsError(f"strength is {strength}; choose a number above 0 and at most 1.")
-    end = round(strength * num_train_timesteps)
-    return [timestep for timestep in timesteps if timestep < end] or [max(end - 1, 0)]
+    count = int(round(len(timesteps) * strength, 6))  # 0.29 of 100 is 29, whatever floats say
+    return list(timesteps[-count:]) if count else [max(round(strength * num_train_timesteps) - 1, 0)]

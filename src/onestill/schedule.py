@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from onestill.errors import ScheduleError, StepsError
 
 PredictionType: TypeAlias = Literal["epsilon", "v_prediction", "sample"]
-TimestepSpacing: TypeAlias = Literal["trailing", "leading"]
+TimestepSpacing: TypeAlias = Literal["trailing", "leading", "lcm"]
 
 # A numpy.ndarray or a torch.Tensor. No protocol describes both to a type checker without more text than it saves.
 Array: TypeAlias = Any
@@ -36,6 +36,7 @@ __all__ = [
     "TimestepSpacing",
     "add_noise",
     "cosine_alphas_cumprod",
+    "lcm_timesteps",
     "leading_timesteps",
     "linear_alphas_cumprod",
     "rescale_zero_terminal_snr",
@@ -119,6 +120,19 @@ def leading_timesteps(num_inference_steps: int, num_train_timesteps: int = 1000,
     _check_steps(num_inference_steps, num_train_timesteps)
     stride = num_train_timesteps // num_inference_steps
     return [min(i * stride + steps_offset, num_train_timesteps - 1) for i in reversed(range(num_inference_steps))]
+
+
+def lcm_timesteps(num_inference_steps: int, num_train_timesteps: int = 1000, original_steps: int = 50) -> list[int]:
+    """Some of the timesteps that a latent consistency model was trained at: 4 -> [999, 759, 499, 259].
+
+    Those are `original_steps` multiples of T // original_steps, less one (Luo et al. 2023).
+
+    Raises:
+        StepsError: unless 1 <= num_inference_steps <= original_steps.
+    """
+    _check_steps(num_inference_steps, original_steps)
+    trained = np.arange(original_steps, 0, -1) * (num_train_timesteps // original_steps) - 1
+    return [int(trained[int(i)]) for i in np.linspace(0, original_steps, num_inference_steps, endpoint=False)]
 
 
 def _check_steps(num_inference_steps: int, num_train_timesteps: int) -> None:
@@ -207,6 +221,17 @@ def _unknown_prediction(prediction_type: object) -> ScheduleError:
 # --- the schedule of one model -------------------------------------------------------------------------------------
 
 
+_LEADING_UNLESS_TOLD = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")  # diffusers' defaults
+
+
+def _spacing(config: Mapping[str, Any]) -> TimestepSpacing:
+    kind = config.get("_class_name")
+    if kind == "LCMScheduler":
+        return "lcm"
+    default = "leading" if kind in _LEADING_UNLESS_TOLD else "trailing"
+    return "leading" if config.get("timestep_spacing", default) == "leading" else "trailing"
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """What a model was trained on: the table, what its output means, and where its timesteps lie.
@@ -238,7 +263,9 @@ class NoiseSchedule:
         if self.prediction_type not in get_args(PredictionType):
             raise _unknown_prediction(self.prediction_type)
         if self.timestep_spacing not in get_args(TimestepSpacing):
-            raise ScheduleError(f"timestep_spacing is {self.timestep_spacing!r}; it must be trailing or leading.")
+            raise ScheduleError(
+                f"timestep_spacing is {self.timestep_spacing!r}; it must be trailing or leading or lcm."
+            )
         if self.prediction_type == "epsilon":
             _check_alpha(table)
 
@@ -275,6 +302,8 @@ class NoiseSchedule:
         """
         if self.timestep_spacing == "trailing":
             return trailing_timesteps(num_inference_steps, self.num_train_timesteps)
+        if self.timestep_spacing == "lcm":
+            return lcm_timesteps(num_inference_steps, self.num_train_timesteps)
         return leading_timesteps(num_inference_steps, self.num_train_timesteps, self.steps_offset)
 
     def x0(self, output: Array, x: Array, timestep: int) -> Array:
@@ -285,8 +314,9 @@ class NoiseSchedule:
     def from_config(cls, scheduler_config: Mapping[str, Any]) -> NoiseSchedule:
         """Read a diffusers `scheduler_config.json`; a missing beta has diffusers' default.
 
-        Only what a model was trained on is read: Karras sigmas, clipping and solver order are a caller's choice. Any
-        spacing but "leading" becomes trailing.
+        Only what a model was trained on is read: Karras sigmas, clipping and solver order are a caller's choice. An
+        LCMScheduler's spacing is "lcm"; any other but "leading", which some schedulers mean where none is told, becomes
+        trailing.
 
         Raises:
             ScheduleError: for a schedule that is none of the beta schedules, such as flow matching.
@@ -312,7 +342,7 @@ class NoiseSchedule:
         return cls(
             alphas_cumprod=table,
             prediction_type=config.get("prediction_type", "epsilon"),
-            timestep_spacing="leading" if config.get("timestep_spacing") == "leading" else "trailing",
+            timestep_spacing=_spacing(config),
             steps_offset=int(config.get("steps_offset", 0)),
         )
 
@@ -327,7 +357,8 @@ class NoiseSchedule:
             **self._betas_config(zero_snr),
             "rescale_betas_zero_snr": zero_snr,
             "prediction_type": self.prediction_type,
-            "timestep_spacing": self.timestep_spacing,
+            **({"_class_name": "LCMScheduler"} if self.timestep_spacing == "lcm" else {}),
+            "timestep_spacing": "leading" if self.timestep_spacing == "lcm" else self.timestep_spacing,
             "steps_offset": self.steps_offset,
         }
 

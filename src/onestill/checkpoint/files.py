@@ -7,20 +7,19 @@ import hashlib
 import json
 import os
 import secrets
-import struct
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from onestill.errors import CheckpointError, UnsafeFormatError
+from onestill.checkpoint.header import PICKLE_SUFFIXES, check_safetensors, pickle_error
+from onestill.errors import CheckpointError
 
 __all__ = [
     "MANIFEST",
-    "PICKLE_SUFFIXES",
+    "NETWORKS",
     "cache_folder",
-    "pickle_error",
     "read_json",
     "sha256",
     "verify",
@@ -29,7 +28,7 @@ __all__ = [
 ]
 
 MANIFEST = "onestill.json"
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")  # diffusers' names of a model's components with weights
 MAX_JSON_BYTES = 64 * 2**20  # of a config; a larger one is no config
 
 
@@ -53,13 +52,6 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def pickle_error(path: Path) -> UnsafeFormatError:
-    """The error for a file that is never opened."""
-    return UnsafeFormatError(
-        f"'{path}' is a pickle, which can run code when it is read; save the model again with safe_serialization=True."
-    )
-
-
 # --- whether its files are whole ------------------------------------------------------------------------------------
 
 
@@ -67,7 +59,7 @@ def verify(path: str | os.PathLike[str], *, contents: bool = False, use_stamps: 
     """Check that a model's files are all there and whole.
 
     Args:
-        path: the model's folder.
+        path: the model's folder, or a single safetensors file.
         contents: also compare every file with its SHA-256 in the manifest, where there is one.
         use_stamps: with `contents`, skip files that have not been touched since they were last found right.
 
@@ -76,41 +68,61 @@ def verify(path: str | os.PathLike[str], *, contents: bool = False, use_stamps: 
         UnsafeFormatError: a component's weights are there only as a pickle.
     """
     folder = Path(path)
+    if folder.is_file():
+        check_safetensors(folder)
+        return
     index = read_json(folder, "model_index.json")
     manifest = read_json(folder, MANIFEST) if (folder / MANIFEST).is_file() else {}
-    for component in ("text_encoder", "unet", "vae"):
-        if component in index:
+    for component in NETWORKS:
+        if index.get(component, [None])[0]:
             weights_file(folder, component)
     files = manifest.get("files", {})
     if not isinstance(files, dict) or not all(_is_listed(name, facts) for name, facts in files.items()):
         raise CheckpointError(f"'{folder / MANIFEST}' lists its files in no known form; copy the model again.")
     for file in sorted(folder.rglob("*.safetensors")):
-        _check_safetensors(file)
+        check_safetensors(file)
     for name, facts in files.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"'{folder}' has no {name}; copy the whole model again.")
         if (folder / name).stat().st_size != facts["size"]:
             raise _changed_error(folder / name)
     if contents and files:
-        _check_contents(folder, files, use_stamps)
+        check_contents(folder, files, use_stamps)
 
 
-def weights_file(folder: Path, component: str) -> Path:
-    """The safetensors file of one component: the plain one, else the fp16 variant.
+def weights_file(folder: Path, component: str, *, half: bool = False) -> Path:
+    """The safetensors file of one component, or the index of its shards: the plain one, else the fp16 variant.
+
+    Args:
+        folder: the model's folder.
+        component: "unet", "vae", "text_encoder", ...
+        half: take the fp16 variant first, which is half the reading where half is what is computed in.
 
     Raises:
         UnsafeFormatError: the weights are there only as a pickle.
-        CheckpointError: there are none.
+        CheckpointError: there are none, or a shard that the index lists is missing.
     """
-    stem = "model" if component == "text_encoder" else "diffusion_pytorch_model"
-    names = [f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}.fp16.safetensors"]
-    for name in names:
-        if (folder / component / name).is_file():
-            return folder / component / name
+    stem = "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
+    plain = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
+    halved = [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16.safetensors.index.json"]
+    for name in halved + plain if half else plain + halved:
+        path = folder / component / name
+        if path.is_file():
+            for shard in _shards(path) if path.suffix == ".json" else ():
+                if not (path.parent / shard).is_file():
+                    raise CheckpointError(f"'{path.parent}' has no {shard}; copy the whole model again.")
+            return path
     pickles = sorted(file for file in (folder / component).glob("*") if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise pickle_error(pickles[0])
-    raise CheckpointError(f"'{folder / component}' has no {names[0]}; copy the whole model again.")
+    raise CheckpointError(f"'{folder / component}' has no {plain[0]}; copy the whole model again.")
+
+
+def _shards(index: Path) -> set[str]:
+    places = read_json(index.parent, index.name).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) and "/" not in name for name in places.values()):
+        raise CheckpointError(f"'{index}' lists its shards in no known form; copy the model again.")
+    return set(places.values())
 
 
 def _is_listed(name: str, facts: object) -> bool:
@@ -129,26 +141,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_safetensors(path: Path) -> None:
-    """Compare a file's length with its header: 8 bytes of header length, the header, then every tensor in turn."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        try:
-            if length > min(size, MAX_JSON_BYTES):
-                raise ValueError("header longer than the file")
-            header = json.loads(file.read(length))
-            end = 8 + length + max((at["data_offsets"][1] for at in header.values() if "data_offsets" in at), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise CheckpointError(f"'{path}' is no safetensors file, or is damaged; copy the model again.") from error
-    if size < end:
-        raise CheckpointError(f"'{path}' is truncated: it has {size} of {end} bytes; copy the model again.")
-    if size > end:
-        raise _changed_error(path)
-
-
-def _check_contents(folder: Path, files: Mapping[str, Mapping[str, Any]], use_stamps: bool) -> None:
+def check_contents(folder: Path, files: Mapping[str, Mapping[str, Any]], use_stamps: bool) -> None:
     # Hashing costs a tenth of a second, every start; so what was found right is remembered with the files' times.
     stamp_file = cache_folder() / "verified" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.json"
     stamps = _read_stamps(stamp_file) if use_stamps else {}

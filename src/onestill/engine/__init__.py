@@ -16,10 +16,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from onestill.checkpoint import ModelInfo, describe, resolve, verify
+from onestill.checkpoint import Additions, ModelInfo, describe, resolve, verify
 from onestill.errors import CheckpointError, MissingExtraError, OnestillError, near
+from onestill.schedule import Array, add_noise
 
-__all__ = ["ENGINES", "Conditioning", "Engine", "load_engine", "to_pictures"]
+__all__ = ["ENGINES", "Conditioning", "Drawn", "Engine", "Job", "TorchOptions", "first_latents", "load_engine"]
 
 ENGINES = ("openvino", "torch")
 
@@ -31,10 +32,47 @@ class Conditioning:
     Attributes:
         states: [B, K, D] float32, K tokens of D numbers for each prompt.
         tokens_cut: for each prompt, how many of its last tokens did not fit.
+        words_cut: for each prompt, its end from the first word that did not fit whole; empty where nobody asks.
+        pooled: [B, P] float32, one vector for each prompt as a whole; SDXL's networks only.
+        time_ids: [B, 6] float32, SDXL's micro-conditioning in pixels: height and width that the picture is said to have
+            had, top and left that were cut off, height and width asked for.
+        guidance_scale: for networks that are told how hard to follow the words (LCM's); others ignore it.
     """
 
     states: NDArray[np.float32]
     tokens_cut: tuple[int, ...]
+    words_cut: tuple[str, ...] = ()
+    pooled: NDArray[np.float32] | None = None
+    time_ids: NDArray[np.float32] | None = None
+    guidance_scale: float = 1.0
+
+    @classmethod
+    def joined(cls, some: Sequence[Conditioning]) -> Conditioning:
+        """That of all the prompts of several; what is said of guidance is the first one's."""
+
+        def rows(arrays: list[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
+            told = [array for array in arrays if array is not None]
+            return np.concatenate(told) if told else None
+
+        return cls(
+            np.concatenate([one.states for one in some]),
+            tuple(cut for one in some for cut in one.tokens_cut),
+            tuple(words for one in some for words in one.words_cut),
+            rows([one.pooled for one in some]),
+            rows([one.time_ids for one in some]),
+            some[0].guidance_scale,
+        )
+
+    def __getitem__(self, part: slice) -> Conditioning:
+        """That of some of the prompts."""
+        return Conditioning(
+            self.states[part],
+            self.tokens_cut[part],
+            self.words_cut[part],
+            None if self.pooled is None else self.pooled[part],
+            None if self.time_ids is None else self.time_ids[part],
+            self.guidance_scale,
+        )
 
 
 class Engine(Protocol):
@@ -69,6 +107,92 @@ class Engine(Protocol):
         """Pictures [B, H, W, 3] of a size the model draws -> their most likely latents [B, C, h, w]."""
 
 
+@dataclass(frozen=True)
+class TorchOptions:
+    """How torch computes where it is to be fast. The defaults are the fast ones that change no picture.
+
+    Attributes:
+        graphs: replay a CUDA graph for each number of images, size and number of steps, in place of thousands of calls.
+        channels_last: keep images as [H, W, C] in memory, which convolutions on GPUs read best; None does on a GPU.
+        fuse: compute an attention's q, k and v as one product; None does on a GPU.
+        compile: "none"; "regional", each kind of block once, half a minute; or "whole", minutes, kept in the cache.
+        quantize: "none"; "int8" or "fp8", the UNet's larger linear layers by torchao. Changes pictures a little.
+        attention: the name of one of diffusers' attention backends; None is torch's own choice.
+    """
+
+    graphs: bool = True
+    channels_last: bool | None = None
+    fuse: bool | None = None
+    compile: str = "none"
+    quantize: str = "none"
+    attention: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that pictures are drawn from, for an engine that goes from words to pixels by itself.
+
+    Attributes:
+        prompts: B of them.
+        negatives: as many, where guidance steers away from something; None where it is off. None as an entry stands for
+            the zeros of `ModelInfo.zero_negative`.
+        noise: [N, B, C, h, w] float32, the noise to start from and then what the sampler adds, in order.
+        start: [1, C, h, w] float32, latents of an image to start from; None for words alone.
+        time_ids: [B, 6] float32 as in `Conditioning`, or None.
+        sampler: a name in `onestill.sampling.SAMPLERS`.
+        timesteps: falling, each one call of the network.
+        guidance_scale: above 1 it is on, where `negatives` are given.
+    """
+
+    prompts: Sequence[str]
+    negatives: Sequence[str | None] | None
+    noise: NDArray[np.float32]
+    start: NDArray[np.float32] | None
+    time_ids: NDArray[np.float32] | None
+    sampler: str
+    timesteps: tuple[int, ...]
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a job became: pictures [B, H, W, 3], what did not fit of each prompt, and where the milliseconds went."""
+
+    pictures: NDArray[np.uint8]
+    tokens_cut: tuple[int, ...]
+    words_cut: tuple[str, ...]
+    encode_ms: float
+    denoise_ms: float
+    decode_ms: float
+
+    @classmethod
+    def joined(cls, some: Sequence[Drawn]) -> Drawn:
+        """Several as one, their times summed."""
+        return cls(
+            np.concatenate([one.pictures for one in some]),
+            tuple(cut for one in some for cut in one.tokens_cut),
+            tuple(words for one in some for words in one.words_cut),
+            sum(one.encode_ms for one in some),
+            sum(one.denoise_ms for one in some),
+            sum(one.decode_ms for one in some),
+        )
+
+
+def first_latents(info: ModelInfo, timestep: int, noise: Array, start: Array | None) -> Array:
+    """What a walk starts from: the noise of its first timestep, over the latents of an image where there are some.
+
+    Args:
+        info: the model.
+        timestep: the first.
+        noise: N(0, 1), [B, C, h, w], NumPy or torch.
+        start: [1, C, h, w], or None.
+    """
+    if start is None and info.unit_noise:
+        return noise
+    alpha, sigma = info.schedule.at(timestep)
+    return add_noise(0.0 if start is None else start, noise, alpha, sigma)
+
+
 def load_engine(
     name: str | None = None,
     path: str | os.PathLike[str] = "icons",
@@ -76,16 +200,20 @@ def load_engine(
     dtype: str | None = None,
     *,
     threads: int | None = None,
+    additions: Additions | None = None,
+    options: TorchOptions | None = None,
 ) -> Engine:
     """Load a model into a runtime.
 
     Args:
         name: one of `ENGINES`; None takes OpenVINO on the CPU where the model has that form, else torch.
-        path: a model's name or folder.
+        path: a model's name, folder, single file or Hub id.
         device: "cpu", or for torch also "cuda" and the like; None is "cpu".
         dtype: "float32", "bfloat16" or "float16"; None is what is fastest there: on OpenVINO bfloat16 where the CPU
             has it, else float32; on torch float32 on a CPU and float16 elsewhere.
         threads: how many threads to compute with; None lets the runtime choose.
+        additions: what is put on top of the model; torch only.
+        options: how torch computes.
 
     Raises:
         OnestillError: the model, engine, device or dtype is not to be had; the sentence says what is.
@@ -93,12 +221,16 @@ def load_engine(
     if name is not None and name not in ENGINES:
         raise OnestillError(f"There is no engine '{name}'; choose from {', '.join(ENGINES)}.{near(name, ENGINES)}")
     folder = resolve(path)
-    info = describe(folder)
+    info = describe(folder, additions)
     verify(folder, contents=True)
     has_openvino = (folder / "openvino" / "index.json").is_file()
+    changed = bool(info.networks or info.loras) or options is not None
     if name is None:
-        name = "openvino" if has_openvino and (device or "cpu").lower() == "cpu" and dtype != "float16" else "torch"
+        on_cpu = (device or "cpu").lower() == "cpu" and dtype != "float16"
+        name = "openvino" if has_openvino and on_cpu and not changed else "torch"
     if name == "openvino":
+        if changed and has_openvino:
+            raise OnestillError("The engine 'openvino' draws a model as it was exported; choose the engine 'torch'.")
         if not has_openvino:
             raise CheckpointError(f"'{folder}' has no OpenVINO form; load it with the engine 'torch'.")
         from onestill.engine.openvino import OpenVinoEngine
@@ -107,6 +239,12 @@ def load_engine(
     for package in ("torch", "diffusers", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError("torch", package)
+    if options is None and (device or "cpu").lower().startswith("cuda"):
+        options = TorchOptions()
+    if options is not None:
+        from onestill.engine.cuda import FastEngine
+
+        return FastEngine(info, options, device=device, dtype=dtype, threads=threads)
     from onestill.engine.torch import TorchEngine
 
     return TorchEngine(info, device=device, dtype=dtype, threads=threads)

@@ -1,8 +1,11 @@
-"""Prompts -> token numbers, exactly as diffusers' pipelines ask transformers for them: cut and padded to K tokens."""
+"""Prompts -> token numbers, exactly as diffusers' pipelines ask transformers for them: cut and padded to K tokens.
+
+A single file holds no tokenizer; CLIP's, which every model of its families was trained with, comes with the package.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -13,7 +16,10 @@ from onestill.checkpoint import ModelInfo, read_json
 from onestill.engine.wordpiece import WordPiece, read_wordpiece, token_text
 from onestill.errors import CheckpointError, require
 
-__all__ = ["PromptTokenizer", "Tokens"]
+__all__ = ["PromptTokenizer", "Tokens", "clip_vocabulary"]
+
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class Tokens(NamedTuple):
@@ -23,32 +29,39 @@ class Tokens(NamedTuple):
         ids: [B, K] int64.
         mask: [B, K] int64, 1 for a token and 0 for padding.
         cut: B counts of the tokens that did not fit.
+        words_cut: B ends of prompts, from the first word that did not fit whole; "" where all fitted.
     """
 
     ids: NDArray[np.int64]
     mask: NDArray[np.int64]
     cut: tuple[int, ...]
+    words_cut: tuple[str, ...]
 
 
 class PromptTokenizer:
-    """The tokenizer of a model's folder; safe to call from many threads.
+    """The tokenizer of a model; safe to call from many threads.
 
     BERT's WordPiece is read by the base install, other kinds by the `tokenizers` library.
+
+    Args:
+        info: the model.
+        component: "tokenizer", or "tokenizer_2" for SDXL's second text encoder, which pads differently.
 
     Raises:
         CheckpointError: there is no tokenizer, or it is not understood.
         MissingExtraError: it is of another kind, and the `tokenizers` library is not installed.
     """
 
-    def __init__(self, info: ModelInfo) -> None:
-        folder = info.path / "tokenizer"
-        config = read_json(info.path, "tokenizer/tokenizer_config.json")
-        pieces = read_wordpiece(folder)
-        self._cutter: _Cutter = (
-            _WordPieces(pieces, info.max_tokens) if pieces else _OtherPieces(folder / "tokenizer.json", info.max_tokens)
-        )
+    def __init__(self, info: ModelInfo, component: str = "tokenizer") -> None:
         self._max_tokens = info.max_tokens
-        pad = token_text(config.get("pad_token")) or token_text(config.get("unk_token"))
+        if info.path.is_file():
+            self._cutter: _Cutter = _OtherPieces(*clip_vocabulary(), info.max_tokens)
+            self._pad_id = 0 if component == "tokenizer_2" else self._cutter.number(CLIP_END) or 0
+            return
+        folder = info.path / component
+        config = read_json(info.path, f"{component}/tokenizer_config.json")
+        self._cutter = _cutter(folder, info.max_tokens)
+        pad = _pad_token(folder, config)
         pad_id = self._cutter.number(pad)
         if pad_id is None:
             raise CheckpointError(f"'{folder}' does not know its own padding token {pad!r}; save the model again.")
@@ -62,7 +75,25 @@ class PromptTokenizer:
         for row, told, (numbers, _) in zip(ids, mask, found, strict=True):
             row[: len(numbers)] = numbers
             told[: len(numbers)] = 1
-        return Tokens(ids, mask, tuple(cut for _, cut in found))
+        words_cut = tuple(
+            self._end_that_was_cut(prompt) if cut else "" for prompt, (_, cut) in zip(prompts, found, strict=True)
+        )
+        return Tokens(ids, mask, tuple(cut for _, cut in found), words_cut)
+
+    def _end_that_was_cut(self, prompt: str) -> str:
+        """The words of a prompt from the first that did not fit whole: the shortest beginning that is cut ends there.
+
+        A word is what white space ends: no tokenizer here makes a token of two.
+        """
+        words = prompt.split()
+        fits, cut = 0, len(words)  # words[:fits] fit, words[:cut] do not
+        while cut - fits > 1:
+            middle = (fits + cut) // 2
+            if self._cutter(" ".join(words[:middle]))[1]:
+                cut = middle
+            else:
+                fits = middle
+        return " ".join(words[fits:])
 
 
 class _Cutter(Protocol):
@@ -87,13 +118,71 @@ class _WordPieces:
         return [self._pieces.start, *kept, self._pieces.end], len(numbers) - len(kept)
 
 
+def _cutter(folder: Path, max_tokens: int) -> _Cutter:
+    if not (folder / "tokenizer.json").exists() and (folder / "merges.txt").is_file():
+        # As the published models have it: CLIP's byte pairs in two files.
+        vocabulary = {str(token): int(number) for token, number in read_json(folder, "vocab.json").items()}
+        return _OtherPieces(vocabulary, _merges((folder / "merges.txt").read_text(encoding="utf-8")), max_tokens)
+    pieces = read_wordpiece(folder)
+    return _WordPieces(pieces, max_tokens) if pieces else _OtherPieces(folder / "tokenizer.json", None, max_tokens)
+
+
+def _pad_token(folder: Path, config: Mapping[str, Any]) -> str:
+    special = read_json(folder, "special_tokens_map.json") if (folder / "special_tokens_map.json").is_file() else {}
+    for tokens in (config, special):
+        if pad := token_text(tokens.get("pad_token")):
+            return pad
+    return token_text(config.get("unk_token"))
+
+
+def _merges(text: str) -> list[tuple[str, str]]:
+    lines = [line.split() for line in text.split("\n") if line and not line.startswith("#version")]
+    return [(line[0], line[1]) for line in lines if len(line) == 2]
+
+
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """OpenAI's CLIP vocabulary, token -> number, and its merges in order."""
+    import gzip  # here, as the shipped model starts without it
+
+    packed = Path(__file__).with_name("clip").joinpath("merges.txt.gz").read_bytes()
+    merges = _merges(gzip.decompress(packed).decode())
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), CLIP_START, CLIP_END]
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def _clip_tokenizer(library: Any, vocabulary: Mapping[str, int], merges: list[tuple[str, str]]) -> Any:
+    """CLIP's byte pairs as transformers sets them up."""
+    made = library.Tokenizer(
+        library.models.BPE(dict(vocabulary), merges, end_of_word_suffix="</w>", unk_token=CLIP_END, fuse_unk=False)
+    )
+    normal, parts = library.normalizers, library.pre_tokenizers
+    made.normalizer = normal.Sequence([normal.NFC(), normal.Replace(library.Regex(r"\s+"), " "), normal.Lowercase()])
+    words = library.Regex(CLIP_WORDS)
+    made.pre_tokenizer = parts.Sequence(
+        [parts.Split(words, behavior="removed", invert=True), parts.ByteLevel(add_prefix_space=False)]
+    )
+    made.add_special_tokens([CLIP_START, CLIP_END])
+    ends = ((CLIP_END, vocabulary[CLIP_END]), (CLIP_START, vocabulary[CLIP_START]))
+    made.post_processor = library.processors.RobertaProcessing(*ends, trim_offsets=False, add_prefix_space=False)
+    return made
+
+
 class _OtherPieces:
-    def __init__(self, path: Path, max_tokens: int) -> None:
+    """Any tokenizer by the `tokenizers` library: a `tokenizer.json`, or CLIP's with this vocabulary and merges."""
+
+    def __init__(self, source: Path | Mapping[str, int], merges: list[tuple[str, str]] | None, max_tokens: int) -> None:
         library = require("tokenizers", "torch")
         try:
-            self._tokenizer: Any = library.Tokenizer.from_file(str(path))
+            self._tokenizer: Any = (
+                library.Tokenizer.from_file(str(source))
+                if isinstance(source, Path)
+                else _clip_tokenizer(library, source, merges or [])
+            )
         except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"'{path}' is no tokenizer, or is damaged; copy the model again.") from error
+            where = f"'{source}'" if isinstance(source, Path) else "vocab.json with merges.txt"
+            raise CheckpointError(f"{where} is no tokenizer, or is damaged; copy the model again.") from error
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_length=max_tokens)
 

@@ -1,32 +1,26 @@
-"""The engine for machines with torch: the same folder through diffusers' and transformers' own classes. `[torch]`."""
+"""The engine for machines with torch, one call after the other in the open: what faster engines must agree with.
+
+Real checkpoints of every kind, on any device, through diffusers' and transformers' own classes. `[torch]`
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 
-from onestill.checkpoint import ModelInfo, weights_file
-from onestill.engine import Conditioning, local, to_images, to_pictures
-from onestill.engine.text import PromptTokenizer
-from onestill.errors import CheckpointError, OnestillError
+from onestill.checkpoint import ModelInfo
+from onestill.engine import Conditioning, to_images
+from onestill.engine.memory import check_memory, memory_told
+from onestill.engine.networks import Networks, most_likely_latents, to_uint8
+from onestill.engine.text import PromptTokenizer, Tokens
+from onestill.engine.weights import DTYPES, load_components, quiet_libraries
+from onestill.errors import NotFiniteError, OnestillError
 
 __all__ = ["TorchEngine", "load_components", "most_likely_latents", "quiet_libraries"]
 
-# Only these are ever made from a name in a file, each by its own class; nothing in a model's folder is run.
-CLASSES = {
-    "text_encoder": {"BertModel": transformers.BertModel, "CLIPTextModel": transformers.CLIPTextModel},
-    "unet": {"UNet2DConditionModel": diffusers.UNet2DConditionModel},
-    "vae": {"AutoencoderKL": diffusers.AutoencoderKL, "AutoencoderTiny": diffusers.AutoencoderTiny},
-}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOGETHER = 8  # images to a call, which bounds memory
 
 
@@ -42,6 +36,7 @@ class TorchEngine:
     Raises:
         OnestillError: there is no such device or dtype.
         CheckpointError: the weights do not fit the configs, or are of a class that is not supported.
+        NotEnoughMemoryError: the weights do not fit into memory.
     """
 
     name = "torch"
@@ -54,119 +49,102 @@ class TorchEngine:
         self.dtype = dtype or ("float32" if self.device == "cpu" else "float16")
         if self.dtype not in DTYPES:
             raise OnestillError(f"The engine 'torch' computes in {', '.join(DTYPES)}, not '{self.dtype}'.")
-        try:
-            self._device = torch.device(self.device)
-            torch.empty(0, device=self._device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise OnestillError(f"torch has no device '{self.device}' here; use 'cpu'.") from error
+        self._device = _found_device(self.device)
         if threads is not None:
             torch.set_num_threads(threads)
-        self._tokenize = PromptTokenizer(info)
+        components = ("tokenizer", "tokenizer_2") if info.is_xl else ("tokenizer",)
+        self._tokenizers = [PromptTokenizer(info, component) for component in components]
+        check_memory(info, self.dtype)
         parts = load_components(info, self.dtype)
-        self._text_encoder = parts["text_encoder"].to(self._device)
-        self._unet = parts["unet"].to(self._device)
-        self._vae = parts["vae"].to(self._device)
+        if self._device.type == "cuda" and parts["vae"].dtype != DTYPES[self.dtype] and torch.cuda.is_bf16_supported():
+            parts["vae"] = parts["vae"].to(torch.bfloat16)  # its range is float32's, at half the time
+        with memory_told(self._device, "hold the model"):
+            self._networks = Networks(info, {name: part.to(self._device) for name, part in parts.items()})
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode B prompts."""
-        tokens = self._tokenize(prompts)
-        states = []
-        with torch.inference_mode():
+        tokens = [tokenize(prompts) for tokenize in self._tokenizers]
+        states, pooled = [], []
+        with torch.inference_mode(), memory_told(self._device, f"encode {len(prompts)} prompts"):
             for start in range(0, len(prompts), TOGETHER):
-                ids = torch.from_numpy(tokens.ids[start : start + TOGETHER]).to(self._device)
-                mask = torch.from_numpy(tokens.mask[start : start + TOGETHER]).to(self._device)
-                # diffusers' pipeline passes the mask only where the text encoder's config asks for it.
-                states.append(self._text_encoder(ids, attention_mask=mask if self.info.use_attention_mask else None)[0])
-        return Conditioning(states=_to_numpy(torch.cat(states)), tokens_cut=tokens.cut)
+                found = self._networks.states(*self._inputs(tokens, slice(start, start + TOGETHER)))
+                states.append(_to_numpy(found[0]))
+                if found[1] is not None:
+                    pooled.append(_to_numpy(found[1]))
+        return Conditioning(
+            np.concatenate(states), tokens[0].cut, tokens[0].words_cut, np.concatenate(pooled) if pooled else None
+        )
+
+    def _inputs(self, tokens: Sequence[Tokens], part: slice) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        ids = [torch.from_numpy(one.ids[part]).to(self._device) for one in tokens]
+        # diffusers' pipeline passes the mask only where the text encoder's config asks for it.
+        mask = torch.from_numpy(tokens[0].mask[part]).to(self._device) if self.info.use_attention_mask else None
+        return ids, mask
 
     def denoise(self, latents: NDArray[np.float32], timestep: int, conditioning: Conditioning) -> NDArray[np.float32]:
         """Latents [B, C, h, w] -> the network's output, of the same shape."""
         outputs = []
-        with torch.inference_mode():
+        with torch.inference_mode(), memory_told(self._device, _drawing(latents, self.info)):
             for start in range(0, len(latents), TOGETHER):
-                x = self._to_torch(latents[start : start + TOGETHER], self._unet.dtype)
-                states = self._to_torch(conditioning.states[start : start + TOGETHER], self._unet.dtype)
-                outputs.append(self._unet(x, timestep, states, return_dict=False)[0])
-        return _to_numpy(torch.cat(outputs))
+                part = slice(start, start + TOGETHER)
+                told = conditioning[part]
+                inputs = (self._optional(array) for array in (told.states, told.pooled, told.time_ids))
+                x = self._to_torch(latents[part], self._networks.dtype)
+                outputs.append(
+                    _to_numpy(self._networks.output(x, timestep, *inputs, told.guidance_scale))  # type: ignore[arg-type]
+                )
+        return np.concatenate(outputs)
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Latents [B, C, h, w] -> pictures [B, H, W, 3]."""
+        """Latents [B, C, h, w] -> pictures [B, H, W, 3].
+
+        Raises:
+            NotFiniteError: the network's or the autoencoder's numbers left every range.
+        """
         pictures = []
-        with torch.inference_mode():
+        with torch.inference_mode(), memory_told(self._device, _drawing(latents, self.info)):
             for start in range(0, len(latents), TOGETHER):
-                z = self._to_torch(latents[start : start + TOGETHER] / self.info.scaling_factor, self._vae.dtype)
-                pictures.append(to_pictures(_to_numpy(self._vae.decode(z, return_dict=False)[0])))
+                z = self._to_torch(latents[start : start + TOGETHER], torch.float32)
+                try:
+                    pictures.append(to_uint8(self._networks.checked_image(z)).cpu().numpy())
+                except FloatingPointError as error:
+                    raise not_finite(error, self.dtype) from None
         return np.concatenate(pictures)
 
     def encode_image(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Pictures [B, H, W, 3] -> latents [B, C, h, w]."""
         latents = []
-        with torch.inference_mode():
+        with torch.inference_mode(), memory_told(self._device, "encode the picture"):
             for start in range(0, len(pictures), TOGETHER):
-                image = self._to_torch(to_images(pictures[start : start + TOGETHER]), self._vae.dtype)
-                latents.append(most_likely_latents(self._vae, image) * self.info.scaling_factor)
-        return _to_numpy(torch.cat(latents))
+                image = self._to_torch(to_images(pictures[start : start + TOGETHER]), torch.float32)
+                latents.append(_to_numpy(self._networks.latents(image)))
+        return np.concatenate(latents)
+
+    def _optional(self, array: NDArray[np.float32] | None) -> torch.Tensor | None:
+        return None if array is None else self._to_torch(array, self._networks.dtype)
 
     def _to_torch(self, array: NDArray[np.float32], dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, dtype)
 
 
-def most_likely_latents(vae: Any, image: torch.Tensor) -> torch.Tensor:
-    """The autoencoder's latents for images [B, 3, H, W]: the mode, where it gives a distribution."""
-    encoded = vae.encode(image)
-    latents: torch.Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-    return latents
+def not_finite(error: FloatingPointError, dtype: str) -> NotFiniteError:
+    """The error for a picture that is none."""
+    fix = "in another dtype, such as bfloat16 or float32" if dtype != "float32" else "again from its source"
+    return NotFiniteError(f"No picture came out: {error} left the range of numbers in {dtype}; load the model {fix}.")
 
 
-def load_components(info: ModelInfo, dtype: str = "float32") -> dict[str, Any]:
-    """The text encoder, UNet and autoencoder of a model as torch modules, in evaluation mode on the CPU.
-
-    Raises:
-        CheckpointError: the weights do not fit the configs, or a class is not supported.
-    """
-    parts = {}
-    for component, classes in CLASSES.items():
-        wanted = info.classes.get(component, ("", ""))[1]
-        if wanted not in classes:
-            raise CheckpointError(f"'{info.path}' has a {component} of class '{wanted}'; known: {', '.join(classes)}.")
-        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-        if ".fp16." in weights_file(info.path, component).name:
-            options["variant"] = "fp16"
-        options["dtype" if component == "text_encoder" else "torch_dtype"] = DTYPES[dtype]
-        try:
-            with quiet_libraries():
-                module = classes[wanted].from_pretrained(local(info.path / component), **options)
-        except (RuntimeError, ValueError, OSError, KeyError) as error:
-            raise CheckpointError(
-                f"The weights in '{info.path / component}' do not fit its config ({_first_line(error)}); copy it again."
-            ) from error
-        if component == "vae" and dtype == "float16" and module.config.force_upcast:
-            module = module.float()  # its activations leave float16's range
-        parts[component] = module.eval().requires_grad_(False)
-    return parts
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Run the body without the advice and progress bars of diffusers and transformers. Their errors still raise."""
-    loggings = (diffusers.utils.logging, transformers.utils.logging)
-    before = [(one.get_verbosity(), one.is_progress_bar_enabled()) for one in loggings]
+def _found_device(name: str) -> torch.device:
     try:
-        for one in loggings:
-            one.set_verbosity_error()
-            one.disable_progress_bar()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for one, (verbosity, bars) in zip(loggings, before, strict=True):
-            one.set_verbosity(verbosity)
-            if bars:
-                one.enable_progress_bar()
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise OnestillError(f"torch has no device '{name}' here; use 'cpu'.") from error
+    return device
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:200]
+def _drawing(latents: NDArray[np.float32], info: ModelInfo) -> str:
+    height, width = (side * info.vae_scale_factor for side in latents.shape[2:])
+    return f"draw {len(latents)} pictures of {width}x{height}"
 
 
 def _to_numpy(tensor: torch.Tensor) -> NDArray[np.float32]:

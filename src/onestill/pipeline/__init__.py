@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +16,26 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from onestill import __version__
-from onestill.checkpoint import ModelInfo
-from onestill.engine import Conditioning, Engine, load_engine
-from onestill.errors import PromptError, SizeError, StepsError
+from onestill.checkpoint import Additions, Lora, ModelInfo
+from onestill.engine import Conditioning, Drawn, Engine, Job, TorchOptions, first_latents, load_engine
 from onestill.noise import noise_source
+from onestill.pipeline.checks import (
+    MOST_IMAGES,
+    MOST_STEPS,
+    checked_guidance,
+    checked_pair,
+    checked_prompts,
+    checked_size,
+    checked_whole,
+    matched_negatives,
+    seeds_of,
+    shortened,
+)
 from onestill.pipeline.picture import fitted, save_picture
-from onestill.sampling import classifier_free_guidance, sample, strength_timesteps
-from onestill.schedule import add_noise
+from onestill.sampling import DRAWING, classifier_free_guidance, sample, strength_timesteps
 
 __all__ = ["Output", "Pipeline", "Timings", "load", "save_picture"]
 
-MOST_STEPS = 50
-MOST_IMAGES = 1000  # in one call
-MOST_LETTERS = 10_000  # of a prompt, far beyond any model's tokens
-MOST_GUIDANCE = 50.0
 TOGETHER = 16  # images drawn side by side, which bounds memory
 PROMPTS_KEPT = 256  # whose states are remembered; some 50 KB each
 
@@ -85,6 +90,12 @@ class _Plan:
     height: int
     width: int
     strength: float | None
+    time_ids: tuple[int, ...] | None
+
+    @property
+    def guides(self) -> bool:
+        """Whether guidance steers away from something, at twice the work."""
+        return self.guidance_scale > 1
 
 
 class Pipeline:
@@ -96,7 +107,7 @@ class Pipeline:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._states: OrderedDict[str, tuple[NDArray[np.float32], int]] = OrderedDict()
+        self._states: OrderedDict[str, Conditioning] = OrderedDict()
         self._states_lock = threading.Lock()
 
     @property
@@ -118,6 +129,9 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         sampler: str | None = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
     ) -> Output:
         """Draw.
 
@@ -130,46 +144,43 @@ class Pipeline:
             negative_prompt: what guidance steers away from, one for all prompts or one for each; None is nothing.
             seed: image i has seed `seed + i`; None draws one.
             num_images_per_prompt: how many of each.
-            height: pixels, one of the model's `sizes`; None is its own.
+            height: pixels, divisible by 8, or one of the model's `sizes` where it has no others; None is its own.
             width: pixels, likewise.
             sampler: one of `onestill.sampling.SAMPLERS`; None is the model's own.
+            original_size: (height, width) in pixels that SDXL is told the picture once had; None is its size.
+            crops_coords_top_left: (top, left) in pixels that SDXL is told were cut off.
+            target_size: (height, width) in pixels that SDXL is told were asked for; None is its size.
 
         Raises:
             PromptError, SizeError, StepsError, ImageError, ScheduleError: nothing can be drawn from an argument.
+            NotEnoughMemoryError: so many or so large pictures do not fit; the next call may.
+            NotFiniteError: the model computed no picture.
         """
         started = time.perf_counter()
-        each = _checked_whole("num_images_per_prompt", num_images_per_prompt, MOST_IMAGES)
-        prompts = [text for text in _checked_prompts(prompt) for _ in range(each)]
+        each = checked_whole("num_images_per_prompt", num_images_per_prompt, MOST_IMAGES)
+        prompts = [text for text in checked_prompts(prompt) for _ in range(each)]
+        told = (original_size, crops_coords_top_left, target_size)
         plan = self._plan(
-            num_inference_steps, guidance_scale, height, width, sampler, None if image is None else strength
+            num_inference_steps, guidance_scale, height, width, sampler, None if image is None else strength, told
         )
-        negatives = _matched_negatives(negative_prompt, prompts, each)
-        seeds = _seeds(seed, len(prompts))
+        negatives = matched_negatives(negative_prompt, prompts, each)
+        seeds = seeds_of(seed, len(prompts))
         picture = None if image is None else fitted(image, plan.height, plan.width)
-
-        words, notes = self._encode(prompts)
-        against = self._encode(negatives)[0] if plan.guidance_scale > 1 else None
         start = None if picture is None else self.engine.encode_image(picture[None])
-        encoded = time.perf_counter()
+        prepared = time.perf_counter()
 
-        latents = []
-        for first in range(0, len(prompts), TOGETHER):
-            part = slice(first, first + TOGETHER)
-            latents.append(
-                self._draw(plan, words[part], None if against is None else against[part], start, seeds[part])
-            )
-        denoised = time.perf_counter()
-
-        images = [PIL.Image.fromarray(drawn) for some in latents for drawn in self.engine.decode(some)]
+        draw = self._draw_whole if hasattr(self.engine, "draw") else self._draw_in_steps
+        drawn = draw(plan, prompts, negatives, start, seeds)
         ended = time.perf_counter()
         timings = Timings(
-            encode_ms=(encoded - started) * 1000,
-            denoise_ms=(denoised - encoded) * 1000,
-            decode_ms=(ended - denoised) * 1000,
+            encode_ms=(prepared - started) * 1000 + drawn.encode_ms,
+            denoise_ms=drawn.denoise_ms,
+            decode_ms=drawn.decode_ms,
             total_ms=(ended - started) * 1000,
         )
-        settings = [self._settings(plan, negative) for negative in negatives]
-        return Output(images, seeds, prompts, timings, notes, settings)
+        images = [PIL.Image.fromarray(one) for one in drawn.pictures]
+        notes = _notes_on_words(prompts, drawn) + self._notes(plan, negative_prompt is not None)
+        return Output(images, seeds, prompts, timings, notes, [self._settings(plan, text) for text in negatives])
 
     def _plan(
         self,
@@ -179,27 +190,50 @@ class Pipeline:
         width: int | None,
         sampler: str | None,
         strength: float | None,
+        told: tuple[tuple[int, int] | None, tuple[int, int], tuple[int, int] | None],
     ) -> _Plan:
         info = self.info
-        steps = _checked_whole("num_inference_steps", info.num_inference_steps if steps is None else steps, MOST_STEPS)
-        timesteps = info.schedule.timesteps(steps)
+        steps = checked_whole("num_inference_steps", info.num_inference_steps if steps is None else steps, MOST_STEPS)
+        timesteps = info.timesteps(steps)
         if strength is not None:
             timesteps = strength_timesteps(timesteps, strength, info.schedule.num_train_timesteps)
+        size = checked_size(height, width, info)
+        names = ("original_size", "crops_coords_top_left", "target_size")
+        pairs = [checked_pair(name, pair, size) for name, pair in zip(names, told, strict=True)]
         return _Plan(
             steps,
             tuple(timesteps),
-            _checked_guidance(info.guidance_scale if guidance_scale is None else guidance_scale),
+            checked_guidance(info.guidance_scale if guidance_scale is None else guidance_scale),
             sampler or info.sampler,
-            *_checked_size(height, width, info),
+            *size,
             strength,
+            tuple(number for pair in pairs for number in pair) if info.is_xl else None,
         )
 
-    def _settings(self, plan: _Plan, negative: str) -> dict[str, str]:
+    def _notes(self, plan: _Plan, has_negative: bool) -> list[str]:
+        """What was not done to the letter, but for the words."""
+        notes = []
+        if has_negative and not self._guides(plan):
+            notes.append("The negative prompt did nothing: it acts only at a guidance scale above 1.")
+        if plan.strength is not None and plan.num_inference_steps * plan.strength < 1:
+            notes.append(
+                f"A strength of {plan.strength:g} is less than one of {plan.num_inference_steps} steps; one was taken, "
+                f"from timestep {plan.timesteps[0]}."
+            )
+        if (plan.height, plan.width) not in self.info.sizes:
+            known = ", ".join(f"{width}x{height}" for height, width in self.info.sizes)
+            notes.append(f"The model was trained to draw {known}; other sizes may repeat or cut what is asked for.")
+        return notes
+
+    def _guides(self, plan: _Plan) -> bool:
+        return plan.guides and not self.info.embeds_guidance
+
+    def _settings(self, plan: _Plan, negative: str | None) -> dict[str, str]:
         return {
             "num_inference_steps": str(plan.num_inference_steps),
             "sampler": plan.sampler,
             "guidance_scale": f"{plan.guidance_scale:g}",
-            **({"negative_prompt": negative} if plan.guidance_scale > 1 and negative else {}),
+            **({"negative_prompt": negative} if self._guides(plan) and negative else {}),
             **({"strength": f"{plan.strength:g}"} if plan.strength is not None else {}),
             "size": f"{plan.width}x{plan.height}",
             "model": f"{self.info.name} {self.info.version}".strip(),
@@ -207,45 +241,74 @@ class Pipeline:
             "version": f"onestill {__version__}",
         }
 
-    def _encode(self, prompts: Sequence[str]) -> tuple[NDArray[np.float32], list[str]]:
-        """States [B, K, D] of the prompts, each encoded once and remembered, and notes on those that were cut."""
+    # --- words to pixels, by an engine that takes one step at a time ---
+
+    def _draw_in_steps(
+        self,
+        plan: _Plan,
+        prompts: Sequence[str],
+        negatives: Sequence[str | None],
+        start: NDArray[np.float32] | None,
+        seeds: Sequence[int],
+    ) -> Drawn:
+        started = time.perf_counter()
+        words = self._encode(prompts)
+        against = self._encode_negatives(negatives) if self._guides(plan) else None
+        encoded = time.perf_counter()
+        latents = []
+        for first in range(0, len(prompts), TOGETHER):
+            part = slice(first, first + TOGETHER)
+            latents.append(
+                self._walk(plan, words[part], None if against is None else against[part], start, seeds[part])
+            )
+        denoised = time.perf_counter()
+        pictures = np.concatenate([self.engine.decode(some) for some in latents])
+        ended = time.perf_counter()
+        spent = (encoded - started, denoised - encoded, ended - denoised)
+        return Drawn(pictures, words.tokens_cut, words.words_cut, *(1000 * seconds for seconds in spent))
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        """That of the prompts, each encoded once and remembered."""
         with self._states_lock:
             known = {text: self._states[text] for text in dict.fromkeys(prompts) if text in self._states}
         new = [text for text in dict.fromkeys(prompts) if text not in known]
         if new:
             found = self.engine.encode(new)
-            known |= {text: (found.states[i], found.tokens_cut[i]) for i, text in enumerate(new)}
+            known |= {text: found[i : i + 1] for i, text in enumerate(new)}
         with self._states_lock:
             for text, states in known.items():
                 self._states[text] = states
                 self._states.move_to_end(text)
             while len(self._states) > PROMPTS_KEPT:
                 self._states.popitem(last=False)
-        notes = [
-            f"The prompt '{_shortened(text)}' is too long: its last {cut} tokens were cut."
-            for text, (_, cut) in known.items()
-            if cut
-        ]
-        return np.stack([known[text][0] for text in prompts]), notes
+        return Conditioning.joined([known[text] for text in prompts])
 
-    def _draw(
+    def _encode_negatives(self, negatives: Sequence[str | None]) -> Conditioning:
+        words = self._encode([text or "" for text in negatives])
+        if not self.info.zero_negative or any(text is not None for text in negatives):
+            return words
+        pooled = None if words.pooled is None else np.zeros_like(words.pooled)
+        return replace(words, states=np.zeros_like(words.states), pooled=pooled)
+
+    def _walk(
         self,
         plan: _Plan,
-        cond: NDArray[np.float32],
-        uncond: NDArray[np.float32] | None,
+        words: Conditioning,
+        against: Conditioning | None,
         start: NDArray[np.float32] | None,
         seeds: Sequence[int],
     ) -> NDArray[np.float32]:
-        """Latents [B, C, h, w] for B seeds and states [B, K, D]; `start` [1, C, h, w] are those of an image."""
+        """Latents [B, C, h, w] for B seeds and prompts; `start` [1, C, h, w] are those of an image."""
         schedule = self.info.schedule
-        draw = noise_source(seeds, self.info.latent_shape if start is None else start.shape[1:])
-        alpha, sigma = schedule.at(plan.timesteps[0])
-        x = add_noise(0.0 if start is None else start, draw(0), alpha, sigma)
-        states = cond if uncond is None else np.concatenate([cond, uncond])
-        conditioning = Conditioning(states, (0,) * len(states))
+        draw = noise_source(seeds, self._latent_shape(plan))
+        x = first_latents(self.info, plan.timesteps[0], draw(0), start)
+        conditioning = words if against is None else Conditioning.joined([words, against])
+        conditioning = replace(
+            conditioning, time_ids=_time_ids(plan, len(conditioning.states)), guidance_scale=plan.guidance_scale
+        )
 
         def predict_x0(x: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
-            if uncond is None:
+            if against is None:
                 output = self.engine.denoise(x, timestep, conditioning)
             else:
                 both = self.engine.denoise(np.concatenate([x, x]), timestep, conditioning)
@@ -253,6 +316,51 @@ class Pipeline:
             return np.asarray(schedule.x0(output, x, timestep), dtype=np.float32)
 
         return np.asarray(sample(plan.sampler, predict_x0, x, schedule, plan.timesteps, draw), dtype=np.float32)
+
+    def _latent_shape(self, plan: _Plan) -> tuple[int, int, int]:
+        factor = self.info.vae_scale_factor
+        return self.info.latent_shape[0], plan.height // factor, plan.width // factor
+
+    # --- words to pixels, by an engine that goes all the way ---
+
+    def _draw_whole(
+        self,
+        plan: _Plan,
+        prompts: Sequence[str],
+        negatives: Sequence[str | None],
+        start: NDArray[np.float32] | None,
+        seeds: Sequence[int],
+    ) -> Drawn:
+        found: list[Drawn] = []
+        for first in range(0, len(prompts), TOGETHER):
+            part = slice(first, first + TOGETHER)
+            draw = noise_source(seeds[part], self._latent_shape(plan))
+            calls = len(plan.timesteps) if plan.sampler in DRAWING else 1
+            job = Job(
+                prompts[part],
+                negatives[part] if self._guides(plan) else None,
+                np.stack([draw(step) for step in range(calls)]),
+                start,
+                _time_ids(plan, len(prompts[part])),
+                plan.sampler,
+                plan.timesteps,
+                plan.guidance_scale,
+            )
+            found.append(self.engine.draw(job))  # type: ignore[attr-defined] # asked for before
+        return Drawn.joined(found)
+
+
+def _time_ids(plan: _Plan, count: int) -> NDArray[np.float32] | None:
+    return None if plan.time_ids is None else np.tile(np.array(plan.time_ids, dtype=np.float32), (count, 1))
+
+
+def _notes_on_words(prompts: Sequence[str], drawn: Drawn) -> list[str]:
+    cut = dict(zip(prompts, zip(drawn.tokens_cut, drawn.words_cut, strict=True), strict=True))
+    return [
+        f"The prompt '{shortened(text)}' is too long: its last {count} tokens were cut, from '{shortened(words)}'."
+        for text, (count, words) in cut.items()
+        if count
+    ]
 
 
 def load(
@@ -262,95 +370,34 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     threads: int | None = None,
+    unet: str | os.PathLike[str] | None = None,
+    lora: str | os.PathLike[str] | Mapping[str | os.PathLike[str], float] | None = None,
+    tiny_vae: str | os.PathLike[str] | None = None,
+    preset: str | None = None,
+    options: TorchOptions | None = None,
 ) -> Pipeline:
     """Load a model.
 
     Args:
-        model: the name of a shipped model, or a folder in diffusers' format.
+        model: the name of a shipped model, a folder in diffusers' format, a single safetensors file, or a Hub id.
         engine: "openvino" or "torch"; None takes OpenVINO where it can.
         device: "cpu"; with torch also "cuda" and the like.
         dtype: "float32", "bfloat16" or "float16"; None is what the engine is fastest in.
         threads: how many CPU threads to use; None lets the engine choose.
+        unet: another UNet in the model's place, a safetensors file or a folder with one.
+        lora: a LoRA's safetensors file to add to the weights, or several, each with what it is multiplied by.
+        tiny_vae: TAESD, or TAESDXL for SDXL, in the decoder's place: a safetensors file or a folder with one.
+        preset: one of `onestill.checkpoint.PRESETS`, for a model whose files do not tell its steps and sampler.
+        options: how torch computes; None is the fast way on a GPU and the plain way on a CPU.
 
     Raises:
         OnestillError: the model cannot be found, trusted or run; the sentence says what to do.
     """
-    return Pipeline(load_engine(engine, model, device, dtype, threads=threads))
-
-
-# --- checks ---------------------------------------------------------------------------------------------------------
-
-
-def _checked_prompts(prompt: str | Sequence[str]) -> list[str]:
-    prompts = _listed(prompt)
-    for text in prompts:
-        _check_text(text)
-    if not prompts or not all(text.strip() for text in prompts):
-        raise PromptError("The prompt is empty; say what to draw, such as 'a red apple'.")
-    return prompts
-
-
-def _listed(prompt: object) -> list[str]:
-    return list(prompt) if isinstance(prompt, list | tuple) else [prompt]  # type: ignore[list-item] # checked next
-
-
-def _check_text(text: object) -> None:
-    if not isinstance(text, str):
-        raise PromptError(f"A prompt must be text, not {type(text).__name__}.")
-    if len(text) > MOST_LETTERS:
-        raise PromptError(f"The prompt has {len(text)} letters; write at most {MOST_LETTERS}.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError("The prompt is no valid Unicode text; check the encoding it was read with.") from error
-
-
-def _matched_negatives(negative: str | Sequence[str] | None, prompts: Sequence[str], each: int) -> list[str]:
-    """One negative prompt per image."""
-    negatives = _listed("" if negative is None else negative)
-    for text in negatives:
-        _check_text(text)
-    if not isinstance(negative, list | tuple):
-        return negatives * len(prompts)
-    if len(negatives) * each != len(prompts):
-        raise PromptError(
-            f"{len(negatives)} negative prompts do not match {len(prompts) // each} prompts; give as many."
-        )
-    return [text for text in negatives for _ in range(each)]
-
-
-def _checked_whole(name: str, value: int, most: int) -> int:
-    if not _is_whole(value) or not 1 <= value <= most:
-        raise StepsError(f"{name} is {value}; choose a whole number from 1 to {most}.")
-    return int(value)
-
-
-def _checked_guidance(scale: object) -> float:
-    if not isinstance(scale, int | float | np.number) or not 0 <= scale <= MOST_GUIDANCE:
-        raise StepsError(f"guidance_scale is {scale}; choose a number from 0 to {MOST_GUIDANCE:g}, 1 for none.")
-    return float(scale)
-
-
-def _seeds(seed: int | None, count: int) -> list[int]:
-    if count > MOST_IMAGES:
-        raise StepsError(f"{count} images are too many for one call; ask for at most {MOST_IMAGES}.")
-    first = secrets.randbelow(2**32 - count) if seed is None else seed
-    if not _is_whole(first) or not 0 <= first <= 2**63 - count:
-        raise StepsError(f"The seed is {first}; choose a whole number from 0 to {2**63 - count}.")
-    return [int(first) + i for i in range(count)]
-
-
-def _checked_size(height: int | None, width: int | None, info: ModelInfo) -> tuple[int, int]:
-    size = (info.height if height is None else height, info.width if width is None else width)
-    if size not in info.sizes:
-        names = ", ".join(f"{width}x{height}" for height, width in info.sizes)
-        raise SizeError(f"The model '{info.name}' cannot draw {size[1]}x{size[0]} pixels; choose from {names}.")
-    return size
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 40 else f"{text[:40].rstrip()}…"
+    loras = lora if isinstance(lora, Mapping) else {lora: 1.0} if lora is not None else {}
+    additions = Additions(
+        unet=None if unet is None else Path(unet),
+        loras=tuple(Lora(Path(path), float(scale)) for path, scale in loras.items()),
+        tiny_vae=None if tiny_vae is None else Path(tiny_vae),
+        preset=preset,
+    )
+    return Pipeline(load_engine(engine, model, device, dtype, threads=threads, additions=additions, options=options))

@@ -1,0 +1,93 @@
+"""What a safetensors file says of itself before its weights: each tensor's name, type and shape, and its notes."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from onestill.errors import CheckpointError, UnsafeFormatError
+
+__all__ = ["PICKLE_SUFFIXES", "Header", "Tensor", "check_safetensors", "is_pickle", "pickle_error", "read_header"]
+
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+MAX_HEADER_BYTES = 64 * 2**20  # SDXL's has half a megabyte
+BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+
+
+class Tensor(NamedTuple):
+    """One tensor of a file: its type as safetensors writes it ("F16", "BF16", ...) and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Header(NamedTuple):
+    """The start of a file.
+
+    Attributes:
+        tensors: name -> type and shape.
+        notes: free-form text that the file's maker wrote, such as `modelspec.resolution`.
+        end: bytes the file must have.
+    """
+
+    tensors: Mapping[str, Tensor]
+    notes: Mapping[str, str]
+    end: int
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file: 8 bytes of its length, then JSON. The weights are not read.
+
+    Raises:
+        UnsafeFormatError: it is a pickle, whatever its name.
+        CheckpointError: it is no safetensors file, or is truncated.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(9)
+        if is_pickle(path, start):
+            raise pickle_error(path)
+        file.seek(8)
+        length = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else size
+        try:
+            if length > min(size, MAX_HEADER_BYTES):
+                raise ValueError("header longer than the file")
+            entries = json.loads(file.read(length))
+            notes = entries.pop("__metadata__", None) or {}
+            tensors = {name: Tensor(at["dtype"], tuple(at["shape"])) for name, at in entries.items()}
+            end = 8 + length + max((int(at["data_offsets"][1]) for at in entries.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise CheckpointError(f"'{path}' is no safetensors file, or is damaged; copy the model again.") from error
+    if size < end:
+        raise CheckpointError(f"'{path}' is truncated: it has {size} of {end} bytes; copy the model again.")
+    return Header(tensors, {str(name): str(value) for name, value in notes.items()}, end)
+
+
+def check_safetensors(path: Path) -> None:
+    """Compare a file's length with its header.
+
+    Raises:
+        CheckpointError: it is damaged, truncated, or has something behind its tensors.
+    """
+    if path.stat().st_size > read_header(path).end:
+        raise CheckpointError(f"'{path}' is not the file that the model was published with; copy the model again.")
+
+
+def is_pickle(path: Path, start: bytes) -> bool:
+    """Whether a file is a pickle by its name or its first 9 bytes.
+
+    Protocol 2 and later start with 0x80, torch's form is a zip. A header's length may start with 0x80 too, but the
+    header itself, from byte 8, is a JSON object.
+    """
+    looks_so = start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[8:9] != b"{")
+    return path.suffix in PICKLE_SUFFIXES or looks_so
+
+
+def pickle_error(path: Path) -> UnsafeFormatError:
+    """The error for a file that is never opened."""
+    return UnsafeFormatError(
+        f"'{path}' is a pickle, which can run code when it is read; save the model again with safe_serialization=True."
+    )

@@ -1,0 +1,327 @@
+"""What a model is: read from a folder's configs, or from the names and shapes in a single file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from onestill.checkpoint.files import MANIFEST, NETWORKS, read_json
+from onestill.checkpoint.header import read_header
+from onestill.checkpoint.presets import PRESETS, Preset, find_preset
+from onestill.checkpoint.single_file import SD, SDXL, Network, networks, tiny_vae_network, unet_network
+from onestill.errors import CheckpointError, ModelNotFoundError, ScheduleError
+from onestill.schedule import NoiseSchedule
+
+__all__ = ["Additions", "Lora", "ModelInfo", "describe"]
+
+PIPELINES = {"StableDiffusionPipeline": SD, "StableDiffusionXLPipeline": SDXL}
+SAMPLER_OF_SCHEDULER = {
+    "DDIMScheduler": "ddim",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "EulerDiscreteScheduler": "euler",
+    "LCMScheduler": "consistency",
+    "PNDMScheduler": "dpmpp_2m",  # needs fewer steps for the same picture
+}
+EULER = ("EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler")
+# Stable Diffusion's schedule, which a single file does not hold: every model of these families was trained on it.
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+NATIVE_PX = {SD: 512, SDXL: 1024}
+ONE_STEP_PX = 512  # of SDXL Turbo and SD Turbo
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank changes to a model's weights: a safetensors file, and what they are multiplied by."""
+
+    path: Path
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Additions:
+    """What is put on top of a model.
+
+    Attributes:
+        unet: another UNet in place of its own: a safetensors file of either key layout, or a folder with one.
+        loras: added to the weights in this order.
+        tiny_vae: TAESD, or TAESDXL for SDXL, in place of the decoder: a safetensors file, or a folder with one. The
+            two look alike; only the eye tells when it is the wrong one.
+        preset: one of `PRESETS`, for steps, sampler and timesteps; None reads them from the model.
+    """
+
+    unet: Path | None = None
+    loras: Sequence[Lora] = ()
+    tiny_vae: Path | None = None
+    preset: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model is, read from its folder or file.
+
+    Attributes:
+        name: its name in the manifest, or the folder's or file's.
+        path: its folder, or its single file.
+        family: "stable-diffusion" or "stable-diffusion-xl".
+        height, width: the size in pixels that it draws unless asked otherwise.
+        sizes: every (height, width) in pixels that it was trained on.
+        size_multiple: what other sizes' sides must be divisible by, in pixels; 0 where it can draw only `sizes`.
+        latent_shape: (C, h, w) at the default size.
+        vae_scale_factor: pixels per latent along each side.
+        scaling_factor: what the autoencoder's latents are multiplied by to get the diffusion model's.
+        max_tokens: K, tokens a prompt is padded or cut to, the special ones included.
+        use_attention_mask: whether the text encoder is told which tokens are padding.
+        zero_negative: whether guidance steers away from zeros where no negative prompt is given.
+        embeds_guidance: whether its network is told the guidance scale, at no more work, in place of being guided.
+        schedule: the noise schedule it was trained on.
+        sampler: the name in `onestill.sampling.SAMPLERS` that its scheduler stands for.
+        unit_noise: whether drawing starts from noise of variance 1 rather than sigma^2.
+        own_timesteps: number of steps -> the timesteps to take, where they follow no rule.
+        num_inference_steps, guidance_scale: what it draws with unless asked otherwise; a guidance of 1 is none.
+        preset: the preset it was taken for, "" where its own configs said all.
+        version, licence: of the model, the licence by its SPDX name; "" if not told.
+        styles: style words it was trained with, from the manifest.
+        made: how it was made, free-form, from the manifest.
+        classes: component -> (library, class), from `model_index.json`.
+        networks: those whose weights lie in single files: of a single-file model, and what was put on top of any.
+        loras: added to the weights when they are loaded.
+    """
+
+    name: str
+    path: Path
+    family: str
+    height: int
+    width: int
+    sizes: tuple[tuple[int, int], ...]
+    latent_shape: tuple[int, int, int]
+    vae_scale_factor: int
+    scaling_factor: float
+    max_tokens: int
+    use_attention_mask: bool
+    schedule: NoiseSchedule
+    sampler: str
+    size_multiple: int = 0
+    zero_negative: bool = False
+    embeds_guidance: bool = False
+    unit_noise: bool = False
+    own_timesteps: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    num_inference_steps: int = 1
+    guidance_scale: float = 1.0
+    preset: str = ""
+    version: str = ""
+    licence: str = ""
+    styles: tuple[str, ...] = ()
+    made: Mapping[str, Any] = field(default_factory=dict)
+    classes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    networks: Mapping[str, Network] = field(default_factory=dict)
+    loras: tuple[Lora, ...] = ()
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether it has SDXL's two text encoders and is told sizes."""
+        return self.family == SDXL
+
+    def timesteps(self, num_inference_steps: int) -> list[int]:
+        """The falling timesteps at which it draws in this many steps; raises `StepsError` as the schedule does."""
+        own = self.own_timesteps.get(num_inference_steps)
+        return list(own) if own is not None else self.schedule.timesteps(num_inference_steps)
+
+
+def describe(path: str | os.PathLike[str], additions: Additions | None = None) -> ModelInfo:
+    """Read what the model in a folder or single file is. Weights are not read; see `verify`.
+
+    Args:
+        path: what `onestill.checkpoint.resolve` gave.
+        additions: what is put on top.
+
+    Raises:
+        CheckpointError: a config is missing, is no JSON, or describes a model that cannot be drawn with.
+        ModelNotFoundError: an addition does not exist.
+    """
+    folder = Path(path)
+    additions = additions or Additions()
+    try:
+        info = _of_file(folder, additions.preset) if folder.is_file() else _of_folder(folder)
+        if additions.preset is not None:
+            info = _with_preset(info, additions.preset)
+        return _with_additions(info, additions)
+    except ScheduleError as error:
+        raise CheckpointError(f"'{folder}' cannot be drawn with: {error}") from error
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"The configs in '{folder}' do not fit together ({type(error).__name__}: {error}); save the model again."
+        ) from error
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+def _of_folder(folder: Path) -> ModelInfo:
+    index = read_json(folder, "model_index.json")
+    kind = str(index.get("_class_name"))
+    if kind not in PIPELINES:
+        raise CheckpointError(f"'{folder}' is a {kind}; only these are supported: {', '.join(sorted(PIPELINES))}.")
+    classes = {name: (str(at[0]), str(at[1])) for name, at in index.items() if isinstance(at, list) and at[0]}
+    family = PIPELINES[kind]
+    for name in NETWORKS if family == SDXL else [name for name in NETWORKS if name != "text_encoder_2"]:
+        if name not in classes:
+            raise CheckpointError(f"'{folder}' has no {name}, which a {kind} needs; copy the whole model again.")
+    unet, vae = read_json(folder, "unet/config.json"), read_json(folder, "vae/config.json")
+    text = read_json(folder, "text_encoder/config.json")
+    scheduler = read_json(folder, "scheduler/scheduler_config.json")
+    manifest = read_json(folder, MANIFEST) if (folder / MANIFEST).is_file() else {}
+    schedule = NoiseSchedule.from_config(scheduler)
+    if unet["in_channels"] != unet["out_channels"]:
+        raise CheckpointError(f"The UNet in '{folder}' is for inpainting; give a text-to-image model.")
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    h, w = _pair(unet["sample_size"])
+    usual = _usual(schedule)
+    is_euler = scheduler.get("_class_name") in EULER
+    return ModelInfo(
+        name=str(manifest.get("name") or folder.resolve().name),
+        path=folder,
+        family=family,
+        height=h * factor,
+        width=w * factor,
+        sizes=((h * factor, w * factor),),
+        latent_shape=(int(unet["in_channels"]), h, w),
+        vae_scale_factor=factor,
+        scaling_factor=float(vae.get("scaling_factor", 0.18215)),
+        max_tokens=_max_tokens(folder, text),
+        use_attention_mask=bool(text.get("use_attention_mask", False)),
+        schedule=schedule,
+        sampler=SAMPLER_OF_SCHEDULER.get(str(scheduler.get("_class_name")), "ddim"),
+        # Models of CLIP's families are trained on many shapes, or bear them; ours knows its own size alone.
+        size_multiple=factor if classes["text_encoder"][1].startswith("CLIP") else 0,
+        zero_negative=family == SDXL and bool(index.get("force_zeros_for_empty_prompt", True)),
+        embeds_guidance=unet.get("time_cond_proj_dim") is not None,
+        unit_noise=not is_euler or schedule.timestep_spacing == "leading",
+        num_inference_steps=int(manifest.get("num_inference_steps", usual.num_inference_steps)),
+        guidance_scale=float(manifest.get("guidance_scale", usual.guidance_scale)),
+        version=str(manifest.get("version", "")),
+        licence=str(manifest.get("licence", "")),
+        styles=tuple(str(style) for style in manifest.get("styles", ())),
+        made=dict(manifest.get("made", {})),
+        classes=classes,
+    )
+
+
+def _usual(schedule: NoiseSchedule) -> Preset:
+    """Steps and guidance for a model that does not tell: few-step models start at pure noise, others do not."""
+    return PRESETS[{"trailing": "turbo", "leading": "base", "lcm": "lcm"}[schedule.timestep_spacing]]
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (int(size[0]), int(size[1])) if isinstance(size, list) else (int(size), int(size))
+
+
+def _max_tokens(folder: Path, text: Mapping[str, Any]) -> int:
+    positions = int(text["max_position_embeddings"])
+    # Saved tokenizers without a limit say 1e30.
+    return int(min(read_json(folder, "tokenizer/tokenizer_config.json").get("model_max_length", positions), positions))
+
+
+# --- single files ---------------------------------------------------------------------------------------------------
+
+
+def _of_file(path: Path, preset: str | None) -> ModelInfo:
+    family, found = networks(path)
+    notes = read_header(path).notes
+    vae, unet, text = found["vae"].config, found["unet"].config, found["text_encoder"].config
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    height, width = _noted_size(notes) or _native(family, preset or "turbo")
+    v_noted = notes.get("modelspec.prediction_type") == "v"
+    schedule = NoiseSchedule.from_config({**BETAS, "prediction_type": "v_prediction" if v_noted else "epsilon"})
+    info = ModelInfo(
+        name=path.stem,
+        path=path,
+        family=family,
+        height=height,
+        width=width,
+        sizes=((height, width),),
+        latent_shape=(int(unet["in_channels"]), height // factor, width // factor),
+        vae_scale_factor=factor,
+        scaling_factor=float(vae["scaling_factor"]),
+        max_tokens=int(text["max_position_embeddings"]),
+        use_attention_mask=False,
+        schedule=schedule,
+        sampler="euler_ancestral" if family == SDXL else "euler",
+        size_multiple=factor,
+        zero_negative=family == SDXL,
+        embeds_guidance="time_cond_proj_dim" in unet,
+        licence=notes.get("modelspec.license", ""),
+        classes={name: ("", network.kind) for name, network in found.items()},
+        networks=found,
+    )
+    return info if preset is not None else replace(info, preset="turbo")
+
+
+def _noted_size(notes: Mapping[str, str]) -> tuple[int, int] | None:
+    width, _, height = notes.get("modelspec.resolution", "").partition("x")
+    valid = width.isdecimal() and height.isdecimal() and 64 <= int(width) <= 2048 and 64 <= int(height) <= 2048
+    return (int(height), int(width)) if valid else None
+
+
+def _native(family: str, preset: str) -> tuple[int, int]:
+    side = ONE_STEP_PX if preset == "turbo" else NATIVE_PX[family]
+    return side, side
+
+
+# --- what is put on top ---------------------------------------------------------------------------------------------
+
+
+def _with_preset(info: ModelInfo, name: str) -> ModelInfo:
+    preset = find_preset(name)
+    schedule = replace(
+        info.schedule,
+        timestep_spacing=preset.spacing,
+        prediction_type=preset.prediction_type or info.schedule.prediction_type,
+        steps_offset=1 if preset.spacing == "leading" else 0,
+    )
+    return replace(
+        info,
+        schedule=schedule,
+        sampler=preset.sampler,
+        unit_noise=preset.unit_noise,
+        own_timesteps=preset.timesteps,
+        num_inference_steps=preset.num_inference_steps,
+        guidance_scale=preset.guidance_scale,
+        preset=name,
+    )
+
+
+def _with_additions(info: ModelInfo, additions: Additions) -> ModelInfo:
+    found = dict(info.networks)
+    if additions.unet is not None:
+        file, config = _weights_of_addition(additions.unet)
+        network = unet_network(file)
+        found["unet"] = replace(network, config=config or network.config)
+        info = replace(info, embeds_guidance=found["unet"].config.get("time_cond_proj_dim") is not None)
+    if additions.tiny_vae is not None:
+        file, config = _weights_of_addition(additions.tiny_vae)
+        network = tiny_vae_network(file)
+        found["tiny_vae"] = replace(network, config=config or network.config)
+    for lora in additions.loras:
+        if not lora.path.is_file():
+            raise ModelNotFoundError(f"There is no LoRA '{lora.path}'; give a .safetensors file.")
+    return replace(info, networks=found, loras=tuple(additions.loras))
+
+
+def _weights_of_addition(path: Path) -> tuple[Path, dict[str, Any] | None]:
+    """The safetensors file that is meant, and the config beside it in a folder."""
+    if path.is_file():
+        return path, None
+    if not path.is_dir():
+        raise ModelNotFoundError(f"There is nothing at '{path}'; give a .safetensors file, or a folder with one.")
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"'{path}' has no .safetensors file; give a folder that has one.")
+    plain = [file for file in files if ".fp16." not in file.name]
+    config = read_json(path, "config.json") if (path / "config.json").is_file() else None
+    return (plain or files)[0], config
