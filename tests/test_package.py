@@ -27,6 +27,7 @@ def test_public_names_are_these_and_sorted() -> None:
     assert set(onestill.__all__) == {
         "CheckpointError",
         "DataError",
+        "EngineError",
         "ImageError",
         "MissingExtraError",
         "ModelInfo",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from onestill.errors import (
         CheckpointError,
         DataError,
+        EngineError,
         ImageError,
         MissingExtraError,
         ModelNotFoundError,
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "DataError",
+    "EngineError",
     "ImageError",
     "MissingExtraError",
     "ModelInfo",

@@ -14,6 +14,7 @@ from types import ModuleType
 __all__ = [
     "CheckpointError",
     "DataError",
+    "EngineError",
     "ImageError",
     "MissingExtraError",
     "ModelNotFoundError",
@@ -66,6 +67,10 @@ class CheckpointError(OnestillError, ValueError):
 
 class UnsafeFormatError(CheckpointError):
     """A file that runs code when it is read (a pickle); never opened."""
+
+
+class EngineError(OnestillError, ArithmeticError):
+    """A runtime whose numbers no picture can be made of."""
 
 
 class OutputError(OnestillError):

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from PIL.Image import Image
 from onestill import __version__
 from onestill.checkpoint import ModelInfo
 from onestill.engine import Conditioning, Engine, load_engine
-from onestill.errors import PromptError, SizeError, StepsError
+from onestill.errors import EngineError, PromptError, SizeError, StepsError
 from onestill.noise import noise_source
 from onestill.pipeline.picture import fitted, save_picture
 from onestill.sampling import classifier_free_guidance, sample, strength_timesteps
@@ -113,11 +113,12 @@ class Pipeline:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
         sampler: str | None = None,
+        pause: Callable[[], None] | None = None,
     ) -> Output:
         """Draw.
 
@@ -128,16 +129,19 @@ class Pipeline:
             num_inference_steps: 1 to 50; None is the model's own.
             guidance_scale: above 1, how hard to follow the words, at twice the work; None is the model's own.
             negative_prompt: what guidance steers away from, one for all prompts or one for each; None is nothing.
-            seed: image i has seed `seed + i`; None draws one.
+            seed: image i has seed `seed + i`; a list gives each image its own; None draws one.
             num_images_per_prompt: how many of each.
             height: pixels, one of the model's `sizes`; None is its own.
             width: pixels, likewise.
             sampler: one of `onestill.sampling.SAMPLERS`; None is the model's own.
+            pause: called before each stage and each call of the network; what it raises ends the drawing there.
 
         Raises:
             PromptError, SizeError, StepsError, ImageError, ScheduleError: nothing can be drawn from an argument.
+            EngineError: the engine's numbers are not finite.
         """
         started = time.perf_counter()
+        pause = pause or (lambda: None)
         each = _checked_whole("num_images_per_prompt", num_images_per_prompt, MOST_IMAGES)
         prompts = [text for text in _checked_prompts(prompt) for _ in range(each)]
         plan = self._plan(
@@ -147,6 +151,7 @@ class Pipeline:
         seeds = _seeds(seed, len(prompts))
         picture = None if image is None else fitted(image, plan.height, plan.width)
 
+        pause()
         words, notes = self._encode(prompts)
         against = self._encode(negatives)[0] if plan.guidance_scale > 1 else None
         start = None if picture is None else self.engine.encode_image(picture[None])
@@ -156,10 +161,13 @@ class Pipeline:
         for first in range(0, len(prompts), TOGETHER):
             part = slice(first, first + TOGETHER)
             latents.append(
-                self._draw(plan, words[part], None if against is None else against[part], start, seeds[part])
+                self._draw(plan, words[part], None if against is None else against[part], start, seeds[part], pause)
             )
+        if not all(np.isfinite(some).all() for some in latents):
+            raise EngineError("The engine's numbers are not finite; try another dtype, such as float32.")
         denoised = time.perf_counter()
 
+        pause()
         images = [PIL.Image.fromarray(drawn) for some in latents for drawn in self.engine.decode(some)]
         ended = time.perf_counter()
         timings = Timings(
@@ -235,6 +243,7 @@ class Pipeline:
         uncond: NDArray[np.float32] | None,
         start: NDArray[np.float32] | None,
         seeds: Sequence[int],
+        pause: Callable[[], None],
     ) -> NDArray[np.float32]:
         """Latents [B, C, h, w] for B seeds and states [B, K, D]; `start` [1, C, h, w] are those of an image."""
         schedule = self.info.schedule
@@ -245,6 +254,7 @@ class Pipeline:
         conditioning = Conditioning(states, (0,) * len(states))
 
         def predict_x0(x: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
+            pause()
             if uncond is None:
                 output = self.engine.denoise(x, timestep, conditioning)
             else:
@@ -331,9 +341,13 @@ def _checked_guidance(scale: object) -> float:
     return float(scale)
 
 
-def _seeds(seed: int | None, count: int) -> list[int]:
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if count > MOST_IMAGES:
         raise StepsError(f"{count} images are too many for one call; ask for at most {MOST_IMAGES}.")
+    if isinstance(seed, list | tuple):
+        if len(seed) != count:
+            raise StepsError(f"{len(seed)} seeds do not match {count} images; give as many.")
+        return [_seeds(one, 1)[0] for one in seed]
     first = secrets.randbelow(2**32 - count) if seed is None else seed
     if not _is_whole(first) or not 0 <= first <= 2**63 - count:
         raise StepsError(f"The seed is {first}; choose a whole number from 0 to {2**63 - count}.")
