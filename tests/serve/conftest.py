@@ -10,6 +10,8 @@ import pytest
 from onestill.engine import Engine
 from onestill.pipeline import Pipeline, load
 
+from .client import Served, serving
+
 
 class Gated:
     """A real engine whose network waits at a gate and fails on demand, so that tests know what runs when."""
@@ -58,3 +60,10 @@ def gated(tiny_pipe: Pipeline) -> Iterator[Gated]:
     engine = Gated(tiny_pipe.engine)
     yield engine
     engine.gate.set()
+
+
+@pytest.fixture(scope="module")
+def served(tiny_pipe: Pipeline) -> Iterator[Served]:
+    """A server with no limits on who may ask, shared by the tests of a module."""
+    with serving(tiny_pipe) as running:
+        yield running
