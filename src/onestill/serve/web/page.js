@@ -346,6 +346,9 @@ function wire() {
     $("key-dialog").showModal();
   });
   $("key-dialog").addEventListener("close", () => {
+    // Chromium gives the focus back, but not the keys, until the field is focused anew.
+    $("prompt").blur();
+    $("prompt").focus();
     if ($("key-dialog").returnValue !== "save") return;
     store(KEY, $("key-field").value.trim());
     say("");
