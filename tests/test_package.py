@@ -31,6 +31,8 @@ def test_public_names_are_these_and_sorted() -> None:
         "MissingExtraError",
         "ModelInfo",
         "ModelNotFoundError",
+        "NotEnoughMemoryError",
+        "NotFiniteError",
         "OnestillError",
         "Output",
         "OutputError",

@@ -8,7 +8,7 @@ import typer
 import typer.main
 
 import onestill
-from onestill.cli import data, doctor, evaluate, export, generate, models, train
+from onestill.cli import data, doctor, evaluate, export, generate, models, serve, train
 from onestill.cli.console import INTERRUPTED, say_error, say_interrupted
 from onestill.errors import OnestillError
 
@@ -20,6 +20,7 @@ app = typer.Typer(
     name="onestill", pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
@@ -42,7 +43,7 @@ def root(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    """Pictures from words in one diffusion step: draw, train, measure."""
+    """Pictures from words in one diffusion step: draw, serve, train, measure."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 

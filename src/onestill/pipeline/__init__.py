@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from PIL.Image import Image
 from onestill import __version__
 from onestill.checkpoint import Additions, Lora, ModelInfo
 from onestill.engine import Conditioning, Drawn, Engine, Job, TorchOptions, first_latents, load_engine
+from onestill.errors import NotFiniteError
 from onestill.noise import noise_source
 from onestill.pipeline.checks import (
     MOST_IMAGES,
@@ -31,6 +32,7 @@ from onestill.pipeline.checks import (
     seeds_of,
     shortened,
 )
+from onestill.pipeline.output import Output, Timings
 from onestill.pipeline.picture import fitted, save_picture
 from onestill.sampling import DRAWING, classifier_free_guidance, sample, strength_timesteps
 
@@ -38,45 +40,6 @@ __all__ = ["Output", "Pipeline", "Timings", "load", "save_picture"]
 
 TOGETHER = 16  # images drawn side by side, which bounds memory
 PROMPTS_KEPT = 256  # whose states are remembered; some 50 KB each
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Milliseconds of one call: words (and a given image) to states, the steps, latents to pictures, all of it."""
-
-    encode_ms: float
-    denoise_ms: float
-    decode_ms: float
-    total_ms: float
-
-
-@dataclass(frozen=True)
-class Output:
-    """What one call drew. The lists are parallel, prompt-major: every image of the first prompt comes first.
-
-    Attributes:
-        images: PIL images, RGB.
-        seeds: the seed that draws each again, alone.
-        prompts: the prompt of each.
-        timings: of the whole call.
-        notes: sentences on what was not done to the letter, such as how many tokens did not fit.
-        settings: what else each was drawn with: model, version, num_inference_steps, sampler, guidance_scale, ...
-    """
-
-    images: list[Image]
-    seeds: list[int]
-    prompts: list[str]
-    timings: Timings
-    notes: list[str]
-    settings: list[dict[str, str]]
-
-    def metadata(self, index: int) -> dict[str, str]:
-        """What image `index` is drawn from, as written into its file."""
-        return {"prompt": self.prompts[index], "seed": str(self.seeds[index]), **self.settings[index]}
-
-    def save(self, index: int, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-        """Save image `index` with its parameters; see `save_picture`."""
-        return save_picture(self.images[index], path, self.metadata(index), force=force)
 
 
 @dataclass(frozen=True)
@@ -124,7 +87,7 @@ class Pipeline:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -132,6 +95,7 @@ class Pipeline:
         original_size: tuple[int, int] | None = None,
         crops_coords_top_left: tuple[int, int] = (0, 0),
         target_size: tuple[int, int] | None = None,
+        pause: Callable[[], None] | None = None,
     ) -> Output:
         """Draw.
 
@@ -142,7 +106,7 @@ class Pipeline:
             num_inference_steps: 1 to 50; None is the model's own.
             guidance_scale: above 1, how hard to follow the words, at twice the work; None is the model's own.
             negative_prompt: what guidance steers away from, one for all prompts or one for each; None is nothing.
-            seed: image i has seed `seed + i`; None draws one.
+            seed: image i has seed `seed + i`; a list gives each image its own; None draws one.
             num_images_per_prompt: how many of each.
             height: pixels, divisible by 8, or one of the model's `sizes` where it has no others; None is its own.
             width: pixels, likewise.
@@ -150,6 +114,8 @@ class Pipeline:
             original_size: (height, width) in pixels that SDXL is told the picture once had; None is its size.
             crops_coords_top_left: (top, left) in pixels that SDXL is told were cut off.
             target_size: (height, width) in pixels that SDXL is told were asked for; None is its size.
+            pause: called before each stage and each call of the network; what it raises ends the drawing there. An
+                engine that goes from words to pixels in one piece is stopped only between pieces.
 
         Raises:
             PromptError, SizeError, StepsError, ImageError, ScheduleError: nothing can be drawn from an argument.
@@ -157,6 +123,7 @@ class Pipeline:
             NotFiniteError: the model computed no picture.
         """
         started = time.perf_counter()
+        pause = pause or (lambda: None)
         each = checked_whole("num_images_per_prompt", num_images_per_prompt, MOST_IMAGES)
         prompts = [text for text in checked_prompts(prompt) for _ in range(each)]
         told = (original_size, crops_coords_top_left, target_size)
@@ -166,11 +133,12 @@ class Pipeline:
         negatives = matched_negatives(negative_prompt, prompts, each)
         seeds = seeds_of(seed, len(prompts))
         picture = None if image is None else fitted(image, plan.height, plan.width)
+        pause()
         start = None if picture is None else self.engine.encode_image(picture[None])
         prepared = time.perf_counter()
 
         draw = self._draw_whole if hasattr(self.engine, "draw") else self._draw_in_steps
-        drawn = draw(plan, prompts, negatives, start, seeds)
+        drawn = draw(plan, prompts, negatives, start, seeds, pause)
         ended = time.perf_counter()
         timings = Timings(
             encode_ms=(prepared - started) * 1000 + drawn.encode_ms,
@@ -250,6 +218,7 @@ class Pipeline:
         negatives: Sequence[str | None],
         start: NDArray[np.float32] | None,
         seeds: Sequence[int],
+        pause: Callable[[], None],
     ) -> Drawn:
         started = time.perf_counter()
         words = self._encode(prompts)
@@ -259,9 +228,12 @@ class Pipeline:
         for first in range(0, len(prompts), TOGETHER):
             part = slice(first, first + TOGETHER)
             latents.append(
-                self._walk(plan, words[part], None if against is None else against[part], start, seeds[part])
+                self._walk(plan, words[part], None if against is None else against[part], start, seeds[part], pause)
             )
+        if not all(np.isfinite(some).all() for some in latents):
+            raise NotFiniteError("The network's numbers are not finite; try another dtype, such as float32.")
         denoised = time.perf_counter()
+        pause()
         pictures = np.concatenate([self.engine.decode(some) for some in latents])
         ended = time.perf_counter()
         spent = (encoded - started, denoised - encoded, ended - denoised)
@@ -297,6 +269,7 @@ class Pipeline:
         against: Conditioning | None,
         start: NDArray[np.float32] | None,
         seeds: Sequence[int],
+        pause: Callable[[], None],
     ) -> NDArray[np.float32]:
         """Latents [B, C, h, w] for B seeds and prompts; `start` [1, C, h, w] are those of an image."""
         schedule = self.info.schedule
@@ -308,6 +281,7 @@ class Pipeline:
         )
 
         def predict_x0(x: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
+            pause()
             if against is None:
                 output = self.engine.denoise(x, timestep, conditioning)
             else:
@@ -330,9 +304,11 @@ class Pipeline:
         negatives: Sequence[str | None],
         start: NDArray[np.float32] | None,
         seeds: Sequence[int],
+        pause: Callable[[], None],
     ) -> Drawn:
         found: list[Drawn] = []
         for first in range(0, len(prompts), TOGETHER):
+            pause()
             part = slice(first, first + TOGETHER)
             draw = noise_source(seeds[part], self._latent_shape(plan))
             calls = len(plan.timesteps) if plan.sampler in DRAWING else 1

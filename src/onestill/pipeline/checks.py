@@ -76,10 +76,14 @@ def checked_guidance(scale: object) -> float:
     return float(scale)
 
 
-def seeds_of(seed: int | None, count: int) -> list[int]:
-    """A seed for each of `count` images, from a given one or a random one upwards."""
+def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """A seed for each of `count` images: those of a list, or from a given one or a random one upwards."""
     if count > MOST_IMAGES:
         raise StepsError(f"{count} images are too many for one call; ask for at most {MOST_IMAGES}.")
+    if isinstance(seed, list | tuple):
+        if len(seed) != count:
+            raise StepsError(f"{len(seed)} seeds do not match {count} images; give as many.")
+        return [seeds_of(one, 1)[0] for one in seed]
     first = secrets.randbelow(2**32 - count) if seed is None else seed
     if not is_whole(first) or not 0 <= first <= 2**63 - count:
         raise StepsError(f"The seed is {first}; choose a whole number from 0 to {2**63 - count}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from onestill.checkpoint import written_whole
 from onestill.errors import ImageError, OutputError
 
-__all__ = ["fitted", "save_picture"]
+__all__ = ["fitted", "picture_bytes", "save_picture"]
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 EXIF_DESCRIPTION = 0x010E
@@ -44,7 +45,7 @@ def save_picture(
         raise OutputError(f"'{target}' does not end in {', '.join(FORMATS)}; choose one of those.")
     try:
         with written_whole(target, replace=force) as unfinished, unfinished.open("xb") as file:
-            image.save(file, FORMATS[target.suffix.lower()], **_embedded(target, metadata))
+            file.write(picture_bytes(image, FORMATS[target.suffix.lower()], metadata))
     except OSError as error:
         if isinstance(error, FileExistsError) and os.path.lexists(target):
             raise OutputError(f"'{target}' exists; choose another name, or replace it with force.") from error
@@ -52,18 +53,32 @@ def save_picture(
     return target
 
 
-def _embedded(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def picture_bytes(image: Image, kind: str, metadata: Mapping[str, str], *, quality: int = 95) -> bytes:
+    """An image as a file of a kind, with what it was drawn from, as in `save_picture`.
+
+    Args:
+        image: RGB.
+        kind: "PNG", "JPEG" or "WEBP".
+        metadata: name -> text, with at least `prompt`.
+        quality: 0 to 100, of a JPEG or WebP.
+    """
+    file = io.BytesIO()
+    image.save(file, kind, **_embedded(kind, metadata, quality))
+    return file.getvalue()
+
+
+def _embedded(kind: str, metadata: Mapping[str, str], quality: int) -> dict[str, Any]:
     names = {"num_inference_steps": "Steps", "guidance_scale": "CFG scale", "strength": "Denoising strength"}
     rest = {names.get(name, name.capitalize()): value for name, value in metadata.items() if name != "prompt"}
     parameters = metadata["prompt"] + "\n" + ", ".join(f"{name}: {value}" for name, value in rest.items())
-    if path.suffix.lower() == ".png":
+    if kind == "PNG":
         fields = PngInfo()
         for name, value in {**metadata, "parameters": parameters}.items():
             fields.add_text(name, value)
         return {"pnginfo": fields}
     exif = PIL.Image.Exif()
     exif[EXIF_DESCRIPTION] = parameters
-    return {"exif": exif, "quality": 95}
+    return {"exif": exif, "quality": quality}
 
 
 def fitted(image: Image | NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

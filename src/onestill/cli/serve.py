@@ -1,0 +1,161 @@
+"""`onestill serve`: the page that draws while one types, and the API under it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from onestill.cli.console import note
+from onestill.cli.options import Device, Dtype, Engine, Model
+from onestill.errors import OnestillError, require
+
+if TYPE_CHECKING:
+    from onestill.checkpoint import ModelInfo
+    from onestill.serve.access import Access
+    from onestill.serve.safety import ImageFilter, PromptFilter
+
+__all__ = ["Database", "KeysFile", "serve"]
+
+Database = Annotated[
+    str | None,
+    typer.Option(
+        "--database", metavar="URL", help="Where counts and keys are kept. (default: SQLite in the user's data folder)"
+    ),
+]
+KeysFile = Annotated[Path | None, typer.Option("--keys", metavar="FILE", help="Hashed keys that may draw.")]
+
+
+def serve(
+    model: Model = "icons",
+    engine: Engine = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads to compute with.")
+    ] = None,
+    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", "-p", min=0, max=65535, metavar="N", help="0 takes a free one.")
+    ] = 8000,
+    database: Database = None,
+    keys: KeysFile = None,
+    trial_limit: Annotated[
+        str | None, typer.Option("--trial-limit", metavar="N/day", help="Pictures a day for those without a key.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option("--allow-host", metavar="NAME", help="A name the server goes by. Repeatable.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option("--allow-origin", metavar="URL", help="Another site that may ask. Repeatable.")
+    ] = None,
+    trust_proxy: Annotated[
+        str | None, typer.Option("--trust-proxy", metavar="ADDRESS", help="Whose X-Forwarded-For is believed.")
+    ] = None,
+    queue: Annotated[int, typer.Option("--queue", min=1, metavar="N", help="Pictures that may wait.")] = 64,
+    batch: Annotated[int, typer.Option("--batch", min=1, max=64, metavar="N", help="Pictures in one call.")] = 4,
+    blocked: Annotated[
+        Path | None, typer.Option("--blocked-words", metavar="FILE", help="Refuse prompts with one of these words.")
+    ] = None,
+    image_filter: Annotated[
+        str | None, typer.Option("--image-filter", metavar="MODULE:NAME", help="A function that refuses pictures.")
+    ] = None,
+    no_filter: Annotated[
+        bool, typer.Option("--no-filter", help="Serve without the filter the model asks for.")
+    ] = False,
+    metrics_for_all: Annotated[
+        bool, typer.Option("--metrics-for-all", help="Tell /metrics to every address, not only to this machine's.")
+    ] = False,
+) -> None:
+    """Serve the page, the realtime socket and the images API, until Ctrl-C."""
+    daily = parse_daily(trial_limit)
+    from onestill.checkpoint import describe, resolve
+    from onestill.pipeline import load
+    from onestill.serve.run import listen, run
+    from onestill.serve.scheduler import Limits
+    from onestill.serve.state import Server, Settings
+
+    info = describe(resolve(model))
+    words, looks = filters(info, blocked, image_filter, no_filter)
+    settings = Settings(
+        hosts=tuple(allow_host or ()),
+        origins=tuple(allow_origin or ()),
+        limits=Limits(waiting=queue, waiting_each=max(10, queue // 2), batch=batch),
+        metrics_for_all=metrics_for_all,
+        prompt_filter=words,
+        image_filter=looks,
+    )
+    bound = listen(host, port)
+    access = opened_access(database, keys, daily)
+    if access.trial is None and not is_loopback(host):
+        note("anyone who reaches this address can draw; --trial-limit and --keys set limits")
+    pipe = load(model, engine=engine, device=device, dtype=dtype, threads=threads)
+    pipe("a red apple", num_images_per_prompt=2 * batch)  # compiles or loads what the first users would wait for
+    at, found_port = bound.getsockname()[:2]
+    shown = f"[{at}]" if ":" in at else at
+    run(
+        Server(pipe, settings, access),
+        bound,
+        trusted_proxies=trust_proxy,
+        ready=lambda: print(f"onestill draws at http://{shown}:{found_port}/ (Ctrl-C ends it)", flush=True),
+    )
+
+
+def parse_daily(text: str | None) -> int | None:
+    """Pictures a day from `50/day` or `50`; None from None.
+
+    Raises:
+        OnestillError: the text is neither.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d{1,9})\s*(/\s*day)?\s*", text)
+    if match is None:
+        raise OnestillError(f"The limit '{text}' is not understood; write it as pictures a day, such as 200/day.")
+    return int(match[1])
+
+
+def opened_access(database: str | None, keys: Path | None, daily: int | None) -> Access:
+    """Who may draw: keys from a file, keys and counts from a database, which a trial limit needs too.
+
+    Where there are keys and no trial limit, everyone needs a key.
+    """
+    from onestill.serve.access import Access, read_keys
+
+    ledger = None
+    if database is not None or daily:
+        require("sqlalchemy", "access")
+        require("alembic", "access")
+        from onestill.serve.ledger import Ledger
+
+        ledger = Ledger(database)
+    if daily is None and (keys is not None or ledger is not None):
+        daily = 0
+    return Access(read_keys(keys) if keys is not None else {}, ledger, daily)
+
+
+def filters(
+    info: ModelInfo, blocked: Path | None, image_filter: str | None, no_filter: bool
+) -> tuple[PromptFilter | None, ImageFilter | None]:
+    """The two filters, None where none is wanted.
+
+    Raises:
+        OnestillError: the model asks for an image filter, and none is given.
+    """
+    from onestill.serve.safety import blocked_words, card_asks_for_filter, named_filter
+
+    if card_asks_for_filter(info) and image_filter is None and not no_filter:
+        raise OnestillError(
+            f"The model '{info.name}' asks for a filter of its pictures; give --image-filter, or --no-filter."
+        )
+    return (
+        blocked_words(blocked) if blocked is not None else None,
+        named_filter(image_filter) if image_filter is not None else None,
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    return host in ("localhost", "::1") or host.startswith("127.")

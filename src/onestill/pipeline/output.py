@@ -1,0 +1,50 @@
+"""What a call of a pipeline gives back."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL.Image import Image
+
+from onestill.pipeline.picture import save_picture
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds of one call: words (and a given image) to states, the steps, latents to pictures, all of it."""
+
+    encode_ms: float
+    denoise_ms: float
+    decode_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one call drew. The lists are parallel, prompt-major: every image of the first prompt comes first.
+
+    Attributes:
+        images: PIL images, RGB.
+        seeds: the seed that draws each again, alone.
+        prompts: the prompt of each.
+        timings: of the whole call.
+        notes: sentences on what was not done to the letter, such as how many tokens did not fit.
+        settings: what else each was drawn with: model, version, num_inference_steps, sampler, guidance_scale, ...
+    """
+
+    images: list[Image]
+    seeds: list[int]
+    prompts: list[str]
+    timings: Timings
+    notes: list[str]
+    settings: list[dict[str, str]]
+
+    def metadata(self, index: int) -> dict[str, str]:
+        """What image `index` is drawn from, as written into its file."""
+        return {"prompt": self.prompts[index], "seed": str(self.seeds[index]), **self.settings[index]}
+
+    def save(self, index: int, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Save image `index` with its parameters; see `save_picture`."""
+        return save_picture(self.images[index], path, self.metadata(index), force=force)

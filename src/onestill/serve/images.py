@@ -1,0 +1,297 @@
+"""`POST /v1/images/generations` and `/edits`, in OpenAI's fields, whole or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import ValidationError
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+
+from onestill.errors import OnestillError
+from onestill.serve.access import Visitor
+from onestill.serve.envelope import ApiError, ErrorBody, error_object, from_validation, to_api_error
+from onestill.serve.jobs import Job, Picture
+from onestill.serve.requests import Edit, Generation, job_of, read_upload
+from onestill.serve.state import Server
+
+__all__ = ["router_for"]
+
+KINDS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "Something in the request is wrong; the message names it."},
+    401: {"model": ErrorBody, "description": "A key is needed, or the one that was sent is not valid."},
+    403: {"model": ErrorBody, "description": "An unknown Host, or a foreign Origin."},
+    413: {"model": ErrorBody, "description": "The body is too large."},
+    429: {"model": ErrorBody, "description": "The queue is full, or the day's pictures are used up; see Retry-After."},
+    503: {"model": ErrorBody, "description": "The server is closing, or the engine fails; see Retry-After."},
+}
+WHOLE_FIELDS = ("seed", "n", "num_inference_steps", "output_compression", "partial_images")
+DRAWN = {
+    "description": "The pictures, as JSON or, with `stream`, as server-sent events.",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["created", "data", "size", "output_format"],
+                "properties": {
+                    "created": {"type": "integer", "description": "Seconds since 1970."},
+                    "data": {
+                        "type": "array",
+                        "items": {
+                            "type": "object",
+                            "required": ["seed"],
+                            "properties": {
+                                "b64_json": {"type": "string"},
+                                "url": {"type": "string"},
+                                "seed": {"type": "integer"},
+                            },
+                        },
+                    },
+                    "size": {"type": "string"},
+                    "output_format": {"type": "string"},
+                    "timings": {"type": "object", "additionalProperties": {"type": "number"}},
+                    "notes": {"type": "array", "items": {"type": "string"}},
+                },
+            }
+        },
+        "text/event-stream": {"schema": {"type": "string"}},
+    },
+}
+
+
+def router_for(server: Server) -> APIRouter:
+    """The two routes, their OpenAPI schema with this model's sizes and bounds."""
+    router = APIRouter(prefix="/v1/images", tags=["images"])
+    edit_schema = server.forms.edit.model_json_schema()
+    edit_schema["properties"] = {"image": {"type": "string", "format": "binary"}, **edit_schema["properties"]}
+    edit_schema["required"] = ["image", *edit_schema["required"]]
+
+    async def generations(request: Request) -> Response:
+        """Draw from words."""
+        visitor = await server.access.identify(request)
+        form = _checked(server, server.forms.generation, await _json(request))
+        return await _answer(server, request, visitor, form, job_of(form, server.info), "image_generation")
+
+    async def edits(request: Request) -> Response:
+        """Draw from words and a picture to start from: a form with the field `image`."""
+        visitor = await server.access.identify(request)
+        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            raise ApiError(400, "The body must be a form: send it as multipart/form-data.", "invalid_body")
+        fields, upload = await _form(request)
+        form = _checked(server, server.forms.edit, fields)
+        image = await server.in_pool(read_upload, upload, server.bounds.upload_px)
+        job = job_of(form, server.info, image)
+        return await _answer(server, request, visitor, form, job, "image_edit")
+
+    def body(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
+        return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
+
+    router.add_api_route(
+        "/generations",
+        generations,
+        methods=["POST"],
+        responses={**REFUSALS, 200: DRAWN},
+        response_class=JSONResponse,
+        openapi_extra=body("application/json", server.forms.generation.model_json_schema()),
+    )
+    router.add_api_route(
+        "/edits",
+        edits,
+        methods=["POST"],
+        responses={**REFUSALS, 200: DRAWN},
+        response_class=JSONResponse,
+        openapi_extra=body("multipart/form-data", edit_schema),
+    )
+    return router
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+async def _json(request: Request) -> Any:
+    # A page of another site can post text/plain without asking, but not this.
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(400, "The body must be JSON: send it as Content-Type: application/json.", "invalid_body")
+    try:
+        return json.loads(await request.body())
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, "The body is no JSON; check its quotes and commas.", "invalid_body") from error
+
+
+async def _form(request: Request) -> tuple[dict[str, Any], bytes]:
+    """The text fields of a multipart body, as what they stand for, and the bytes of its one image."""
+    try:
+        form = await request.form(max_files=2, max_fields=32, max_part_size=2**16)
+    except (HTTPException, MultiPartException, AssertionError, ValueError) as error:
+        raise ApiError(400, "The form is not understood; send multipart/form-data.", "invalid_body") from error
+    try:
+        return _text_fields(form), await _image_field(form)
+    finally:
+        await form.close()
+
+
+def _text_fields(form: FormData) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in form.multi_items():
+        if name in ("image", "image[]"):
+            continue
+        if name == "mask":
+            raise ApiError(400, "Masks are not supported; leave 'mask' out.", "unsupported", param="mask")
+        if isinstance(value, UploadFile):
+            raise ApiError(400, f"'{name[:64]}' must be text, not a file.", "invalid_value", param=name[:64])
+        if name in fields:
+            raise ApiError(400, f"'{name[:64]}' is given twice.", "invalid_value", param=name[:64])
+        fields[name] = _meant(name, value)
+    return fields
+
+
+def _meant(name: str, text: str) -> Any:
+    if text == "null" and name != "prompt":
+        return None
+    if name in WHOLE_FIELDS and re.fullmatch(r"-?\d{1,20}(\.0)?", text, re.ASCII):
+        return int(text.removesuffix(".0"))
+    if name == "stream" and text in ("true", "false"):
+        return text == "true"
+    if name == "strength":
+        with suppress(ValueError):
+            return float(text)
+    return text
+
+
+async def _image_field(form: FormData) -> bytes:
+    images = [*form.getlist("image"), *form.getlist("image[]")]
+    if len(images) != 1 or not isinstance(images[0], UploadFile):
+        raise ApiError(400, "Send one picture as the file 'image'.", "invalid_image", param="image")
+    return await images[0].read()
+
+
+def _checked(server: Server, kind: type[Generation] | type[Edit], fields: Any) -> Generation:
+    named = fields.get("model") if isinstance(fields, dict) else None
+    if isinstance(named, str) and named != server.info.name:
+        raise ApiError(
+            404, f"There is no such model here; this server draws with '{server.info.name}'.", "model_not_found"
+        )
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise from_validation(error, kind.model_fields) from error
+
+
+# --- answering ------------------------------------------------------------------------------------------------------
+
+
+async def _answer(
+    server: Server, request: Request, visitor: Visitor, form: Generation, job: Job, event: str
+) -> Response:
+    await server.check_prompt(job.prompt)
+    await server.access.check(visitor, len(job.seeds))
+    if form.stream:
+        return _streamed(server, visitor, form, job, event)
+    future = server.scheduler.submit(job, visitor.name)
+    pictures = await _unless_gone(request, future)
+    await server.check_pictures(pictures)
+    await server.access.spend(visitor, len(pictures))
+    files = [await _file(server, form, picture) for picture in pictures]
+    for picture in pictures:
+        server.count_picture("images", picture.timings)
+    return JSONResponse(
+        {
+            "created": int(time.time()),
+            "data": [_data(form, file) | {"seed": picture.seed} for file, picture in zip(files, pictures, strict=True)],
+            "size": f"{job.width}x{job.height}",
+            "output_format": form.output_format or "png",
+            "timings": {name: round(value, 2) for name, value in pictures[-1].timings.items()},
+            "notes": list(dict.fromkeys(note for picture in pictures for note in picture.notes)),
+        }
+    )
+
+
+async def _unless_gone(request: Request, future: Future[list[Picture]]) -> list[Picture]:
+    """What a future brings, unless the client goes away before, which withdraws the job."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    result = asyncio.wrap_future(future)
+    watch = asyncio.create_task(gone())
+    try:
+        await asyncio.wait({result, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
+            raise ApiError(400, "The client went away.", "client_gone")
+        return result.result()
+    finally:
+        watch.cancel()
+        result.cancel()
+
+
+def _streamed(server: Server, visitor: Visitor, form: Generation, job: Job, event: str) -> Response:
+    loop = asyncio.get_running_loop()
+    drawn: asyncio.Queue[Picture | None] = asyncio.Queue()
+
+    def hand_over(item: Picture | None) -> None:
+        with suppress(RuntimeError):  # the loop has closed: nobody listens
+            loop.call_soon_threadsafe(drawn.put_nowait, item)
+
+    future = server.scheduler.submit(job, visitor.name, on_picture=lambda index, picture: hand_over(picture))
+    future.add_done_callback(lambda done: hand_over(None))
+
+    async def events() -> AsyncIterator[bytes]:
+        try:
+            while (picture := await drawn.get()) is not None:
+                await server.check_pictures([picture])
+                await server.access.spend(visitor, 1)
+                file = await _file(server, form, picture)
+                server.count_picture("images", picture.timings)
+                yield _event(
+                    f"{event}.completed",
+                    {
+                        "type": f"{event}.completed",
+                        **_data(form, file),
+                        "created_at": int(time.time()),
+                        "size": f"{job.width}x{job.height}",
+                        "output_format": form.output_format or "png",
+                        "quality": "auto",
+                        "background": "opaque",
+                        "seed": picture.seed,
+                    },
+                )
+            if not future.cancelled():
+                future.result()
+        except OnestillError as error:
+            yield _event("error", {"error": error_object(to_api_error(error))})
+        finally:
+            future.cancel()
+        yield b"data: [DONE]\n\n"
+
+    return StreamingResponse(
+        events(), media_type="text/event-stream", headers={"cache-control": "no-store", "x-accel-buffering": "no"}
+    )
+
+
+def _event(name: str, data: dict[str, Any]) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+def _data(form: Generation, file: bytes) -> dict[str, str]:
+    text = base64.b64encode(file).decode()
+    if form.response_format == "url":
+        return {"url": f"data:image/{form.output_format or 'png'};base64,{text}"}
+    return {"b64_json": text}
+
+
+async def _file(server: Server, form: Generation, picture: Picture) -> bytes:
+    quality = 95 if form.output_compression is None else form.output_compression
+    return await server.file_of(picture, KINDS[form.output_format or "png"], quality)

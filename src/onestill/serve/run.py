@@ -1,0 +1,127 @@
+"""Running a server: uvicorn with bounds on what it would wait for without end, and an orderly way out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from onestill.errors import OnestillError
+from onestill.serve.app import create_app
+from onestill.serve.state import Server
+
+__all__ = ["listen", "make_server", "run"]
+
+HEADERS_S = 10.0  # a connection that has not asked anything by then is closed
+CONNECTIONS = 2000
+DRAIN_S = 5.0  # for what was accepted; with what follows, exit comes within ten seconds
+GRACE_S = 7
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    Raises:
+        OnestillError: the address is not this machine's, or the port is taken.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        bound = socket.create_server(address[:2], family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        raise OnestillError(
+            f"The server cannot listen at {host}, port {port} ({getattr(error, 'strerror', None) or error}); "
+            "choose another --port or --host."
+        ) from error
+    bound.setblocking(False)
+    return bound
+
+
+def run(
+    server: Server, bound: socket.socket, *, trusted_proxies: str | None = None, ready: Callable[[], None] | None = None
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; then finish what runs, answer or close the rest, and return within ten seconds.
+
+    Args:
+        server: what is served; closed at the end.
+        bound: from `listen`.
+        trusted_proxies: addresses, with commas, whose word on who the client is counts.
+        ready: called when connections are accepted.
+    """
+    make_server(server, trusted_proxies=trusted_proxies, ready=ready).run(sockets=[bound])
+
+
+def make_server(
+    server: Server, *, trusted_proxies: str | None = None, ready: Callable[[], None] | None = None
+) -> uvicorn.Server:
+    """What `run` runs; setting its `should_exit` ends it from another thread."""
+    config = uvicorn.Config(
+        create_app(server),
+        http=_BoundedHttp,
+        ws="websockets-sansio",
+        ws_max_size=server.bounds.message + 1024,
+        ws_max_queue=32,
+        ws_per_message_deflate=False,  # pictures do not shrink, and each would cost time
+        lifespan="on",
+        log_level="warning",
+        access_log=False,  # addresses and what they asked are nobody's business by default
+        server_header=False,
+        proxy_headers=trusted_proxies is not None,
+        forwarded_allow_ips=trusted_proxies,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+    return _Running(config, server, ready)
+
+
+class _BoundedHttp(H11Protocol):
+    """uvicorn's protocol, which would wait for ever for the first request's headers."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(HEADERS_S, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None and not self.transport.is_closing() and self.transport.get_protocol() is self:
+            self.transport.close()
+
+
+class _Running(uvicorn.Server):
+    """uvicorn's server, which drains the scheduler first and ends with status 0 on SIGTERM."""
+
+    def __init__(self, config: uvicorn.Config, server: Server, ready: Callable[[], None] | None) -> None:
+        super().__init__(config)
+        self._server = server
+        self._ready = ready
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but a signal that was obeyed is not raised once more."""
+        names = (signal.SIGINT, signal.SIGTERM)
+        try:
+            before = {name: signal.signal(name, self.handle_exit) for name in names}
+        except ValueError:  # not in the main thread, where signals do not arrive
+            before = {}
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._ready is not None and not self.should_exit:
+            self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        logging.getLogger("onestill.serve").info("Closing.")
+        draining = asyncio.get_running_loop().run_in_executor(None, self._server.scheduler.close, DRAIN_S)
+        await super().shutdown(sockets)
+        await draining
