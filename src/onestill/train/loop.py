@@ -98,11 +98,12 @@ def train(recipe: Recipe, method: Method, batches: Batches, *, resume: bool = Fa
     state = _start(recipe, method, device)
     if parallel.is_main():
         sweep(out / "checkpoints")
-        (out / "recipe.json").write_text(json.dumps(recipe.resolved(), indent=1) + "\n", encoding="utf-8")
     parallel.wait()
     if resume and (found := checkpoints(out / "checkpoints")):
         load_checkpoint(state, found[-1], recipe.fingerprint(), recipe.default_fingerprint())
         batches.load_state(state.data)
+    if parallel.is_main():
+        (out / "recipe.json").write_text(json.dumps(recipe.resolved(), indent=1) + "\n", encoding="utf-8")
     # Without the cache of casts, which would hand a network's weights of before its turn to the next turn.
     autocast = partial(torch.autocast, device.type, torch.bfloat16, options.precision == "bf16", cache_enabled=False)
     bad_in_a_row = 0

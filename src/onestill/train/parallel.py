@@ -27,7 +27,7 @@ BUCKET = 16 * 2**20  # elements sent together, 64 MB in float32
 
 def start(device: str) -> None:
     """Meet the other processes, if a launcher started several; once in a process's life."""
-    PartialState(cpu=torch.device(device).type == "cpu")
+    PartialState(cpu=device == "cpu")
 
 
 def device() -> torch.device:
