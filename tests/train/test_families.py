@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,9 +145,15 @@ def drawn(model: Path, export: Path, method: Any) -> Tensor:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(export)
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.stack([torch.randn(4, SIDE, SIDE, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+    if method.student_denoiser.schedule.prediction_type == "epsilon" and method.sampler == "euler_ancestral":
+        # diffusers starts Stable Diffusion's table at sigma times the noise, not at the root of sigma^2 + 1.
+        alpha, sigma = method.student_denoiser.schedule.at(999)
+        noise = noise / sigma
     guidance = getattr(method.options, "sheet_guidance", 0.0)
     asked = {"latents": noise, "num_inference_steps": 1, "guidance_scale": guidance, "output_type": "latent"}
-    found: Tensor = pipeline(PROMPTS, height=32, width=32, **asked).images
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # diffusers' schedulers, of NumPy 2
+        found: Tensor = pipeline(PROMPTS, height=32, width=32, **asked).images
     return found
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 BUCKET = 16 * 2**20  # elements sent together, 64 MB in float32
@@ -86,15 +86,28 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def shard(network: nn.Module, *, bf16: bool) -> None:
     """Split a network's parameters among the processes, in place: each group of blocks by itself, then the rest.
 
+    A network without blocks, as the heads are, is put together for a whole turn, until `reshard`: R1 differentiates
+    twice through it, and FSDP2 would let its weights go after the first time.
+
     Args:
         bf16: gather the weights in bfloat16; gradients are reduced in float32 all the same.
     """
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload] # all that FSDP2 splits
     kind = "cuda" if next(network.parameters()).is_cuda else "cpu"
     mesh = init_device_mesh(kind, (world(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-    for block in _blocks(network):
+    blocks = _blocks(network)
+    for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(network, mesh=mesh, mp_policy=policy)
+    root = fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=bool(blocks))
+    root.set_reshard_after_backward(bool(blocks))
+
+
+def reshard(networks: Iterable[nn.Module]) -> None:
+    """Let go of what a turn had put together, so that the next forward gathers the weights as they are now."""
+    for network in networks:
+        if isinstance(network, FSDPModule):
+            network.reshard()
 
 
 def repoint(optimizers: Iterable[torch.optim.Optimizer], before: dict[str, nn.Parameter], network: nn.Module) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -85,6 +85,19 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     return [{key: value[i * rows : (i + 1) * rows] for key, value in batch.items()} for i in range(parts)]
 
 
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """A player whose weights take no gradient, for the other one's turn; until that turn is over."""
+    # While FSDP2 has a network together it holds other parameters, and the flag must be set on those that stay.
+    parallel.reshard([network])
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        parallel.reshard([network])
+        network.requires_grad_(True)
+
+
 class Updater:
     """One optimizer's turn. A gradient that is not finite skips the step and is remembered in `bad`.
 
@@ -130,6 +143,7 @@ class Updater:
         else:
             self.bad = True
         optimizer.zero_grad(set_to_none=True)
+        parallel.reshard(self._state.networks.values())
         return norm
 
 

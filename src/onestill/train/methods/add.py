@@ -34,7 +34,7 @@ from onestill.train.losses import (
 )  # fmt: skip
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.state import TrainState
-from onestill.train.turns import Batch, Update
+from onestill.train.turns import Batch, Update, frozen
 from onestill.train.view import View, ViewOptions, Views
 
 
@@ -128,11 +128,10 @@ class Method(Distiller):
         # --- the student's turn: Eq. 2 and lambda times Eq. 4 ---
         losses = {"hinge": hinge, "r1": penalty}
         if state.iteration % options.student_every == 0:
-            discriminator.requires_grad_(False)
-            adversarial = hinge_generator(discriminator(fake, c))
-            discriminator.requires_grad_(True)
-            distill = self.distill(x_theta, told, view, draw) if options.lambda_distill else torch.zeros_like(hinge)
-            update("student", options.adversarial * adversarial + options.lambda_distill * distill)
+            with frozen(discriminator):
+                adversarial = hinge_generator(discriminator(fake, c))
+                distill = self.distill(x_theta, told, view, draw) if options.lambda_distill else torch.zeros_like(hinge)
+                update("student", options.adversarial * adversarial + options.lambda_distill * distill)
             losses |= {"adversarial": adversarial, "distill": distill}
         return losses | ({"misaligned": wrong} if options.misaligned else {}) | means(real_logits, fake_logits)
 
