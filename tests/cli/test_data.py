@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from onestill.cli import main
-from onestill.data import ShardWriter
+from onestill.data import ShardReader, ShardWriter
 
 Refused = Callable[..., str]
 
@@ -72,3 +72,34 @@ def test_mistakes_are_one_line(refused: Refused, shards: Path, here: Path) -> No
     (here / "sheet.png").touch()
     assert "--force" in refused("data", "sheet", shards, "--out", "sheet.png")
     assert "--number" in refused("data", "sheet", shards, "--out", "new.png", "--number", 0)
+
+
+def test_a_folder_of_pictures_is_packed_and_cached(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str], refused: Refused
+) -> None:
+    for i, colour in enumerate(["red", "green", "blue"]):
+        Image.new("RGB", (48, 32), colour).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"a {colour} square")
+    Image.new("RGB", (48, 32), "black").save(tmp_path / "mute.png")
+    packed, cached = tmp_path / "packed", tmp_path / "cached"
+    assert main(["data", "pack", str(tmp_path), "--out", str(packed), "--size", "32"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("3 samples")
+    assert "left out mute.png" in captured.err
+    assert "is not empty" in refused("data", "pack", tmp_path, "--out", packed)
+    arguments = ["--model", str(tiny_folder), "--out", str(cached), "--batch-size", "2"]
+    for part in ("0/2", "1/2"):
+        assert main(["data", "cache", str(packed), *arguments, "--part", part]) == 0
+    capsys.readouterr()
+    samples = {sample.caption: sample for sample in ShardReader(cached, shuffle=False, epochs=1)}
+    assert samples.keys() == {"a red square", "a green square", "a blue square"}
+    red = samples["a red square"]
+    assert red.arrays["latents"].shape == (4, 4, 4)
+    assert red.arrays["text"].shape[0] == red.arrays["mask"].shape[0]
+    assert red.meta["original_size"] == [32, 48]
+    assert "with I below N" in refused("data", "cache", packed, *arguments, "--part", "2/2")
+
+
+def test_a_folder_without_one_good_picture(tmp_path: Path, refused: Refused) -> None:
+    Image.new("RGB", (48, 32)).save(tmp_path / "mute.png")
+    assert "No picture" in refused("data", "pack", tmp_path, "--out", tmp_path / "packed")

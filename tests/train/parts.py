@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Dinov2Config, Dinov2Model
 
+from onestill.train.conditioning import Condition, batch_condition
 from onestill.train.features import Tower, new_backbone
 from onestill.train.methods.add import Method
 from onestill.train.recipe import parse_recipe
@@ -24,7 +26,14 @@ def write_parts(folder: Path) -> Path:
     Tower(latents, 16, WIDTH).save(folder / "latents", space="latents")
     pixels = new_backbone("resnet", channels=3, size=32, patch=1, width=32, depth=1)
     Tower(pixels, 16, WIDTH).save(folder / "pixels", space="pixels")
+    save_dinov2(folder / "dinov2")
     return folder
+
+
+def save_dinov2(folder: Path, image_size: int = 16) -> None:
+    """A DINOv2 of two blocks with patches of four pixels."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
+    Dinov2Model(Dinov2Config(**sizes, image_size=image_size, patch_size=4)).save_pretrained(folder)
 
 
 def add_recipe(parts: Path, **options: Any) -> Any:
@@ -40,6 +49,10 @@ def add_method(parts: Path, **options: Any) -> Method:
     method = Method(recipe.options, recipe.loop)
     method.to(torch.device("cpu"))
     return method
+
+
+def condition(batch: dict[str, Any]) -> Condition:
+    return batch_condition(batch, torch.device("cpu"))
 
 
 def latents_batch(count: int = 4, seed: int = 0) -> dict[str, Any]:

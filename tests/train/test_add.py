@@ -10,11 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from onestill.errors import CheckpointError, RecipeError
+from onestill.sampling import sample_ddim
+from onestill.schedule import NoiseSchedule, add_noise, scaled_linear_alphas_cumprod
+from onestill.train.denoiser import Denoiser
+from onestill.train.discriminator import HeadCondition
+from onestill.train.draw import Draw
 from onestill.train.loop import train
+from onestill.train.losses import distillation, sds_weight
 from onestill.train.methods.add import Method
 from onestill.train.recipe import parse_recipe
 from onestill.train.state import TrainState, start_ema
-from tests.train.parts import CHANNELS, SIZE, add_method, add_recipe, latents_batch, write_parts
+from tests.train.parts import CHANNELS, SIZE, add_method, add_recipe, condition, latents_batch, write_parts
 from tests.train.small import rows
 
 
@@ -54,11 +60,20 @@ KINDS: list[dict[str, Any]] = [
     {"feature_network": "tower", "weighting": "sds", "teacher_guidance": 3.0},
     {"feature_network": "teacher", "condition_on_text": False, "condition_on_image": False},
     {"feature_network": "tower", "adversarial_space": "pixels", "tower": "pixels", "distillation_space": "pixels"},
-]
+    {"feature_network": "vit", "distillation_space": "pixels", "crop": 2, "weighting": "nfsd", "misaligned": 1.0,
+     "augment": ["colour", "translation", "cutout"], "condition_on_image": True, "vit_size": 8},
+    {"feature_network": "teacher", "teacher_steps": 3, "condition_on_level": True, "gradient_checkpointing": True},
+    {"feature_network": "teacher", "lora_rank": 2, "frozen_dtype": "bfloat16", "score_weight": "sigma_squared",
+     "weighting": "sds", "head_text_encoder": "model"},
+]  # fmt: skip
 
 
 def placed(parts: Path, options: dict[str, Any]) -> dict[str, Any]:
-    return {**options, **({"tower": str(parts / options["tower"])} if "tower" in options else {})}
+    here = {key: str(parts / options[key]) for key in ("tower", "head_text_encoder") if key in options}
+    if options["feature_network"] == "vit":
+        here |= {"vit": str(parts / "dinov2"), "vit_layers": [0, 2], "image_encoder": str(parts / "dinov2")}
+        here |= {"image_encoder_size": 12}
+    return {**options, **here}
 
 
 @pytest.mark.parametrize("options", KINDS)
@@ -68,8 +83,9 @@ def test_each_turn_reaches_its_own_network_alone(parts: Path, options: dict[str,
     metrics = method.step(new_state(method), latents_batch(), turns)
     assert turns.reached == {"discriminator": {"discriminator"}, "student": {"student"}}
     assert all(torch.isfinite(torch.as_tensor(value)) for value in metrics.values())
-    for features in method.features:
-        inner: Any = getattr(features, "tower", None) or features.denoiser.unet  # type: ignore[attr-defined]
+    for features in method.views.networks:
+        inner: Any = next(getattr(features, name) for name in ("tower", "model", "denoiser") if hasattr(features, name))
+        inner = getattr(inner, "unet", inner)
         assert not inner.training
         assert not any(p.requires_grad for p in inner.parameters())
     assert all(p.requires_grad for p in method.discriminator.parameters())
@@ -109,21 +125,27 @@ def test_at_zero_snr_x0_is_minus_v_and_the_image_is_gone(parts: Path) -> None:
     alpha, sigma = denoiser.signal(s)
     assert alpha.flatten().tolist() == [0.0, 0.0]
     assert sigma.flatten().tolist() == [1.0, 1.0]
-    noise, text = torch.randn(2, CHANNELS, SIZE, SIZE), latents_batch(2)["text"]
+    noise, told = torch.randn(2, CHANNELS, SIZE, SIZE), condition(latents_batch(2))
     with torch.no_grad():
-        torch.testing.assert_close(denoiser.x0(noise, s, text), -denoiser.output(noise, s, text))
+        torch.testing.assert_close(denoiser.x0(noise, s, told), -denoiser.output(noise, s, told))
 
 
 def test_the_image_condition_is_dropped_where_the_student_saw_nothing(parts: Path) -> None:
     method = add_method(parts, feature_network="both")
-    x0 = latents_batch(2)["latents"]
-    condition = method._image_condition(x0, torch.tensor([999, 749]))
-    assert condition is not None
-    assert condition[0].abs().sum() == 0
-    assert condition[1].abs().sum() > 0
-    kept = add_method(parts, feature_network="both", drop_image_at_terminal=False)
-    assert kept._image_condition(x0, torch.tensor([999, 749]))[0].abs().sum() > 0  # type: ignore[index]
-    assert add_method(parts, condition_on_image=False)._image_condition(x0, torch.tensor([999, 749])) is None
+    batch, s = latents_batch(2), torch.tensor([999, 749])
+
+    def image(method: Method) -> Tensor | None:
+        view = method.views.draw(batch["latents"], Draw(torch.Generator()))
+        return method.head_condition(batch["latents"], s, view, condition(batch), batch).image
+
+    dropped = image(method)
+    assert dropped is not None
+    assert dropped[0].abs().sum() == 0
+    assert dropped[1].abs().sum() > 0
+    kept = image(add_method(parts, feature_network="both", drop_image_at_terminal=False))
+    assert kept is not None
+    assert kept[0].abs().sum() > 0
+    assert image(add_method(parts, condition_on_image=False)) is None
 
 
 def test_distillation_is_zero_where_the_teacher_agrees(parts: Path) -> None:
@@ -133,21 +155,23 @@ def test_distillation_is_zero_where_the_teacher_agrees(parts: Path) -> None:
     batch = latents_batch()
     losses = []
     for method in (near, far):
-        loss = method._distillation(batch["latents"], batch["text"], torch.Generator().manual_seed(0))
+        draw = Draw(torch.Generator().manual_seed(0))
+        view = method.views.draw(batch["latents"], draw)
+        loss = method.distill(batch["latents"], condition(batch), view, draw)
         losses.append(float(loss / method.student_denoiser.signal(torch.tensor([method.options.teacher_low]))[0]))
     assert losses[0] < 0.01 * losses[1]
 
 
 def test_lambda_scales_the_distillation_alone(parts: Path) -> None:
     made = {}
-    for scale in (0.0, 1.0, 2.5):
+    for scale in (1e-9, 1.0, 2.5):
         method = add_method(parts, lambda_distill=scale)
         turns = Turns(method)
         metrics = method.step(new_state(method), latents_batch(), turns)
         made[scale] = (turns.losses["student"], float(metrics["distill"].detach()))
-    assert made[0.0][1] == made[2.5][1]
-    assert made[2.5][0] - made[0.0][0] == pytest.approx(2.5 * made[2.5][1], rel=1e-3)
-    assert made[1.0][0] - made[0.0][0] == pytest.approx(made[2.5][1], rel=1e-3)
+    assert made[1e-9][1] == made[2.5][1]
+    assert made[2.5][0] - made[1e-9][0] == pytest.approx(2.5 * made[2.5][1], rel=1e-3)
+    assert made[1.0][0] - made[1e-9][0] == pytest.approx(made[2.5][1], rel=1e-3)
 
 
 def test_gamma_weighs_r1(parts: Path) -> None:
@@ -158,6 +182,82 @@ def test_gamma_weighs_r1(parts: Path) -> None:
         metrics = method.step(new_state(method), latents_batch(), turns)
         losses[gamma] = turns.losses["discriminator"]
     assert losses[3.0] - losses[0.0] == pytest.approx(3 * float(metrics["r1"].detach()), rel=1e-3)
+
+
+def test_several_teacher_steps_walk_down_the_teachers_path(parts: Path) -> None:
+    """From t in equal steps: the same as the sampler's DDIM over those timesteps."""
+    method = add_method(parts, teacher_steps=4, teacher_guidance=2.0)
+    batch, t = latents_batch(2), torch.tensor([800, 800])
+    told, eps = condition(batch), torch.randn(2, CHANNELS, SIZE, SIZE)
+    teacher = method.teacher_denoiser
+    x_t = add_noise(batch["latents"], eps, *teacher.signal(t))
+
+    def predict_x0(x: Tensor, timestep: int) -> Tensor:
+        return teacher.guided_x0(x, torch.full((2,), timestep), told, method.empty, 2.0)
+
+    with torch.no_grad():
+        expected = sample_ddim(predict_x0, x_t, teacher.schedule, [800, 600, 400, 200])
+        torch.testing.assert_close(method.target(batch["latents"], eps, t, told), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_nfsd_has_the_gradient_of_its_definition(parts: Path) -> None:
+    """d loss / d x_theta = w (delta_D + s delta_C), with both forms of delta_D, from the teacher's own predictions."""
+    method = add_method(parts, weighting="nfsd", nfsd_guidance=5.0, score_weight="sigma_squared")
+    batch, t = latents_batch(4), torch.tensor([100, 199, 200, 700])
+    told, eps = condition(batch), torch.randn(4, CHANNELS, SIZE, SIZE)
+    teacher, x_theta = method.teacher_denoiser, batch["latents"].clone().requires_grad_()
+    alpha, sigma = teacher.signal(t)
+    x_t = add_noise(x_theta.detach(), eps, alpha, sigma)
+    with torch.no_grad():
+        text, empty, negative = (
+            teacher.eps(x_t, t, one) for one in (told, method.empty.expand(4), method.negative.expand(4))
+        )
+        x_psi = method.target(x_theta.detach(), eps, t, told)
+    assert not torch.allclose(negative, empty)
+    distillation(x_theta, x_psi, sds_weight(alpha, sigma, sigma.square()).flatten()).backward()
+    delta_d = torch.stack([empty[0], empty[1], empty[2] - negative[2], empty[3] - negative[3]])
+    expected = sigma.square() * (delta_d + 5.0 * (text - empty))
+    assert x_theta.grad is not None
+    torch.testing.assert_close(x_theta.grad * x_theta.numel(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_students_input_is_pure_noise_at_the_end_and_eq_1_before(parts: Path) -> None:
+    x0, s = latents_batch(2)["latents"], torch.tensor([999, 499])
+    made = {}
+    for kind in ("pure", "schedule"):
+        method = add_method(parts, terminal_noise=kind)
+        # A schedule that ends before zero SNR, as Stable Diffusion's does: there the two differ.
+        method.student_denoiser = Denoiser(method.student, NoiseSchedule(scaled_linear_alphas_cumprod()))
+        made[kind] = method.noised(x0, s, Draw(torch.Generator().manual_seed(3)))
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(3))
+    alpha, sigma = method.student_denoiser.signal(s)
+    torch.testing.assert_close(made["schedule"], alpha * x0 + sigma * eps)
+    assert alpha[0] > 0.05
+    assert torch.equal(made["pure"][0], eps[0])
+    assert torch.equal(made["pure"][1], made["schedule"][1])
+
+
+def test_misaligned_captions_are_fakes_and_equal_ones_are_not(parts: Path) -> None:
+    method = add_method(parts, misaligned=1.0)
+    batch = latents_batch()
+    real = method.views.draw(batch["latents"], Draw(torch.Generator()))(batch["latents"], condition(batch))
+    c = HeadCondition(condition(batch).embedding, method.views.embed(batch["latents"]))
+    assert float(method.misaligned(real, c, batch)) == 0  # one caption for all
+    batch["captions"] = ["a", "a", "b", "b"]  # rows 0 and 2 follow a row with another caption
+    method.discriminator.eval()
+    logits = method.discriminator(real, HeadCondition(c.text.roll(1, 0), c.image))  # type: ignore[union-attr]
+    expected = sum(torch.relu(1 + one[[0, 2]]).mean() for one in logits)
+    torch.testing.assert_close(method.misaligned(real, c, batch), expected)
+
+
+def test_the_student_may_take_every_other_turn(parts: Path) -> None:
+    method = add_method(parts, student_every=2)
+    state, turns = new_state(method), []
+    for state.iteration in range(3):
+        seen = Turns(method)
+        method.step(state, latents_batch(), seen)
+        turns.append(sorted(seen.losses))
+    assert turns == [["discriminator", "student"], ["discriminator"], ["discriminator", "student"]]
 
 
 def test_all_noise_comes_from_the_states_generator(parts: Path) -> None:
@@ -174,7 +274,7 @@ def test_all_noise_comes_from_the_states_generator(parts: Path) -> None:
 
 def test_student_timesteps_follow_their_weights(parts: Path) -> None:
     method = add_method(parts, student_timesteps=[999, 499], timestep_weights=[3.0, 1.0])
-    drawn = method._student_timesteps(4000, torch.Generator().manual_seed(0))
+    drawn = method.student_timesteps(4000, new_state(method))
     assert set(drawn.tolist()) == {999, 499}
     assert (drawn == 999).float().mean().item() == pytest.approx(0.75, abs=0.03)
 
@@ -186,6 +286,14 @@ def test_student_timesteps_follow_their_weights(parts: Path) -> None:
         ({"timestep_weights": [0.0] * 4}, "all zero"),
         ({"teacher_low": 900, "teacher_high": 100}, "teacher_low must not be above"),
         ({"feature_low": 900, "feature_high": 100}, "feature_low must not be above"),
+        ({"weighting": "nfsd", "teacher_steps": 2}, "takes one teacher step"),
+        ({"weighting": "sds", "teacher_high": 999}, "alpha, which is 0"),
+        ({"misaligned": 1.0, "condition_on_text": False}, "need condition_on_text"),
+        ({"condition_on_level": True}, "needs the teacher's features"),
+        ({"augment": ["blur"]}, "may list colour"),
+        ({"augment": ["colour"]}, "colour of latents"),
+        ({"feature_network": "vit"}, "name its folder"),
+        ({"feature_network": "teacher", "shard_teacher": True}, "read block by block"),
     ],
 )
 def test_options_that_contradict_each_other(parts: Path, options: dict[str, Any], sentence: str) -> None:
@@ -238,10 +346,18 @@ def test_sheet_and_export(parts: Path, tmp_path: Path) -> None:
 
     method = add_method(parts, feature_network="teacher")
     state = new_state(method)
-    pictures, captions = method.sheet(state)
+    pictures, captions, numbers = method.sheet(state)
     assert pictures.dtype == "uint8"
     assert pictures.shape == (len(captions), 32, 32, 3)
-    assert not (pictures[:16] == pictures[16:]).all()  # one step and four differ
+    assert not (pictures[:16] == pictures[16:32]).all()  # one step and four differ
+    assert numbers["steps_4_to_1"] > 0
+    assert captions[32:] == []
+    method.step(state, latents_batch(), Turns(method))
+    pictures, captions, _ = method.sheet(state)
+    assert captions[32:36] == ["from 999"] * 4  # what it makes of the batch, at each student timestep
+    assert captions[-4:] == ["from 249"] * 4
+    assert len(pictures) == len(captions) == 32 + 16
+    assert method.student.training
     method.export(state, tmp_path)
     loaded = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
     assert all(torch.equal(v, state.ema["student"][n]) for n, v in loaded.state_dict().items())

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onestill.train.discriminator import Discriminator
+from onestill.train.discriminator import LEVEL_WIDTH, Discriminator, HeadCondition, level_embedding
 from onestill.train.losses import hinge_discriminator, r1
 
 WIDTHS, TEXT, IMAGE = (6, 10), 5, 7
@@ -25,7 +25,7 @@ def new(text: int = TEXT, image: int = IMAGE, seed: int = 0) -> Discriminator:
 
 
 def test_a_logit_for_each_token_of_each_tap() -> None:
-    logits = new()(taps(), *conditions())
+    logits = new()(taps(), HeadCondition(*conditions()))
     assert [tuple(logit.shape) for logit in logits] == [(3, 16), (3, 4)]
     assert all(logit.dtype == torch.float32 for logit in logits)
 
@@ -33,8 +33,12 @@ def test_a_logit_for_each_token_of_each_tap() -> None:
 def test_each_condition_matters() -> None:
     network = new().eval()
     text, image = conditions()
-    base = network(taps(), text, image)
-    for other in (network(taps(), text + 1, image), network(taps(), text, image + 1), network(taps(), None, image)):
+    base = network(taps(), HeadCondition(text, image))
+    for other in (
+        network(taps(), HeadCondition(text + 1, image)),
+        network(taps(), HeadCondition(text, image + 1)),
+        network(taps(), HeadCondition(None, image)),
+    ):
         assert all(not torch.allclose(a, b) for a, b in zip(base, other, strict=True))
 
 
@@ -43,7 +47,10 @@ def test_a_zero_image_condition_counts_for_nothing_but_its_bias() -> None:
     for head in network.heads:
         torch.nn.init.zeros_(head.image.bias)  # type: ignore[union-attr, arg-type]
     text, image = conditions()
-    blind, without = network(taps(), text, torch.zeros_like(image)), network(taps(), text, None)
+    blind, without = (
+        network(taps(), HeadCondition(text, torch.zeros_like(image))),
+        network(taps(), HeadCondition(text, None)),
+    )
     assert all(torch.allclose(a, b) for a, b in zip(blind, without, strict=True))
 
 
@@ -52,7 +59,10 @@ def test_conditions_left_out_have_no_weights() -> None:
     assert not [name for name in names if ".text" in name or ".image" in name]
     bare = new(text=0, image=0).eval()
     text, image = conditions()
-    assert all(torch.equal(a, b) for a, b in zip(bare(taps(), None, None), bare(taps(), text, image), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(bare(taps(), HeadCondition(None, None)), bare(taps(), HeadCondition(text, image)), strict=True)
+    )
 
 
 def test_the_right_caption_is_told_from_a_wrong_one() -> None:
@@ -60,10 +70,10 @@ def test_the_right_caption_is_told_from_a_wrong_one() -> None:
     network = new(image=0).eval()
     text, _ = conditions()
     with torch.no_grad():
-        without = network(taps(), None, None)
-        once = network(taps(), text, None)
-        twice = network(taps(), 2 * text, None)
-        bias = network(taps(), torch.zeros_like(text), None)
+        without = network(taps(), HeadCondition(None, None))
+        once = network(taps(), HeadCondition(text, None))
+        twice = network(taps(), HeadCondition(2 * text, None))
+        bias = network(taps(), HeadCondition(torch.zeros_like(text), None))
     for none, one, two, zero in zip(without, once, twice, bias, strict=True):
         torch.testing.assert_close(two - zero, 2 * (one - zero), rtol=1e-3, atol=1e-4)
         assert not torch.allclose(zero, none)
@@ -75,7 +85,7 @@ def test_two_instances_share_nothing() -> None:
     before = [p.clone() for p in other.parameters()]
     optimizer = torch.optim.SGD(one.parameters(), lr=1.0)
     text, image = conditions()
-    hinge_discriminator(one(taps(), text, image), one(taps(1), text, image)).backward()
+    hinge_discriminator(one(taps(), HeadCondition(text, image)), one(taps(1), HeadCondition(text, image))).backward()
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
 
@@ -87,7 +97,7 @@ def test_spectral_norm_holds_every_layer() -> None:
             if name.endswith("original"):
                 parameter.mul_(100)
     for _ in range(30):
-        network(taps(), *conditions())  # power iterations
+        network(taps(), HeadCondition(*conditions()))  # power iterations
     for head in network.heads:
         for layer in (head.enter, head.mix, head.judge, head.text, head.image):
             norm = torch.linalg.matrix_norm(layer.weight.flatten(1), 2)  # type: ignore[union-attr, operator]
@@ -98,6 +108,16 @@ def test_r1_reaches_every_weight() -> None:
     network = new()
     real = [tap.requires_grad_() for tap in taps()]
     text, image = conditions()
-    r1(real, network(real, text, image)).backward()
+    r1(real, network(real, HeadCondition(text, image))).backward()
     weights = [p for name, p in network.named_parameters() if "weight" in name]  # a bias may leave the slope as it is
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in weights)
+
+
+def test_the_noise_level_is_a_condition_of_its_own() -> None:
+    torch.manual_seed(0)
+    network = Discriminator(WIDTHS, 16, 0, 0, LEVEL_WIDTH).eval()
+    low, high = (HeadCondition(level=level_embedding(torch.full((3,), t))) for t in (10, 900))
+    assert all(not torch.allclose(a, b) for a, b in zip(network(taps(), low), network(taps(), high), strict=True))
+    embedded = level_embedding(torch.tensor([0, 999]))
+    assert embedded.shape == (2, LEVEL_WIDTH)
+    torch.testing.assert_close(embedded[0], torch.cat([torch.ones(32), torch.zeros(32)]))

@@ -5,17 +5,39 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from onestill.errors import CheckpointError
+from onestill.train.conditioning import Condition, pool
 from onestill.train.denoiser import Denoiser, load_unet, training_schedule
-from onestill.train.features import FeatureNetwork, TeacherFeatures, Tower, TowerFeatures, new_backbone, pool, tokens
+from onestill.train.features import (
+    FeatureNetwork,
+    TeacherFeatures,
+    Tower,
+    TowerFeatures,
+    ViTFeatures,
+    new_backbone,
+    tokens,
+)
 from tests.tiny import WIDTH
 from tests.train.parts import CHANNELS, SIZE, write_parts
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_parts(tmp_path_factory.mktemp("parts"))
+    folder = write_parts(tmp_path_factory.mktemp("parts"))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTModel(ViTConfig(**sizes, image_size=16, patch_size=4)).save_pretrained(folder / "vit")
+    text = {**sizes, "vocab_size": 50, "max_position_embeddings": 16}
+    config = CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 4})
+    CLIPModel(config).save_pretrained(folder / "clip")
+    (folder / "clip/preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 1]}')
+    return folder
+
+
+def said(seed: int = 0) -> Condition:
+    text = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return Condition(text, torch.ones(2, 5, dtype=torch.bool))
 
 
 def teacher_features(parts: Path) -> TeacherFeatures:
@@ -29,6 +51,9 @@ def networks(parts: Path) -> list[tuple[FeatureNetwork, torch.Tensor]]:
         (TowerFeatures(parts / "latents", (0, 1, 3)), latents),
         (TowerFeatures(parts / "pixels", (0, 2, 4)), torch.randn(3, 3, 32, 32)),
         (teacher_features(parts), latents),
+        (ViTFeatures(parts / "dinov2", (0, 1, 2), 24), torch.rand(3, 3, 32, 32) * 2 - 1),
+        (ViTFeatures(parts / "vit", (2,), 16, add_class_token=False), torch.rand(3, 3, 12, 12) * 2 - 1),
+        (ViTFeatures(parts / "clip", (0, 2), 32), torch.rand(3, 3, 32, 32) * 2 - 1),
     ]
 
 
@@ -44,7 +69,8 @@ def test_taps_are_tokens_on_a_square_grid_of_the_widths_told(parts: Path) -> Non
 
 def test_gradients_flow_through_to_the_input_and_stay_out_of_the_weights(parts: Path) -> None:
     for network, x in networks(parts):
-        inner = network.tower if isinstance(network, TowerFeatures) else network.denoiser.unet  # type: ignore[attr-defined]
+        inner = next(getattr(network, name) for name in ("tower", "model", "denoiser") if hasattr(network, name))
+        inner = getattr(inner, "unet", inner)
         before = {name: value.clone() for name, value in inner.state_dict().items()}
         x = x.clone().requires_grad_()
         sum(tap.square().sum() for tap in network.taps(x)).backward()  # type: ignore[union-attr]
@@ -65,11 +91,11 @@ def test_a_sample_does_not_see_its_batch(parts: Path) -> None:
 
 def test_the_teachers_taps_follow_noise_and_words(parts: Path) -> None:
     features, latents = teacher_features(parts), torch.randn(2, CHANNELS, SIZE, SIZE)
-    noise, text = torch.randn_like(latents), torch.randn(2, 5, WIDTH)
+    noise, text = torch.randn_like(latents), said()
     at = torch.tensor([100, 100])
     base = features.noised_taps(latents, at, noise, text)[-1]
     assert not torch.allclose(base, features.noised_taps(latents, at + 300, noise, text)[-1])
-    assert not torch.allclose(base, features.noised_taps(latents, at, noise, text + 1)[-1])
+    assert not torch.allclose(base, features.noised_taps(latents, at, noise, said(1))[-1])
     pure = torch.tensor([999, 999])  # zero terminal SNR: nothing of the latents is left
     one, other = (features.noised_taps(x, pure, noise, text)[-1] for x in (latents, latents + 1))
     assert torch.equal(one, other)
@@ -79,11 +105,11 @@ def test_the_teachers_encoder_is_the_unets_own(parts: Path) -> None:
     features = teacher_features(parts)
     unet, seen = features.denoiser.unet, []
     hook = unet.mid_block.register_forward_hook(lambda _m, _i, output: seen.append(output))
-    latents, text = torch.randn(2, CHANNELS, SIZE, SIZE), torch.randn(2, 5, WIDTH)
+    latents, text = torch.randn(2, CHANNELS, SIZE, SIZE), said()
     at = torch.tensor([10, 400])
     taps = features.noised_taps(latents, at, torch.zeros_like(latents), text)
     alpha, _ = features.denoiser.signal(at)
-    unet(alpha * latents, at, text)
+    unet(alpha * latents, at, text.text)
     hook.remove()
     torch.testing.assert_close(tokens(seen[1]), taps[-1])
 
@@ -127,3 +153,28 @@ def test_pooling_leaves_padding_out() -> None:
 def test_a_class_token_is_no_place_on_the_grid() -> None:
     assert tokens(torch.arange(5.0).view(1, 5, 1)).flatten().tolist() == [1, 2, 3, 4]
     assert tokens(torch.arange(4.0).view(1, 1, 2, 2)).flatten().tolist() == [0, 1, 2, 3]
+
+
+def test_a_vit_sees_what_transformers_shows_it(parts: Path) -> None:
+    """Pictures in [-1, 1] are normalised as the folder says; taps are its hidden states without the class token."""
+    clip = ViTFeatures(parts / "clip", (2,), 16, add_class_token=False)
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    pixels = torch.cat([x[:, :2], x[:, 2:] / 2], 1)  # ((x + 1) / 2 - 0.5) / (0.5, 0.5, 1)
+    with torch.no_grad():
+        output = clip.model(pixel_values=pixels, output_hidden_states=True)
+        torch.testing.assert_close(clip.taps(x)[0], output.hidden_states[2][:, 1:])
+        added = ViTFeatures(parts / "clip", (2,), 16).taps(x)[0]
+        torch.testing.assert_close(added, output.hidden_states[2][:, 1:] + output.hidden_states[2][:, :1])
+        torch.testing.assert_close(clip.embed(x), output.pooler_output)
+        dinov2 = ViTFeatures(parts / "dinov2", (), 16)
+        pixels = ((x + 1) / 2 - dinov2._mean) / dinov2._deviation
+        torch.testing.assert_close(dinov2.embed(x), dinov2.model(pixel_values=pixels).last_hidden_state[:, 0])
+
+
+def test_what_is_no_vit(parts: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no vision transformer"):
+        ViTFeatures(parts / "model/unet", (0,), 16)
+    with pytest.raises(CheckpointError, match=r"has taps 0 to 2, not \[5\]"):
+        ViTFeatures(parts / "dinov2", (5,), 16)
+    with pytest.raises(CheckpointError, match="is no multiple"):
+        ViTFeatures(parts / "dinov2", (0,), 18)

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from onestill.errors import RecipeError
-from onestill.train.loop import TrainingStoppedError, learning_rate_factor
+from onestill.train.loop import TrainingStoppedError
 from onestill.train.methods.autoencoder import Method
 from onestill.train.recipe import LoopOptions
 from onestill.train.state import checkpoints
+from onestill.train.turns import learning_rate_factor
 from tests.train.small import NoiseBatches, rows, small_recipe, small_train
 
 

@@ -6,17 +6,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from onestill.schedule import add_noise, to_eps, to_x0
+from onestill.schedule import NoiseSchedule, add_noise, scaled_linear_alphas_cumprod, to_eps, to_x0
 from onestill.train.denoiser import training_schedule
 from onestill.train.losses import (
+    boundary_scalings,
     distillation,
     exponential_weight,
     gradient_difference,
     hinge_discriminator,
+    hinge_fake,
     hinge_generator,
     info_nce,
     min_snr_weight,
+    nfsd_direction,
+    pseudo_huber,
     r1,
+    score_target,
     sds_weight,
     unit_moments,
 )
@@ -88,6 +93,59 @@ def test_sds_weight_gives_the_score_distillation_gradient() -> None:
         weight = sds_weight(torch.tensor([alpha] * 2).double(), torch.tensor([sigma] * 2).double(), w=0.7)
         (gradient,) = torch.autograd.grad(distillation(x_theta, x_psi, weight), x_theta)
         torch.testing.assert_close(gradient * x_theta.numel(), 0.7 * (eps_hat - eps), rtol=1e-6, atol=1e-6)
+
+
+def test_nfsd_direction_is_its_definition() -> None:
+    text, empty, negative = (noise(4, 2, 1, 1, seed=i) for i in range(3))
+    made = nfsd_direction(text, empty, negative, torch.tensor([0, 199, 200, 999]), 7.5)
+    torch.testing.assert_close(made[:2], empty[:2] + 7.5 * (text - empty)[:2])
+    torch.testing.assert_close(made[2:], (empty - negative)[2:] + 7.5 * (text - empty)[2:])
+
+
+def test_score_target_with_the_teachers_noise_is_the_teachers_x0() -> None:
+    schedule = training_schedule()
+    x_theta, eps, output = (noise(2, 3, 2, 2, seed=i).double() for i in range(3))
+    for t in (20, 499, 980):
+        alpha, sigma = torch.tensor(schedule.alpha[t]), torch.tensor(schedule.sigma[t])
+        x_t = add_noise(x_theta, eps, alpha, sigma)
+        direction = to_eps(output, x_t, alpha, sigma, "v_prediction") - eps
+        expected = to_x0(output, x_t, alpha, sigma, "v_prediction")
+        torch.testing.assert_close(score_target(x_theta, direction, alpha, sigma), expected)
+
+
+def test_hinge_fake_counts_only_what_is_kept() -> None:
+    fake = [torch.tensor([[1.0, -3.0], [5.0, 5.0]]), torch.tensor([[0.0], [7.0]])]
+    assert hinge_fake(fake, torch.tensor([True, False])).item() == pytest.approx(2 / 2 + 1)
+    assert hinge_fake(fake, torch.tensor([False, False])).item() == 0
+
+
+def test_boundary_scalings_are_those_of_the_released_scheduler() -> None:
+    from diffusers import LCMScheduler
+
+    t = torch.tensor([0, 1, 19, 259, 999])
+    c_skip, c_out = boundary_scalings(t)
+    scheduler = LCMScheduler()
+    expected = [scheduler.get_scalings_for_boundary_condition_discrete(int(one)) for one in t]
+    torch.testing.assert_close(c_skip, torch.tensor([float(a) for a, _ in expected]))
+    torch.testing.assert_close(c_out, torch.tensor([float(b) for _, b in expected]))
+    assert (c_skip[0], c_out[0]) == (1.0, 0.0)  # f(x, 0) = x
+
+
+def test_pseudo_huber_is_square_near_and_absolute_far() -> None:
+    assert pseudo_huber(torch.zeros(3), torch.zeros(3), 0.1).item() == pytest.approx(0, abs=1e-7)
+    assert pseudo_huber(torch.full((2,), 0.01), torch.zeros(2), 1.0).item() == pytest.approx(0.01**2 / 2, rel=1e-2)
+    assert pseudo_huber(torch.full((2,), 100.0), torch.zeros(2), 1e-3).item() == pytest.approx(100, rel=1e-3)
+
+
+def test_x0_at_the_last_timestep() -> None:
+    """v at zero terminal SNR: x0 = -v. eps on Stable Diffusion's table: (x - sigma eps) / alpha, errors times 14.6."""
+    zero_snr, plain = training_schedule(), NoiseSchedule(scaled_linear_alphas_cumprod())
+    x, output = noise(2, 3, 2, 2).double(), noise(2, 3, 2, 2, seed=1).double()
+    torch.testing.assert_close(zero_snr.x0(output, x, 999), -output)
+    alpha, sigma = plain.at(999)
+    torch.testing.assert_close(plain.x0(output, x, 999), (x - sigma * output) / alpha)
+    shifted = plain.x0(output + 0.01, x, 999) - plain.x0(output, x, 999)
+    torch.testing.assert_close(shifted, torch.full_like(shifted, -0.01 * 14.6146), rtol=1e-4, atol=0)
 
 
 def test_distillation_weighs_samples_and_stops_at_the_target() -> None:

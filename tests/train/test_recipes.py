@@ -39,7 +39,7 @@ def test_every_recipe_parses(path: Path) -> None:
 
 def test_the_stages_hand_on_what_they_make() -> None:
     made = {recipe.method: recipe.out for recipe in map(read_recipe, STAGES.values())}
-    assert set(made) == set(METHODS)
+    assert set(made) == set(METHODS) - {"ladd", "lcm"}
     student = read_recipe(STAGES["4-student"]).options
     assert student.teacher == f"{made['diffusion']}/export/unet"
     assert student.autoencoder == f"{made['autoencoder']}/export/vae"
@@ -100,7 +100,8 @@ def check_cache(runs: Path, space: LatentSpace, encoder: TextEncoder) -> None:
     with torch.no_grad():
         latents = space.encode(pictures)  # [B, 4, 8, 8]
     assert latents.std().item() == pytest.approx(1, abs=0.3)
-    text, mask = encoder([sample.caption for sample in samples])
+    told = encoder([sample.caption for sample in samples])
+    text, mask = told.text, told.mask
     for i, sample in enumerate(samples):
         assert sample.arrays["text"].shape == (MAX_TOKENS, WIDTH)
         np.testing.assert_allclose(sample.arrays["latents"], latents[i].numpy(), rtol=0.01, atol=0.01)

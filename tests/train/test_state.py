@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from onestill.errors import CheckpointError, RecipeError
+from onestill.errors import CheckpointError, OutputError, RecipeError
 from onestill.train import state as state_module
 from onestill.train.state import (
     STATE_FILE,
@@ -95,7 +96,7 @@ def test_a_failure_while_writing_leaves_the_old_checkpoint(tmp_path: Path, monke
         real(tensors, path)
 
     monkeypatch.setattr(state_module, "save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OutputError, match=r"No space.*make room"):
         save_checkpoint(state, folder, "{}")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["00000000"]
@@ -153,3 +154,37 @@ def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
     sweep(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000004", "00000010", "00000012"]
     assert checkpoints(tmp_path / "none") == []
+
+
+def test_settings_younger_than_the_checkpoint_count_as_their_defaults(tmp_path: Path) -> None:
+    state, folder = new_state(1), tmp_path / "00000001"
+    save_checkpoint(state, folder, '{"loop": {"seed": 0}, "add": {"lr": 1.0}}')
+    defaults = '{"loop": {"seed": 9, "new": 2}, "add": {"lr": 0.5}}'
+    load_checkpoint(state, folder, '{"loop": {"seed": 0, "new": 2}, "add": {"lr": 1.0}}', defaults)
+    with pytest.raises(RecipeError, match=r"loop\.new differ"):
+        load_checkpoint(state, folder, '{"loop": {"seed": 0, "new": 3}, "add": {"lr": 1.0}}', defaults)
+
+
+def test_the_average_is_lent_and_given_back() -> None:
+    state = new_state(1)
+    steps(state, 3)
+    network = state.networks["net"]
+    own = {name: value.clone() for name, value in network.state_dict().items()}
+    with state.using_average("net") as lent:
+        assert lent is network
+        assert not network.training
+        assert all(torch.equal(value, state.ema["net"][n]) for n, value in network.state_dict().items())
+    assert network.training
+    assert all(torch.equal(value, own[name]) for name, value in network.state_dict().items())
+
+
+def test_what_is_frozen_is_neither_kept_nor_asked_for(tmp_path: Path) -> None:
+    state, folder = new_state(1), tmp_path / "00000001"
+    state.networks["net"][0].requires_grad_(False)  # type: ignore[index, union-attr]
+    state.ema["net"] = start_ema(state.networks["net"])
+    save_checkpoint(state, folder, "{}")
+    assert "0.weight" not in load_file(folder / "net.safetensors")
+    assert "1.running_mean" in load_file(folder / "net.safetensors")
+    load_checkpoint(state, folder, "{}")
+    with pytest.raises(CheckpointError, match="its weights are others"):
+        load_checkpoint(new_state(1), folder, "{}")

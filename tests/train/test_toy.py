@@ -17,16 +17,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from onestill.train.conditioning import Condition
 from onestill.train.denoiser import Denoiser, training_schedule
 from onestill.train.discriminator import Discriminator
 from onestill.train.loop import train
 from onestill.train.methods.add import Method
 from onestill.train.recipe import LoopOptions, Recipe, parse_recipe
 from onestill.train.state import TrainState
+from onestill.train.view import Views
 
 MODES = torch.stack([torch.tensor([np.cos(a), np.sin(a)]) for a in np.arange(8) * np.pi / 4]).float() * 2**0.5
 SPREAD = 0.06
 SCHEDULE = training_schedule()
+NOTHING = Condition(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
 ALPHA, SIGMA = (torch.tensor(values, dtype=torch.float32) for values in (SCHEDULE.alpha, SCHEDULE.sigma))
 
 
@@ -71,7 +74,7 @@ class FourierFeatures:
         scales = torch.tensor([0.7, 2.0]).repeat(16)
         self.frequencies = scales * torch.randn(2, 32, generator=torch.Generator().manual_seed(5))
 
-    def to(self, device: torch.device) -> FourierFeatures:
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> FourierFeatures:
         return self
 
     def taps(self, x: Tensor) -> list[Tensor]:
@@ -82,6 +85,15 @@ class FourierFeatures:
         return self.taps(x)[0].squeeze(1)
 
 
+class FourierViews(Views):
+    """Views with these features in the place of a network from a folder."""
+
+    def __init__(self, options: Any, teacher: Denoiser, space: Any) -> None:
+        self.options, self.space = options, space
+        self.networks, self.image_encoder = [FourierFeatures()], FourierFeatures()
+        self._levels = lambda count, draw: draw.integers(0, 0, count)
+
+
 class ToyMethod(Method):
     """ADD itself; only the networks are put in by hand instead of read from folders."""
 
@@ -89,7 +101,13 @@ class ToyMethod(Method):
         torch.manual_seed(loop.seed)
         self.options, self.loop = options, loop
         self.student, self.teacher = PointStudent(), ExactTeacher()
-        self.features = [FourierFeatures()]
+        self.space: Any = None
+        self.student_denoiser, self.teacher_denoiser = (
+            Denoiser(self.student, SCHEDULE),
+            Denoiser(self.teacher, SCHEDULE),
+        )
+        self.views = FourierViews(options, self.teacher_denoiser, self.space)
+        self.words, self.native_px = None, 0
         self.discriminator = Discriminator((64,), options.head_width, 0, 0)
         self.networks = {"student": self.student, "discriminator": self.discriminator}
         rates = {"student": options.lr, "discriminator": options.discriminator_lr}
@@ -97,14 +115,13 @@ class ToyMethod(Method):
             role: torch.optim.AdamW(network.parameters(), lr=rates[role], betas=(options.beta1, 0.99), fused=True)
             for role, network in self.networks.items()
         }
-        self.empty = torch.zeros(1, 1, 1)
+        self.empty = self.negative = NOTHING
 
     def to(self, device: torch.device) -> None:
-        self.student_denoiser = Denoiser(self.student, SCHEDULE)
-        self.teacher_denoiser = Denoiser(self.teacher, SCHEDULE)
+        pass
 
-    def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
-        return np.zeros((1, 8, 8, 3), np.uint8), ["points"]
+    def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str], dict[str, float]]:
+        return np.zeros((1, 8, 8, 3), np.uint8), ["points"], {}
 
     def export(self, state: TrainState, folder: Path) -> None:
         folder.mkdir()
@@ -139,7 +156,7 @@ def one_step(method: ToyMethod, state: TrainState, count: int = 1000) -> Tensor:
     student.load_state_dict(state.averaged("student"))
     noise = torch.randn(count, 2, 1, 1, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
-        return Denoiser(student, SCHEDULE).x0(noise, torch.full((count,), 999), torch.zeros(count, 1, 1)).flatten(1)
+        return Denoiser(student, SCHEDULE).x0(noise, torch.full((count,), 999), NOTHING).flatten(1)
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
@@ -152,7 +169,7 @@ def test_the_exact_teacher_is_exact() -> None:
     x0, t = points(20_000, draw).view(-1, 2, 1, 1), torch.randint(20, 981, (20_000,), generator=draw)
     alpha, sigma = ALPHA[t].view(-1, 1, 1, 1), SIGMA[t].view(-1, 1, 1, 1)
     x_t = alpha * x0 + sigma * torch.randn(x0.shape, generator=draw)
-    mean = Denoiser(ExactTeacher(), SCHEDULE).x0(x_t, t, torch.zeros(1))
+    mean = Denoiser(ExactTeacher(), SCHEDULE).x0(x_t, t, NOTHING)
     error = x0 - mean
     assert float(error.mean()) == pytest.approx(0, abs=0.02)
     assert float((error * mean).mean()) == pytest.approx(0, abs=0.02)  # orthogonal to every function of x_t
@@ -165,7 +182,7 @@ def test_one_step_reaches_all_eight_modes(tmp_path: Path) -> None:
     method = ToyMethod(recipe.options, recipe.loop)
     data = points(1000, torch.Generator().manual_seed(3))
     untrained = PointStudent()
-    start = Denoiser(untrained, SCHEDULE).x0(torch.randn(1000, 2, 1, 1), torch.full((1000,), 999), torch.zeros(1))
+    start = Denoiser(untrained, SCHEDULE).x0(torch.randn(1000, 2, 1, 1), torch.full((1000,), 999), NOTHING)
     state = train(recipe, method, PointBatches(recipe.loop.batch_size))
     drawn = one_step(method, state)
     distance, mode = torch.cdist(drawn, MODES).min(1)

@@ -1,7 +1,8 @@
-"""`onestill data`: what a set of shards holds, in numbers and in pictures."""
+"""`onestill data`: look at shards, make them from a folder of pictures, and cache what networks make of them."""
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ import typer
 from onestill.cli.console import note, print_json, progress, stdout_console
 from onestill.cli.options import Json
 from onestill.cli.output import Target, is_file_name
-from onestill.errors import OutputError
+from onestill.errors import DataError, OnestillError, OutputError, require
 
 if TYPE_CHECKING:
     from onestill.data import ShardReader
@@ -23,7 +24,7 @@ Shards = Annotated[
 ]
 MOST_IN_SHEET = 1000
 
-app = typer.Typer(help="Look at training data.", no_args_is_help=False)
+app = typer.Typer(help="Make training data and look at it.", no_args_is_help=False)
 
 
 def open_shards(sources: list[str], **options: Any) -> ShardReader:
@@ -96,3 +97,86 @@ def sheet(
     with written_whole(path) as unfinished:
         page.save(unfinished, format={".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG"))
     print(path)
+
+
+@app.command("pack")
+def pack(
+    pictures: Annotated[Path, typer.Argument(metavar="FOLDER", help="Pictures, each with its caption.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="A new folder for the shards.")],
+    size: Annotated[int, typer.Option("--size", min=16, max=4096, metavar="PIXELS", help="Of a side.")] = 512,
+    per_shard: Annotated[int, typer.Option("--per-shard", min=1, metavar="N", help="Samples in a shard.")] = 1000,
+) -> None:
+    """Make shards from a folder of pictures, cut to squares of one size.
+
+    Captions are NAME.txt beside NAME.jpg, or rows of metadata.jsonl or metadata.csv with file_name and text.
+    """
+    from onestill.data import ShardWriter
+    from onestill.data.pack import pack as packed
+
+    _refuse_full(out)
+    skipped: dict[str, str] = {}
+    count = 0
+    with ShardWriter(out, per_shard) as writer:
+        for count, sample in enumerate(packed(pictures, size, skipped), 1):
+            writer.write(f"{count:07d}-{sample.key}", sample.image, sample.caption, sample.meta)
+    if not count:
+        why = next((f" (the first: {name}: {reason})" for name, reason in skipped.items()), "")
+        raise DataError(f"No picture in '{pictures}' can be used{why}: each needs a caption and a file that decodes.")
+    _tell(skipped)
+    print(f"{count} samples in {out}")
+
+
+@app.command("cache")
+def cache(
+    model: Annotated[Path, typer.Option("--model", "-m", metavar="FOLDER", help="A model in diffusers' format.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="A new folder for the shards.")],
+    shards: Shards = None,
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="Where the networks run.")] = "cpu",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=1024, metavar="N", help="Together.")] = 8,
+    part: Annotated[str, typer.Option("--part", metavar="I/N", help="Every N-th sample from I on, as 0/4.")] = "0/1",
+) -> None:
+    """Encode pictures and captions once, by a model's own autoencoder and text encoders, to train on."""
+    first, _, parts = part.partition("/")
+    if not (first.isdigit() and parts.isdigit() and int(first) < int(parts)):
+        raise OnestillError(f"--part takes I/N with I below N, such as 0/4, not '{part}'.")
+    for package in ("torch", "diffusers", "transformers"):
+        require(package, "train")
+    import torch
+
+    from onestill.data import ShardWriter
+    from onestill.train.cache import cache_samples
+    from onestill.train.conditioning import LatentSpace, open_text_encoder
+
+    if parts == "1":
+        _refuse_full(out)
+    where = torch.device(device)
+    space, encoder = LatentSpace(model / "vae").to(where), open_text_encoder(str(model)).to(where)
+    reader = open_shards(shards or [], shuffle=False, epochs=1, part=(int(first), int(parts)))
+    prefix = "shard" if parts == "1" else f"part-{first}"
+    with ShardWriter(out, prefix=prefix) as writer, progress("encoding", len(reader) // int(parts)) as advance:
+
+        def write(sample: Any, arrays: Any) -> None:
+            writer.write(sample.key, _webp(sample.image), sample.caption, sample.meta, arrays=arrays)
+            advance(1)
+
+        count = cache_samples(reader, space, encoder, write, batch_size)
+    _tell(reader.skipped)
+    print(f"{count} samples in {out}")
+
+
+def _webp(picture: Any) -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "WEBP", quality=90)
+    return file.getvalue()
+
+
+def _refuse_full(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()):
+        raise OutputError(f"'{out}' is not empty; give the name of a new folder.")
+
+
+def _tell(skipped: dict[str, str]) -> None:
+    for name, why in skipped.items():
+        note(f"left out {name}: {why}")

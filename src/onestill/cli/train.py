@@ -23,10 +23,11 @@ class RecipeReader:
 
     Args:
         options: `shards` are tar files, folders of them, or `sample` for the packaged set.
+        part: (i, n), every n-th place of the order from i on; for process i of n.
     """
 
-    def __init__(self, options: DataOptions) -> None:
-        self.shards = open_shards(options.shards, seed=options.seed, shuffle=True, images=options.images)
+    def __init__(self, options: DataOptions, part: tuple[int, int] = (0, 1)) -> None:
+        self.shards = open_shards(options.shards, seed=options.seed, shuffle=True, images=options.images, part=part)
 
     def __iter__(self) -> Iterator[Sample]:
         return iter(self.shards)

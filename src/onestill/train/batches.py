@@ -94,19 +94,33 @@ def collate_images(samples: Sequence[Any]) -> dict[str, Any]:
 def collate_latents(samples: Sequence[Any]) -> dict[str, Any]:
     """Samples with `.arrays` latents float16 [C, h, w], text float16 [K, D] and mask bool [K] -> tensors, captions.
 
+    For models of two text encoders, pooled [P] and sizes [6] as well.
     Where the reader decoded the pictures too, `images` [B, 3, H, W] in [-1, 1] are among them.
     """
     pictures = collate_images(samples) if samples[0].image.size else {}
     for name in ("latents", "text", "mask"):
         if any(name not in sample.arrays for sample in samples):
-            raise DataError(f"the shards hold no '{name}': train on those that `python -m recipes.icons.cache` writes.")
+            raise DataError(
+                f"the shards hold no '{name}': train on those that `onestill data cache` or "
+                "`python -m recipes.icons.cache` writes."
+            )
     stacked = {name: np.stack([sample.arrays[name] for sample in samples]) for name in ("latents", "text", "mask")}
     return pictures | {
         "latents": torch.from_numpy(stacked["latents"].astype(np.float32)),  # [B, C, h, w]
         "text": torch.from_numpy(stacked["text"].astype(np.float32)),  # [B, K, D]
         "mask": torch.from_numpy(stacked["mask"].astype(np.bool_)),  # [B, K]
         "captions": [sample.caption for sample in samples],
+        **_added(samples),
     }
+
+
+def _added(samples: Sequence[Any]) -> dict[str, Tensor]:
+    """What models of two text encoders are told besides: pooled float32 [B, P], sizes float32 [B, 6]; or nothing."""
+    there = [name for name in ("pooled", "sizes") if name in samples[0].arrays]
+    if any(name not in sample.arrays for sample in samples for name in there):
+        raise DataError("some shards hold 'pooled' and others do not: they were cached for different models.")
+    stacked = {name: np.stack([sample.arrays[name] for sample in samples]) for name in there}
+    return {name: torch.from_numpy(value.astype(np.float32)) for name, value in stacked.items()}
 
 
 COLLATE: dict[str, Collate] = {"images": collate_images, "latents": collate_latents}

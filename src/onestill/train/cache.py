@@ -1,4 +1,4 @@
-"""Latents and text states computed once: what the teacher and the student train on, instead of pictures and words."""
+"""Latents and text states computed once: what teachers and students train on, instead of pictures and words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from onestill.train.batches import collate_images
-from onestill.train.conditioning import LatentSpace, TextEncoder
+from onestill.train.conditioning import LatentSpace, TextEncoder, TwoTextEncoders
 
 
 class ImageSample(Protocol):
@@ -24,25 +24,40 @@ Write = Callable[[Any, Mapping[str, NDArray[Any]]], None]
 
 @torch.no_grad()
 def cache_samples(
-    samples: Iterable[ImageSample], space: LatentSpace, encoder: TextEncoder, write: Write, batch_size: int = 64
+    samples: Iterable[ImageSample],
+    space: LatentSpace,
+    encoder: TextEncoder | TwoTextEncoders,
+    write: Write,
+    batch_size: int = 64,
 ) -> int:
     """Hand each sample to `write` with its arrays; returns how many there were.
 
-    The arrays: `latents` float16 [C, h, w] of unit variance, `text` float16 [K, D], `mask` bool [K].
+    The arrays: `latents` float16 [C, h, w] of unit variance, `text` float16 [K, D], `mask` bool [K]; for a model of
+    two text encoders `pooled` float16 [P] and `sizes` int32 [6] too, the latter from the sample's `original_size` and
+    `crop` (height and width, top and left, in pixels) where its JSON tells them.
     """
     count = 0
     device = next(space.autoencoder.parameters()).device
     for chunk in _chunks(samples, batch_size):
         batch = collate_images(chunk)
         images = batch["images"].to(device, memory_format=torch.channels_last)
-        latents = space.encode(images).contiguous().cpu()
-        text, mask = encoder(batch["captions"])
-        for sample, z, states, real in zip(
-            chunk, latents.half().numpy(), text.half().cpu().numpy(), mask.cpu().numpy(), strict=True
-        ):
-            write(sample, {"latents": z, "text": states, "mask": real})
+        told = encoder(batch["captions"])
+        arrays = {"latents": space.encode(images).half(), "text": told.text.half(), "mask": told.mask}
+        if told.pooled is not None:
+            arrays["pooled"] = told.pooled.half()
+        stacked = {name: value.contiguous().cpu().numpy() for name, value in arrays.items()}
+        for i, sample in enumerate(chunk):
+            mine = {name: value[i] for name, value in stacked.items()}
+            write(sample, mine | ({"sizes": _sizes(sample)} if told.pooled is not None else {}))
         count += len(chunk)
     return count
+
+
+def _sizes(sample: Any) -> NDArray[np.int32]:
+    """SDXL's micro-conditioning: original height and width, crop's top and left, height and width as they are."""
+    now = list(sample.image.shape[:2])
+    meta: Mapping[str, Any] = getattr(sample, "meta", {})
+    return np.array([*meta.get("original_size", now), *meta.get("crop", [0, 0]), *now], np.int32)
 
 
 def _chunks(samples: Iterable[ImageSample], size: int) -> Iterator[Sequence[ImageSample]]:

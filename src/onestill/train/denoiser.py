@@ -5,9 +5,11 @@ Shapes: B batch, C latent channels, h w latent size, K tokens, D text width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -15,9 +17,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from onestill.errors import CheckpointError, RecipeError
-from onestill.sampling import classifier_free_guidance, sample_ddim, sample_euler_ancestral
-from onestill.schedule import NoiseSchedule, rescale_zero_terminal_snr, scaled_linear_alphas_cumprod, to_x0
+from onestill.sampling import SAMPLERS, classifier_free_guidance
+from onestill.schedule import NoiseSchedule, rescale_zero_terminal_snr, scaled_linear_alphas_cumprod, to_eps, to_x0
+from onestill.train.conditioning import Condition, joined
 from onestill.train.recipe import option
+
+SHEET_PROMPTS = [
+    "a red apple, fluent 3d emoji", "a red heart", "a blue star", "a cat face, noto emoji",
+    "a green square", "a yellow circle", "a rocket, fluent flat emoji", "a pizza, twemoji",
+    "a purple triangle", "a house, outline icon in black", "a grinning face, fluent 3d emoji", "a tree, noto emoji",
+    "an umbrella, fluent gradient emoji", "a dog, blob emoji", "a yellow bell on a blue background", "a car, emojione",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +68,22 @@ def build_unet(options: UNetOptions) -> UNet2DConditionModel:
     )
 
 
+def build_like(unet: Any, weights: dict[str, Tensor], device: torch.device) -> Any:
+    """A copy of `unet`, a diffusers model, with other weights; for sheets and export."""
+    made = type(unet).from_config(dict(unet.config))
+    made.load_state_dict({name: value.float().cpu() for name, value in weights.items()})
+    return made.eval().requires_grad_(False).to(device)
+
+
+def unet_folder(source: str | Path) -> Path:
+    """Where the UNet of `source` lies: a UNet's own folder, or that of a whole model in diffusers' format."""
+    inner = Path(source) / "unet"
+    return inner if (inner / "config.json").is_file() else Path(source)
+
+
 def load_unet(folder: str | Path) -> UNet2DConditionModel:
-    """A trained UNet from its folder in diffusers' format."""
+    """A trained UNet from its folder, or its model's folder, in diffusers' format."""
+    folder = unet_folder(folder)
     try:
         if not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(folder)
@@ -75,13 +99,36 @@ def training_schedule() -> NoiseSchedule:
     return NoiseSchedule(rescale_zero_terminal_snr(scaled_linear_alphas_cumprod()), "v_prediction")
 
 
+def read_schedule(source: str | Path) -> NoiseSchedule:
+    """The schedule of the model that a UNet belongs to: the neighbouring `scheduler/`, else this project's own.
+
+    Its timesteps lie trailing, whatever its config says: a one-step model starts from pure noise.
+    """
+    config = unet_folder(source).parent / "scheduler" / "scheduler_config.json"
+    if not config.is_file():
+        return training_schedule()
+    try:
+        read = json.loads(config.read_text(encoding="utf-8"))
+        return NoiseSchedule.from_config({**read, "timestep_spacing": "trailing", "steps_offset": 0})
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{config} is no schedule to train on: {error}") from error
+
+
 class Denoiser:
-    """A UNet together with its schedule: x0 from a noised input, whatever the network itself predicts."""
+    """A UNet together with its schedule: x0 from a noised input, whatever the network itself predicts.
+
+    `extra` in its methods are more arguments of the UNet's call, such as LCM's `timestep_cond` [B, 256].
+    """
 
     def __init__(self, unet: torch.nn.Module, schedule: NoiseSchedule) -> None:
         self.unet, self.schedule = unet, schedule
         self._alpha = torch.tensor(schedule.alpha, dtype=torch.float32)
         self._sigma = torch.tensor(schedule.sigma, dtype=torch.float32)
+
+    @property
+    def last(self) -> int:
+        """The timestep of pure noise, 999."""
+        return self.schedule.num_train_timesteps - 1
 
     def signal(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at timesteps [B], each [B, 1, 1, 1]."""
@@ -89,39 +136,68 @@ class Denoiser:
         shape = (-1, 1, 1, 1)
         return self._alpha[at].view(shape).to(timesteps.device), self._sigma[at].view(shape).to(timesteps.device)
 
-    def output(self, x: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        """What the network says for x [B, C, h, w] at timesteps [B] with text [B, K, D]; float32."""
-        return self.unet(x, timesteps, text).sample.float()  # type: ignore[no-any-return]
+    def output(self, x: Tensor, timesteps: Tensor, condition: Condition, **extra: Tensor) -> Tensor:
+        """What the network says for x [B, C, h, w] at timesteps [B]; float32, whatever it computes in."""
+        first = next(self.unet.parameters(), None)
+        dtype = torch.float32 if first is None else first.dtype
+        told = condition.cast(dtype)
+        return self.unet(x.to(dtype), timesteps, told.text, **told.added, **extra).sample.float()  # type: ignore[no-any-return]
 
-    def x0(self, x: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+    def x0(self, x: Tensor, timesteps: Tensor, condition: Condition, **extra: Tensor) -> Tensor:
         """The network's estimate of the clean latents [B, C, h, w]."""
-        alpha, sigma = self.signal(timesteps)
-        prediction = self.schedule.prediction_type
-        return to_x0(self.output(x, timesteps, text), x, alpha, sigma, prediction)  # type: ignore[no-any-return]
+        output = self.output(x, timesteps, condition, **extra)
+        return to_x0(output, x, *self.signal(timesteps), self.schedule.prediction_type)  # type: ignore[no-any-return]
 
-    def guided_x0(self, x: Tensor, timesteps: Tensor, text: Tensor, empty: Tensor, scale: float) -> Tensor:
-        """x0 with classifier-free guidance; `empty` [1, K, D] are the states of the empty prompt."""
-        if scale == 1.0:
-            return self.x0(x, timesteps, text)
-        both = torch.cat([text, empty.expand_as(text)])
+    def eps(self, x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """The network's estimate of the noise [B, C, h, w]."""
+        output = self.output(x, timesteps, condition)
+        return to_eps(output, x, *self.signal(timesteps), self.schedule.prediction_type)  # type: ignore[no-any-return]
+
+    def guided_x0(
+        self, x: Tensor, timesteps: Tensor, condition: Condition, empty: Condition, scale: float | Tensor
+    ) -> Tensor:
+        """x0 with classifier-free guidance.
+
+        Args:
+            empty: the condition of the empty prompt, for one picture.
+            scale: a number, where 1 asks the network once; or one for each picture, [B, 1, 1, 1].
+        """
+        if isinstance(scale, float) and scale == 1.0:
+            return self.x0(x, timesteps, condition)
+        both = joined(condition, empty.expand(len(x)).sized(condition))
         cond, uncond = self.x0(torch.cat([x, x]), torch.cat([timesteps, timesteps]), both).chunk(2)
-        return classifier_free_guidance(cond, uncond, scale)  # type: ignore[no-any-return]
+        return classifier_free_guidance(cond, uncond, scale)  # type: ignore[no-any-return, arg-type]
 
     @torch.no_grad()
     def sample(
-        self, text: Tensor, empty: Tensor, shape: Sequence[int], steps: int, scale: float = 1.0, seed: int = 0
+        self,
+        condition: Condition,
+        empty: Condition,
+        shape: Sequence[int],
+        steps: int,
+        scale: float = 1.0,
+        seed: int = 0,
+        sampler: str = "",
+        extra: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Latents [B, C, h, w] for text [B, K, D]: one step or Euler ancestral for few, DDIM from ten on."""
-        generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(text))]
+        """Latents [B, C, h, w] for B prompts, drawn with seeds `seed`, `seed + 1`, ...
+
+        Args:
+            shape: (C, h, w).
+            sampler: a name in `onestill.sampling.SAMPLERS`; "" is Euler ancestral for few steps, DDIM from ten on.
+        """
+        count, device = len(condition.text), condition.text.device
+        generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(count)]
 
         def draw(_step: int) -> Tensor:
-            return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]).to(text.device)
+            return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]).to(device)
 
         def predict_x0(x: Tensor, timestep: int) -> Tensor:
             at = torch.full((len(x),), timestep, device=x.device)
-            return self.guided_x0(x, at, text, empty, scale)
+            if extra:
+                return self.x0(x, at, condition, **extra)
+            return self.guided_x0(x, at, condition, empty, scale)
 
+        name = sampler or ("ddim" if steps >= 10 else "euler_ancestral")
         noise, timesteps = draw(0), self.schedule.timesteps(steps)
-        if steps >= 10:
-            return sample_ddim(predict_x0, noise, self.schedule, timesteps)  # type: ignore[no-any-return]
-        return sample_euler_ancestral(predict_x0, noise, self.schedule, timesteps, draw)  # type: ignore[no-any-return]
+        return SAMPLERS[name](predict_x0, noise, self.schedule, timesteps, draw)  # type: ignore[no-any-return]

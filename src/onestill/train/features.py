@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from onestill.errors import CheckpointError
+from onestill.train.conditioning import Condition, pool
 
 
 class FeatureNetwork(Protocol):
     widths: tuple[int, ...]
     embedding_width: int
 
-    def to(self, device: torch.device) -> Any: ...
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Any: ...
 
     def taps(self, x: Tensor) -> list[Tensor]: ...
 
@@ -128,12 +129,6 @@ def tokens(state: Tensor) -> Tensor:
     return state[:, state.shape[1] - side * side :]
 
 
-def pool(text: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the token states [B, K, D] where mask [B, K] is true: MiniLM's sentence embedding, unnormalised."""
-    weight = mask.unsqueeze(-1).to(text.dtype)
-    return (text * weight).sum(1) / weight.sum(1).clamp(min=1)
-
-
 class TowerFeatures:
     """Our own contrastive image tower as a feature network; taps after the blocks that `layers` names."""
 
@@ -149,16 +144,100 @@ class TowerFeatures:
         self.widths = tuple(stages[layer] for layer in layers)
         self.embedding_width = self.tower.image_projection.out_features
 
-    def to(self, device: torch.device) -> TowerFeatures:
-        self.tower.to(device)
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TowerFeatures:
+        self.tower.to(device, dtype=dtype)
         return self
 
     def taps(self, x: Tensor) -> list[Tensor]:
-        states = self.tower.hidden(x)[0]
-        return [states[layer] for layer in self.layers]
+        states = self.tower.hidden(self._cast(x))[0]
+        return [states[layer].float() for layer in self.layers]
 
     def embed(self, x: Tensor) -> Tensor:
-        return self.tower.embed_image(x)
+        return self.tower.embed_image(self._cast(x)).float()
+
+    def _cast(self, x: Tensor) -> Tensor:
+        return x.to(self.tower.logit_scale.dtype)
+
+
+class ViTFeatures:
+    """A frozen vision transformer that `transformers` knows (DINOv2, ViT, CLIP's image side), on pictures.
+
+    Args:
+        folder: config, weights, and the picture's mean and deviation if `preprocessor_config.json` tells them; else
+            ImageNet's.
+        layers: taps after these blocks, 0 for the embedding.
+        size: pixels of a side that it is shown, a multiple of its patch; pictures are resized to it.
+        add_class_token: whether each patch's tap has the class token added, as StyleGAN-T does.
+    """
+
+    def __init__(self, folder: Path, layers: tuple[int, ...], size: int, *, add_class_token: bool = True) -> None:
+        self.model, config = _open_vit(folder)
+        if any(not 0 <= layer <= config.num_hidden_layers for layer in layers):
+            raise CheckpointError(
+                f"{folder} has taps 0 to {config.num_hidden_layers}, not {list(layers)}: change 'vit_layers'."
+            )
+        if size % config.patch_size:
+            raise CheckpointError(f"{folder} cuts patches of {config.patch_size} px: 'vit_size' {size} is no multiple.")
+        self.layers, self.size, self._add_class_token = layers, size, add_class_token
+        self.widths = (config.hidden_size,) * len(layers)
+        self.embedding_width = config.hidden_size
+        self._told = {} if config.image_size == size else {"interpolate_pos_encoding": True}
+        if config.model_type == "dinov2":
+            self._told = {}  # it interpolates by itself
+        self._mean, self._deviation = _normalisation(folder)
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> ViTFeatures:
+        self.model.to(device, dtype=dtype)
+        self._mean, self._deviation = self._mean.to(device), self._deviation.to(device)
+        return self
+
+    def taps(self, x: Tensor) -> list[Tensor]:
+        """Pictures [B, 3, H, W] in about [-1, 1] -> tokens [B, N, D] for each layer."""
+        states = self._run(x).hidden_states
+        return [self._tap(states[layer].float()) for layer in self.layers]
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The class token after the last norm, [B, D]."""
+        output = self._run(x)
+        pooled: Tensor | None = getattr(output, "pooler_output", None)
+        return (output.last_hidden_state[:, 0] if pooled is None else pooled).float()
+
+    def _tap(self, state: Tensor) -> Tensor:
+        return tokens(state) + state[:, :1] if self._add_class_token else tokens(state)
+
+    def _run(self, x: Tensor) -> Any:
+        if x.shape[-1] != self.size:
+            # "area" is the mean over what becomes one pixel; enlarging needs something smoother.
+            smaller = x.shape[-1] > self.size
+            x = F.interpolate(x, (self.size, self.size), mode="area" if smaller else "bilinear")
+        pixels = ((x + 1) / 2 - self._mean) / self._deviation
+        dtype = next(self.model.parameters()).dtype
+        return self.model(pixel_values=pixels.to(dtype), output_hidden_states=True, **self._told)
+
+
+def _open_vit(folder: Path) -> tuple[Any, Any]:
+    """The model and its config; of a CLIP, the image side."""
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        bare = {"add_pooling_layer": False} if kind == "vit" else {}
+        model: Any = AutoModel.from_pretrained(folder, local_files_only=True, **bare)
+        model = getattr(model, "vision_model", model)
+        shape = [model.config.num_hidden_layers, model.config.patch_size, model.config.hidden_size]
+        assert all(isinstance(number, int) for number in shape)
+    except (OSError, KeyError, AttributeError, AssertionError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} holds no vision transformer ({error}): give the folder of a DINOv2, ViT or CLIP in "
+            "transformers' format."
+        ) from error
+    return model.eval().requires_grad_(False), model.config
+
+
+def _normalisation(folder: Path) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [1, 3, 1, 1] of pixels in [0, 1]."""
+    file = folder / "preprocessor_config.json"
+    told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    mean, deviation = told.get("image_mean", [0.485, 0.456, 0.406]), told.get("image_std", [0.229, 0.224, 0.225])
+    return torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(deviation).view(1, 3, 1, 1)
 
 
 class TeacherFeatures:
@@ -174,30 +253,37 @@ class TeacherFeatures:
         self.widths = (*widths, widths[-1])
         self.embedding_width = widths[-1]
 
-    def to(self, device: torch.device) -> TeacherFeatures:
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TeacherFeatures:
         return self  # the teacher is moved by who owns it
 
     def taps(self, x: Tensor) -> list[Tensor]:
         """Latents as they are, with the empty condition: zeros."""
         config = self.denoiser.unet.config
-        text = torch.zeros(len(x), 1, config["cross_attention_dim"], device=x.device)
-        return self._encode(x, torch.zeros(len(x), dtype=torch.long, device=x.device), text)
+        text, mask = x.new_zeros(len(x), 1, config["cross_attention_dim"]), x.new_ones(len(x), 1).bool()
+        blank = Condition(text, mask)
+        if config.get("addition_embed_type") == "text_time":
+            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+            blank = Condition(text, mask, x.new_zeros(len(x), pooled), x.new_zeros(len(x), 6))
+        return self._encode(x, torch.zeros(len(x), dtype=torch.long, device=x.device), blank)
 
-    def noised_taps(self, latents: Tensor, timesteps: Tensor, noise: Tensor, text: Tensor) -> list[Tensor]:
-        """Taps of latents [B, C, h, w] noised to timesteps [B], under text [B, K, D]."""
+    def noised_taps(self, latents: Tensor, timesteps: Tensor, noise: Tensor, condition: Condition) -> list[Tensor]:
+        """Taps of latents [B, C, h, w] noised to timesteps [B], under what the teacher is told."""
         alpha, sigma = self.denoiser.signal(timesteps)
-        return self._encode(alpha * latents + sigma * noise, timesteps, text)
+        return self._encode(alpha * latents + sigma * noise, timesteps, condition)
 
     def embed(self, x: Tensor) -> Tensor:
         return self.taps(x)[-1].mean(1)
 
-    def _encode(self, x: Tensor, timesteps: Tensor, text: Tensor) -> list[Tensor]:
+    def _encode(self, x: Tensor, timesteps: Tensor, condition: Condition) -> list[Tensor]:
         unet = self.denoiser.unet
-        emb = unet.time_embedding(unet.time_proj(timesteps).to(x.dtype))
+        told, x = condition.cast(unet.dtype), x.to(unet.dtype)
+        emb = unet.time_embedding(unet.get_time_embed(x, timesteps))
+        added = unet.get_aug_embed(emb, told.text, told.added.get("added_cond_kwargs", {}))
+        emb = emb if added is None else emb + added
         hidden, taps = unet.conv_in(x), []
         for block in unet.down_blocks:
-            condition = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
-            hidden, _ = block(hidden_states=hidden, temb=emb, **condition)
-            taps.append(tokens(hidden))
-        taps.append(tokens(unet.mid_block(hidden, emb, encoder_hidden_states=text)))
+            text = {"encoder_hidden_states": told.text} if getattr(block, "has_cross_attention", False) else {}
+            hidden, _ = block(hidden_states=hidden, temb=emb, **text)
+            taps.append(tokens(hidden).float())
+        taps.append(tokens(unet.mid_block(hidden, emb, encoder_hidden_states=told.text)).float())
         return taps

@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from onestill.pipeline.sheet import sheet
+from onestill.train.diagnostics import Watch
+from onestill.train.parallel import gathered, is_main
 from onestill.train.state import TrainState
 
 
@@ -32,15 +34,20 @@ class Log:
         self._path = folder / "metrics.jsonl"
         self._started = time.monotonic()
         self._first_nimg = state.nimg
-        _forget_after(self._path, state.iteration)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(folder / "events"), purge_step=state.iteration)
+        self._file: IO[str] | None = None
+        if is_main():
+            _forget_after(self._path, state.iteration)
+            self._file = self._path.open("a", encoding="utf-8")
+            self._events = SummaryWriter(str(folder / "events"), purge_step=state.iteration)
+        self._watch = Watch()
         self._clear()
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._file is None:
+            return
         self._file.close()
         self._events.close()
         if sys.stderr.isatty():
@@ -54,8 +61,14 @@ class Log:
         self._waited_s += waited_s
 
     def write(self, state: TrainState) -> None:
-        """Append the means since the last call to metrics.jsonl and TensorBoard, and show them."""
-        means = {key: _mean(values) for key, values in self._values.items()}
+        """Append the means since the last call to metrics.jsonl and TensorBoard, and show them.
+
+        Over all processes: each of them calls this, and the main one writes.
+        """
+        means = _over_processes({key: _mean(values) for key, values in self._values.items()})
+        if self._file is None:
+            self._clear()
+            return
         speed = (state.nimg - self._nimg_written(state)) / max(self._seconds, 1e-9)
         row: dict[str, Any] = {"iteration": state.iteration, "nimg": state.nimg}
         row |= {key: mean if math.isfinite(mean) else None for key, mean in means.items()}  # JSON knows no NaN
@@ -65,16 +78,41 @@ class Log:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         self._show(state, means, speed)
+        self._warn(state, row)
         self._last_nimg = state.nimg
         self._clear()
 
-    def sheet(self, state: TrainState, pictures: NDArray[np.uint8], captions: list[str]) -> None:
-        """Save a contact sheet of `pictures` [N, H, W, 3] with their captions as sheets/ITERATION.png."""
+    def sheet(
+        self,
+        state: TrainState,
+        pictures: NDArray[np.uint8],
+        captions: list[str],
+        numbers: Mapping[str, float] | None = None,
+    ) -> None:
+        """Save a contact sheet of `pictures` [N, H, W, 3] with their captions as sheets/ITERATION.png.
+
+        `numbers` go into sheets/ITERATION.json beside it, and to TensorBoard.
+        """
+        if self._file is None:
+            return
         folder = self._folder / "sheets"
         folder.mkdir(exist_ok=True)
         partial = folder / f".{state.iteration:08d}.png"
         sheet(pictures, captions).save(partial)
         os.replace(partial, folder / f"{state.iteration:08d}.png")
+        if numbers:
+            (folder / f"{state.iteration:08d}.json").write_text(json.dumps(numbers) + "\n", encoding="utf-8")
+            for key, value in numbers.items():
+                self._events.add_scalar(key, value, state.iteration)
+            self._warn(state, numbers)
+
+    def _warn(self, state: TrainState, numbers: Mapping[str, Any]) -> None:
+        """Say what is going wrong, on the terminal and in warnings.txt."""
+        for warning in self._watch.look(numbers):
+            line = f"{self._name} {state.iteration}: {warning}"
+            sys.stderr.write(f"\n{line}\n")
+            with (self._folder / "warnings.txt").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
     def _clear(self) -> None:
         self._values: dict[str, list[Tensor]] = defaultdict(list)
@@ -91,7 +129,7 @@ class Log:
     def _show(self, state: TrainState, means: Mapping[str, float], speed: float) -> None:
         left_s = (self._iterations - state.iteration) * (time.monotonic() - self._started)
         left_s /= max(1, (state.nimg - self._first_nimg) / max(1, state.nimg / max(1, state.iteration)))
-        numbers = "  ".join(f"{key} {value:.4g}" for key, value in means.items() if not key.startswith("grad_norm"))
+        numbers = "  ".join(f"{key} {value:.4g}" for key, value in means.items() if "/" not in key)
         line = f"{self._name} {state.iteration}/{self._iterations}  {numbers}  {speed:.1f} img/s  "
         line += f"{left_s / 60:.1f} min left"
         if sys.stderr.isatty():
@@ -99,6 +137,15 @@ class Log:
         else:
             sys.stderr.write(line + "\n")
         sys.stderr.flush()
+
+
+def _over_processes(means: dict[str, float]) -> dict[str, float]:
+    """The processes' means of those that are finite."""
+    every = gathered(means)
+    if len(every) == 1:
+        return means
+    finite = {key: [one[key] for one in every if math.isfinite(one.get(key, math.nan))] for key in means}
+    return {key: sum(values) / len(values) if values else math.nan for key, values in finite.items()}
 
 
 def _mean(values: list[Tensor]) -> float:

@@ -1,18 +1,17 @@
 """The one training loop. A method brings networks, optimizers and a step; everything else happens here, once.
 
-    for each iteration:  take a batch -> method.step -> averages -> log -> sheet -> checkpoint
+    for each iteration:  take a batch -> method.step -> averages -> sheet -> log -> checkpoint
 
 Killed at any moment, `train(..., resume=True)` goes on from the last whole checkpoint to the same numbers, on the same
-device with the same number of threads.
+device with the same number of threads. Several processes (`parallel`) run this same loop side by side.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -20,11 +19,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from onestill.errors import OnestillError, RecipeError
+from onestill.train import parallel
 from onestill.train.log import Log
 from onestill.train.recipe import LoopOptions, Recipe
 from onestill.train.state import (
@@ -36,9 +35,7 @@ from onestill.train.state import (
     start_ema,
     sweep,
 )  # fmt: skip
-
-Batch = Mapping[str, Any]
-Update = Callable[[str, Tensor], Tensor]  # (optimizer's name, loss) -> gradient norm
+from onestill.train.turns import Batch, Update, Updater, rows_at_once, take_turns
 
 
 class Batches(Protocol):
@@ -58,8 +55,9 @@ class Method(Protocol):
 
     `networks` are trained; `averaged` names those with an EMA; `batch` names what the batches hold, a key of
     `batches.COLLATE`. `step` computes losses from one batch and calls
-    `update(name, loss)` once for each optimizer's turn; all its noise comes from `state.generator`. `sheet` draws what
-    a person looks at: uint8 [N, H, W, 3] and N captions. `export` writes the finished networks into a folder.
+    `update(name, loss)` once for each optimizer's turn; all its noise comes from `state.draw`. `sheet` draws what a
+    person looks at: uint8 [N, H, W, 3], N captions and, if it likes, numbers for the log. `export` writes the finished
+    networks into a folder. Among several processes, all of them call all of these, and the main one writes.
     """
 
     networks: dict[str, nn.Module]
@@ -71,7 +69,9 @@ class Method(Protocol):
 
     def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]: ...
 
-    def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]: ...
+    def sheet(
+        self, state: TrainState
+    ) -> tuple[NDArray[np.uint8], list[str]] | tuple[NDArray[np.uint8], list[str], dict[str, float]]: ...
 
     def export(self, state: TrainState, folder: Path) -> None: ...
 
@@ -92,25 +92,28 @@ def train(recipe: Recipe, method: Method, batches: Batches, *, resume: bool = Fa
         raise RecipeError(f"{out} already holds a run: give --resume to go on with it, or another 'out' folder.")
     out.mkdir(parents=True, exist_ok=True)
     options = recipe.loop
-    accelerator = Accelerator(cpu=options.device == "cpu")
-    device = _device(options, accelerator)
-    state = _start(recipe, method, accelerator, device)
-    sweep(out / "checkpoints")
+    parallel.start(options.device)
+    rows_at_once(options, parallel.world())
+    device = _device(options)
+    state = _start(recipe, method, device)
+    if parallel.is_main():
+        sweep(out / "checkpoints")
+    parallel.wait()
     if resume and (found := checkpoints(out / "checkpoints")):
-        load_checkpoint(state, found[-1], recipe.fingerprint())
+        load_checkpoint(state, found[-1], recipe.fingerprint(), recipe.default_fingerprint())
         batches.load_state(state.data)
-    (out / "recipe.json").write_text(json.dumps(recipe.resolved(), indent=1) + "\n", encoding="utf-8")
+    if parallel.is_main():
+        (out / "recipe.json").write_text(json.dumps(recipe.resolved(), indent=1) + "\n", encoding="utf-8")
     # Without the cache of casts, which would hand a network's weights of before its turn to the next turn.
     autocast = partial(torch.autocast, device.type, torch.bfloat16, options.precision == "bf16", cache_enabled=False)
     bad_in_a_row = 0
     with Log(out, recipe.name, state, options.iterations) as log, _Interrupt() as interrupt:
-        while state.iteration < options.iterations and not interrupt.asked:
+        while state.iteration < options.iterations and not interrupt.asked_anywhere(state, options):
             started = time.perf_counter()
             batch = batches.next()
             waited_s = time.perf_counter() - started
-            update = _Updater(accelerator, state, options)
-            with autocast():
-                metrics = method.step(state, batch, update)
+            update = Updater(state, options)
+            metrics = take_turns(method.step, state, batch, update, autocast)
             state.iteration += 1
             state.nimg += options.batch_size
             state.data = batches.state()
@@ -122,10 +125,10 @@ def train(recipe: Recipe, method: Method, batches: Batches, *, resume: bool = Fa
                 state.update_ema(options.ema_decay)
             log.step(state, {**metrics, **update.norms}, time.perf_counter() - started, waited_s)
             last = state.iteration == options.iterations
-            if state.iteration % options.log_every == 0 or last:
-                log.write(state)
             if state.iteration % options.sheet_every == 0 or last:
                 log.sheet(state, *method.sheet(state))
+            if state.iteration % options.log_every == 0 or last:
+                log.write(state)
             if state.iteration % options.checkpoint_every == 0 or last:
                 _save(state, out / "checkpoints", recipe)
             if bad_in_a_row >= options.max_bad_steps:
@@ -140,10 +143,10 @@ def train(recipe: Recipe, method: Method, batches: Batches, *, resume: bool = Fa
     return state
 
 
-def _device(options: LoopOptions, accelerator: Accelerator) -> torch.device:
-    """The device to train on. accelerate's is fixed for the process's life, so only several processes ask it."""
-    if accelerator.num_processes > 1:
-        return accelerator.device  # type: ignore[no-any-return]
+def _device(options: LoopOptions) -> torch.device:
+    """The device to train on; among several processes, this one's own."""
+    if parallel.world() > 1:
+        return parallel.device()
     try:
         device = torch.device(options.device)
         torch.empty(0, device=device)
@@ -152,13 +155,14 @@ def _device(options: LoopOptions, accelerator: Accelerator) -> torch.device:
     return device
 
 
-def _start(recipe: Recipe, method: Method, accelerator: Accelerator, device: torch.device) -> TrainState:
-    """The state at iteration 0, with networks on their device and prepared."""
+def _start(recipe: Recipe, method: Method, device: torch.device) -> TrainState:
+    """The state at iteration 0, with networks on their device and shared among the processes."""
     method.to(device)
-    for role, network in method.networks.items():
-        method.networks[role] = accelerator.prepare(network, device_placement=[False])
-    for name, optimizer in method.optimizers.items():
-        method.optimizers[name] = accelerator.prepare(optimizer, device_placement=[False]).optimizer
+    if recipe.loop.parallel == "fsdp" and parallel.world() > 1:
+        for network in method.networks.values():
+            before = dict(network.named_parameters())
+            parallel.shard(network, bf16=recipe.loop.precision == "bf16")
+            parallel.repoint(method.optimizers.values(), before, network)
     generator = torch.Generator("cpu").manual_seed(recipe.loop.seed)
     ema = {role: start_ema(method.networks[role]) for role in method.averaged}
     return TrainState(method.networks, method.optimizers, ema, generator)
@@ -166,44 +170,10 @@ def _start(recipe: Recipe, method: Method, accelerator: Accelerator, device: tor
 
 def _save(state: TrainState, folder: Path, recipe: Recipe) -> None:
     save_checkpoint(state, folder / f"{state.iteration:08d}", recipe.fingerprint())
+    if not parallel.is_main():
+        return
     for old in checkpoints(folder)[: -recipe.loop.keep_checkpoints]:
         drop_checkpoint(old)
-
-
-class _Updater:
-    """One optimizer's turn: backward, clip, step. A gradient that is not finite skips the step and is remembered."""
-
-    def __init__(self, accelerator: Accelerator, state: TrainState, options: LoopOptions) -> None:
-        self.bad = False
-        self.norms: dict[str, Tensor] = {}
-        self._accelerator, self._state, self._options = accelerator, state, options
-
-    def __call__(self, name: str, loss: Tensor) -> Tensor:
-        optimizer = self._state.optimizers[name]
-        optimizer.zero_grad(set_to_none=True)
-        self._accelerator.backward(loss)
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self._options.grad_clip)
-        self.norms[f"grad_norm/{name}"] = norm.detach()
-        if not torch.isfinite(norm):
-            self.bad = True
-            optimizer.zero_grad(set_to_none=True)
-            return norm
-        factor = learning_rate_factor(self._state.iteration, self._options)
-        for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm
-
-
-def learning_rate_factor(iteration: int, options: LoopOptions) -> float:
-    """Linear warm-up over `warmup` iterations, then constant or a cosine down to 5 % at the last iteration."""
-    rise = min(1.0, (iteration + 1) / options.warmup) if options.warmup else 1.0
-    if options.decay == "constant":
-        return rise
-    through = min(1.0, iteration / options.iterations)
-    return rise * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * through)))
 
 
 class _Interrupt:
@@ -223,6 +193,13 @@ class _Interrupt:
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
+
+    def asked_anywhere(self, state: TrainState, options: LoopOptions) -> bool:
+        """Whether to stop now. Several processes ask each other at each row of the log, and stop together."""
+        if parallel.world() > 1 and state.iteration % options.log_every == 0:
+            self.asked = any(parallel.gathered(self.asked))
+            return self.asked
+        return self.asked and parallel.world() == 1
 
     def _ask(self, _signum: int, _frame: FrameType | None) -> None:
         if self.asked:

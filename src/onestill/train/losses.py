@@ -23,6 +23,17 @@ def hinge_discriminator(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tenso
     return sum((F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake, strict=True)), torch.zeros(()))
 
 
+def hinge_fake(fake: Sequence[Tensor], keep: Tensor) -> Tensor:
+    """The fakes' half of Eq. 3 over the samples where bool `keep` [B] is true; 0 where none is.
+
+    Args:
+        fake: logits [B, ...] for each head.
+    """
+    if not keep.any():
+        return torch.zeros((), device=keep.device)
+    return sum((F.relu(1 + f[keep]).mean() for f in fake), torch.zeros(()))
+
+
 def hinge_generator(fake: Sequence[Tensor]) -> Tensor:
     """Eq. 2: minus the logits of what the student made, the heads' means summed."""
     return sum((-f.mean() for f in fake), torch.zeros(()))
@@ -67,6 +78,52 @@ def exponential_weight(alpha: Tensor) -> Tensor:
 def sds_weight(alpha: Tensor, sigma: Tensor, w: Tensor | float = 1.0) -> Tensor:
     """c(t) = alpha_t / (2 sigma_t) w(t), which makes the gradient that of score distillation sampling (App. A)."""
     return alpha / (2 * sigma) * w
+
+
+def nfsd_direction(eps_text: Tensor, eps_empty: Tensor, eps_negative: Tensor, t: Tensor, scale: float) -> Tensor:
+    """Noise-free score distillation's direction, delta_D + s delta_C (Katzir et al. 2023, arXiv 2310.17590, Eq. 6).
+
+    delta_C = eps(text) - eps(empty) is where the words point; delta_D is what is left of the score when its noise is
+    taken out: eps(empty) itself while there is little noise, t < 200, and eps(empty) - eps(negative) above.
+
+    Args:
+        eps_text, eps_empty, eps_negative: the teacher's noise under the prompt, none, and a prompt of bad quality;
+            [B, ...] each.
+        t: timesteps [B]. scale: s, a usual guidance scale.
+    """
+    early = (t < 200).view(-1, *[1] * (eps_text.ndim - 1))
+    delta_d = torch.where(early, eps_empty, eps_empty - eps_negative)
+    return delta_d + scale * (eps_text - eps_empty)
+
+
+def score_target(x_theta: Tensor, direction: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The x_psi with which Eq. 4 under `sds_weight` has the gradient w(t) `direction` (App. A, read backwards).
+
+    With `direction` = eps_hat - eps' it is the teacher's own x0. alpha and sigma broadcast against [B, ...].
+    """
+    return (x_theta - sigma / alpha * direction).detach()
+
+
+# --- consistency distillation (Luo et al. 2023, LCM, arXiv 2310.04378) -----------------------------------------------
+
+
+def boundary_scalings(t: Tensor, sigma_data: float = 0.5, scaling: float = 10.0) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out of f(x, t) = c_skip x + c_out x0(x, t), which is x itself at t = 0 (LCM, Eq. 9 and App. C).
+
+    Args:
+        t: timesteps [B]. sigma_data, scaling: as in the released LCMs; diffusers' LCMScheduler has the same.
+
+    Returns:
+        c_skip and c_out, [B] float32 each.
+    """
+    at = t.float() * scaling
+    root = (at.square() + sigma_data**2).sqrt()
+    return sigma_data**2 / root.square(), at / root
+
+
+def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
+    """Mean of sqrt((x - y)^2 + c^2) - c: square near 0, absolute far away (Song and Dhariwal, arXiv 2310.14189)."""
+    return ((x - y.detach()).square() + c * c).sqrt().sub(c).mean()
 
 
 # --- diffusion -----------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 
 from onestill.errors import RecipeError, near
 
-METHODS = ("autoencoder", "contrastive", "diffusion", "add")
+METHODS = ("autoencoder", "contrastive", "diffusion", "add", "ladd", "lcm")
 
 T = TypeVar("T")
 
@@ -59,11 +59,17 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """How long, how often, how carefully. `iterations` are optimisation steps of `batch_size` images each."""
+    """How long, how often, how carefully. `iterations` are optimisation steps of `batch_size` images each.
+
+    The batch is what all processes take together, in `accumulate` passes each. `parallel` is how several processes
+    share the work: "ddp" each holds everything, "fsdp" what trains is split among them.
+    """
 
     iterations: int = option(1000, low=1)
     batch_size: int = option(32, low=2, high=65536)
     seed: int = option(0, low=0)
+    accumulate: int = option(1, low=1, high=4096)
+    parallel: str = option("ddp", choices=("ddp", "fsdp"))
     device: str = option("cpu")
     precision: str = option("no", choices=("no", "bf16"))
     compile: bool = option(False)
@@ -101,10 +107,15 @@ class Recipe:
         plain = self.resolved()
         plain.pop("out")
         free = ("iterations", "device", "log_every", "sheet_every", "checkpoint_every", "keep_checkpoints", "threads")
-        for key in (*free, "max_bad_steps", "compile"):
+        for key in (*free, "max_bad_steps", "compile", "parallel", "accumulate"):
             plain["loop"].pop(key)
         plain["data"].pop("prefetch")
         return json.dumps(plain, sort_keys=True)
+
+    def default_fingerprint(self) -> str:
+        """The same with every setting at its default, for checkpoints that are older than a setting."""
+        kind = type(self.options)
+        return dataclasses.replace(self, data=DataOptions(), loop=LoopOptions(), options=kind()).fingerprint()
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

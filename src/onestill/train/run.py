@@ -12,17 +12,19 @@ import diffusers
 import torch
 import transformers
 
+from onestill.train import parallel
 from onestill.train.batches import COLLATE, Reader, SampleBatches
 from onestill.train.loop import train
 from onestill.train.recipe import DataOptions, read_recipe
 from onestill.train.state import TrainState
+from onestill.train.turns import rows_at_once
 
 
 def train_recipe(
     path: Path,
     overrides: Sequence[str] = (),
     *,
-    reader: Callable[[DataOptions], Reader],
+    reader: Callable[[DataOptions, tuple[int, int]], Reader],
     resume: bool = False,
     dry_run: bool = False,
     say: Callable[[str], Any] = print,
@@ -31,7 +33,8 @@ def train_recipe(
 
     Args:
         overrides: `KEY=VALUE` settings that replace the recipe's.
-        reader: opens the data that `[data]` names; given by the caller, since training knows no file format.
+        reader: opens the part (i, n) of the data that `[data]` names, every n-th sample from i on; given by the
+            caller, since training knows no file format.
         dry_run: read and check everything, build the networks, print the resolved recipe and their sizes, stop.
     """
     recipe = read_recipe(path, overrides)
@@ -39,11 +42,15 @@ def train_recipe(
     diffusers.utils.logging.set_verbosity_error()
     if recipe.loop.threads:
         torch.set_num_threads(recipe.loop.threads)
+    parallel.start(recipe.loop.device)
+    rank, world = parallel.rank(), parallel.world()
+    rows = rows_at_once(recipe.loop, world) * recipe.loop.accumulate
     module = importlib.import_module(f"onestill.train.methods.{recipe.method}")
     method = module.Method(recipe.options, recipe.loop)
     if dry_run:
         sizes = {role: sum(p.numel() for p in net.parameters()) for role, net in method.networks.items()}
         say(json.dumps({**recipe.resolved(), "parameters": sizes}, indent=1))
         return None
-    batches = SampleBatches(reader(recipe.data), COLLATE[method.batch], recipe.loop.batch_size, recipe.data.prefetch)
+    samples = reader(recipe.data, (rank, world))
+    batches = SampleBatches(samples, COLLATE[method.batch], rows, recipe.data.prefetch)
     return train(recipe, method, batches, resume=resume)

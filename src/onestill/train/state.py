@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from onestill.errors import CheckpointError, RecipeError
+from onestill.errors import CheckpointError, OutputError, RecipeError
+from onestill.train.draw import Draw, Part
+from onestill.train.parallel import gathered, is_main, like, local, wait, whole
 
 STATE_FILE = "state.json"
 
@@ -29,7 +32,8 @@ class TrainState:
         networks: the trained networks by role ("student", "discriminator", ...).
         optimizers: their optimizers, under the same or other names.
         ema: for each averaged role, the float32 running mean of its weights, by parameter name.
-        generator: the one source of training noise, on the CPU.
+        generator: the one source of training noise, on the CPU. part: which rows of a batch are in hand; `draw` gives
+            the noise of those.
         iteration: optimisation steps done. nimg: images seen. bad_steps: steps skipped for a NaN, in all.
         data: where the batches stand, as their `state()` says it.
     """
@@ -42,56 +46,125 @@ class TrainState:
     nimg: int = 0
     bad_steps: int = 0
     data: dict[str, Any] = field(default_factory=dict)
+    part: Part = field(default_factory=Part)
+
+    @property
+    def draw(self) -> Draw:
+        """Noise for the samples in hand, from `generator`."""
+        return Draw(self.generator, self.part)
 
     def update_ema(self, decay: float) -> None:
         """Move each running mean towards the present weights; the warm-up keeps the first steps from weighing on it."""
         decay = min(decay, (1 + self.iteration) / (10 + self.iteration))
         for role, mean in self.ema.items():
-            current = dict(self.networks[role].state_dict())
+            current = trained(self.networks[role])
             floats = [name for name in mean if mean[name].is_floating_point()]
-            torch._foreach_lerp_([mean[n] for n in floats], [current[n].float() for n in floats], 1 - decay)
+            means, news = [local(mean[n]) for n in floats], [local(current[n]).float() for n in floats]
+            torch._foreach_lerp_(means, news, 1 - decay)
             for name in mean.keys() - set(floats):
                 mean[name].copy_(current[name])
 
     def averaged(self, role: str) -> dict[str, Tensor]:
-        """The state dict to evaluate and ship: the running mean where there is one, else the weights."""
-        return self.ema.get(role) or self.networks[role].state_dict()
+        """The weights to evaluate and ship: the running mean where there is one. Frozen ones are not among them."""
+        return self.ema.get(role) or trained(self.networks[role])
+
+    @contextmanager
+    def using_average(self, role: str) -> Iterator[nn.Module]:
+        """The network with its averaged weights, in evaluation mode; its own are back afterwards."""
+        network = self.networks[role]
+        own = {name: value.detach().clone() for name, value in trained(network).items()}
+        was_training = network.training
+        _put(network, self.averaged(role))
+        network.eval()
+        try:
+            yield network
+        finally:
+            _put(network, own)
+            network.train(was_training)
+
+
+def trained(network: nn.Module) -> dict[str, Tensor]:
+    """What of a network's state dict training changes: everything but frozen parameters, such as a LoRA's base."""
+    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+    return {name: value for name, value in network.state_dict().items() if name not in frozen}
+
+
+@torch.no_grad()
+def _put(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for name, value in trained(network).items():
+        value.copy_(weights[name])
 
 
 def start_ema(network: nn.Module) -> dict[str, Tensor]:
     """A running mean that starts at the network's weights, float32."""
     return {
         name: (value.detach().float() if value.is_floating_point() else value.detach()).clone()
-        for name, value in network.state_dict().items()
+        for name, value in trained(network).items()
     }
 
 
 def save_checkpoint(state: TrainState, folder: Path, fingerprint: str) -> None:
-    """Write `folder` whole or not at all: everything goes to a temporary neighbour that is renamed at the end."""
+    """Write `folder` whole or not at all: everything goes to a temporary neighbour that is renamed at the end.
+
+    Every process calls it, as sharded tensors are put together first; the main one writes. So a checkpoint does not
+    know how many processes made it.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written.
+    """
+    files: dict[str, dict[str, Tensor]] = {}
+    optimizers = {}
+    for role, network in state.networks.items():
+        files[role] = _plain(trained(network))
+    for role, mean in state.ema.items():
+        files[f"{role}.ema"] = _plain(mean)
+    for name, optimizer in state.optimizers.items():
+        files[f"{name}.optimizer"], optimizers[name] = _split(optimizer.state_dict())
+    files["random"] = {"generator": state.generator.get_state()}
+    # Each process stands at its own places in one order of the data; the furthest is where any number of them go on.
+    data = max(gathered(state.data), key=lambda at: list(at.values()))
+    if is_main():
+        try:
+            _write(state, folder, fingerprint, files, optimizers, data)
+        except OSError as error:
+            raise OutputError(
+                f"the checkpoint {folder} cannot be written ({error.strerror or error}): make room, then --resume."
+            ) from error
+    wait()
+
+
+def _write(
+    state: TrainState,
+    folder: Path,
+    fingerprint: str,
+    files: Mapping[str, dict[str, Tensor]],
+    optimizers: Mapping[str, Any],
+    data: Mapping[str, Any],
+) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        for role, network in state.networks.items():
-            save_file(_plain(network.state_dict()), partial / f"{role}.safetensors")
-        for role, mean in state.ema.items():
-            save_file(_plain(mean), partial / f"{role}.ema.safetensors")
-        optimizers = {}
-        for name, optimizer in state.optimizers.items():
-            tensors, optimizers[name] = _split(optimizer.state_dict())
-            save_file(tensors, partial / f"{name}.optimizer.safetensors")
-        save_file({"generator": state.generator.get_state()}, partial / "random.safetensors")
-        numbers = {"iteration": state.iteration, "nimg": state.nimg, "bad_steps": state.bad_steps, "data": state.data}
+        for name, tensors in files.items():
+            save_file(tensors, partial / f"{name}.safetensors")
+        numbers = {"iteration": state.iteration, "nimg": state.nimg, "bad_steps": state.bad_steps, "data": dict(data)}
         text = json.dumps({**numbers, "optimizers": optimizers, "recipe": fingerprint}, indent=1)
         (partial / STATE_FILE).write_text(text, encoding="utf-8")
         drop_checkpoint(folder)
         os.replace(partial, folder)
+    except SafetensorError as error:  # which hides what the system said
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(str(error)) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def load_checkpoint(state: TrainState, folder: Path, fingerprint: str) -> None:
-    """Fill `state` from `folder`, in place.
+def load_checkpoint(state: TrainState, folder: Path, fingerprint: str, defaults: str = "{}") -> None:
+    """Fill `state` from `folder`, in place; tensors are split as `state`'s are.
+
+    Args:
+        defaults: the recipe with every setting at its default, as `fingerprint` is written: what a checkpoint says of
+            settings that are younger than it.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -99,17 +172,16 @@ def load_checkpoint(state: TrainState, folder: Path, fingerprint: str) -> None:
     """
     try:
         saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        if saved["recipe"] != fingerprint:
-            changed = _changed(json.loads(saved["recipe"]), json.loads(fingerprint))
+        changed = list(_changed(_filled(json.loads(saved["recipe"]), json.loads(defaults)), json.loads(fingerprint)))
+        if changed:
             raise RecipeError(
                 f"the checkpoint {folder} comes from another recipe ({', '.join(changed)} differ): "
                 "train into another 'out' folder, or put the recipe back."
             )
         for role, network in state.networks.items():
-            network.load_state_dict(load_file(folder / f"{role}.safetensors"))
+            _fill(trained(network), load_file(folder / f"{role}.safetensors"))
         for role, mean in state.ema.items():
-            for name, value in load_file(folder / f"{role}.ema.safetensors").items():
-                mean[name].copy_(value)
+            _fill(mean, load_file(folder / f"{role}.ema.safetensors"))
         for name, optimizer in state.optimizers.items():
             tensors = load_file(folder / f"{name}.optimizer.safetensors")
             optimizer.load_state_dict(_join(tensors, saved["optimizers"][name]))
@@ -144,9 +216,33 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[0-9]*") if (path / STATE_FILE).is_file())
 
 
+@torch.no_grad()
+def _fill(into: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy every saved tensor into its namesake."""
+    if into.keys() != saved.keys():
+        raise ValueError(f"its weights are others, such as {next(iter(into.keys() ^ saved.keys()))}")
+    for name, value in saved.items():
+        if value.shape != into[name].shape:
+            raise ValueError(f"{name} has another shape")
+        into[name].copy_(like(value, into[name]))
+
+
+def _filled(saved: Any, defaults: Any) -> Any:
+    """Settings with what they lack taken from the defaults."""
+    if not isinstance(saved, dict) or not isinstance(defaults, dict):
+        return saved
+    return defaults | {key: _filled(value, defaults.get(key)) for key, value in saved.items()}
+
+
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: _copy(value) for name, value in tensors.items()}
+
+
+def _copy(value: Tensor) -> Tensor:
+    """A whole copy on the CPU, in the main process alone: the others help to put it together and keep nothing."""
     # safetensors refuses tensors that share memory or are not contiguous; copies are neither.
-    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    put_together = whole(value.detach())
+    return put_together.cpu().contiguous().clone() if is_main() else put_together.new_empty(0)
 
 
 def _split(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -156,7 +252,7 @@ def _split(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]
     for index, slots in optimizer["state"].items():
         for key, value in slots.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous().clone()
+                tensors[f"{index}.{key}"] = _copy(value)
             else:
                 rest["state"].setdefault(str(index), {})[key] = value
     return tensors, rest
@@ -171,11 +267,15 @@ def _join(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _match_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Give each moment its parameter's strides: safetensors keeps none, and fused kernels pair elements by memory."""
+    """Give each moment its parameter's strides: safetensors keeps none, and fused kernels pair elements by memory.
+
+    And its parameter's share, where parameters are sharded.
+    """
     for parameter, slots in optimizer.state.items():
         for key, value in slots.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                slots[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                with torch.no_grad():
+                    slots[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(like(value, parameter))
 
 
 def _changed(old: Any, new: Any, at: str = "") -> Iterator[str]:

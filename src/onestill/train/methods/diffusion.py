@@ -18,19 +18,20 @@ from torch import Tensor, nn
 
 from onestill.errors import RecipeError
 from onestill.schedule import add_noise
-from onestill.train.conditioning import LatentSpace, TextEncoder
-from onestill.train.denoiser import Denoiser, UNetOptions, build_unet, load_unet, training_schedule
-from onestill.train.loop import Batch, Update
+from onestill.train.conditioning import LatentSpace, TextEncoder, batch_condition
+from onestill.train.denoiser import (
+    SHEET_PROMPTS,
+    Denoiser,
+    UNetOptions,
+    build_like,
+    build_unet,
+    load_unet,
+    training_schedule,
+)  # fmt: skip
 from onestill.train.losses import min_snr_weight
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.state import TrainState
-
-SHEET_PROMPTS = [
-    "a red apple, fluent 3d emoji", "a red heart", "a blue star", "a cat face, noto emoji",
-    "a green square", "a yellow circle", "a rocket, fluent flat emoji", "a pizza, twemoji",
-    "a purple triangle", "a house, outline icon in black", "a grinning face, fluent 3d emoji", "a tree, noto emoji",
-    "an umbrella, fluent gradient emoji", "a dog, blob emoji", "a yellow bell on a blue background", "a car, emojione",
-]  # fmt: skip
+from onestill.train.turns import Batch, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,7 @@ class Method:
                 f"{self.space.channels}: set diffusion.unet.channels."
             )
         encoder = TextEncoder(options.text_encoder)
-        self.empty = encoder([""])[0]  # [1, K, D]
-        self.sheet_text = encoder(SHEET_PROMPTS)[0]
+        self.empty, self.sheet_text = encoder([""]), encoder(SHEET_PROMPTS)
 
     def to(self, device: torch.device) -> None:
         self.teacher.to(device, memory_format=torch.channels_last)
@@ -81,17 +81,17 @@ class Method:
 
     def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
         options, denoiser = self.options, self.denoiser
-        x0, text = batch["latents"].to(self.empty.device), batch["text"].to(self.empty.device)
-        draw = state.generator
-        timesteps = torch.randint(0, denoiser.schedule.num_train_timesteps, (len(x0),), generator=draw).to(x0.device)
-        eps = torch.randn(x0.shape, generator=draw).to(x0.device)
-        dropped = (torch.rand(len(x0), generator=draw) < options.caption_dropout).to(x0.device)
-        text = torch.where(dropped.view(-1, 1, 1), self.empty, text)
+        device, draw = self.empty.text.device, state.draw
+        x0, condition = batch["latents"].to(device), batch_condition(batch, device)
+        timesteps = draw.integers(0, denoiser.last, len(x0)).to(device)
+        eps = draw.normal(*x0.shape).to(device)
+        dropped = (draw.uniform(len(x0)) < options.caption_dropout).to(device)
+        condition = condition.where(dropped, self.empty)
 
         alpha, sigma = denoiser.signal(timesteps)
         x_t = add_noise(x0, eps, alpha, sigma)
         v = alpha * eps - sigma * x0  # [B, C, h, w]
-        error = (denoiser.output(x_t, timesteps, text) - v).square().flatten(1).mean(1)  # [B]
+        error = (denoiser.output(x_t, timesteps, condition) - v).square().flatten(1).mean(1)  # [B]
         # Zero SNR would weigh nothing at the very timestep a one-step student starts from.
         weight = min_snr_weight((alpha / sigma).square().flatten(), options.snr_gamma).clamp(min=0.05)
         loss = (weight * error).mean()
@@ -103,7 +103,7 @@ class Method:
 
     def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
         """The fixed prompts, drawn by the averaged teacher with guidance."""
-        averaged = build_like(self.teacher, state.averaged("teacher"), self.empty.device)
+        averaged = build_like(self.teacher, state.averaged("teacher"), self.empty.text.device)
         options, config = self.options, self.teacher.config
         shape = (config["in_channels"], config["sample_size"], config["sample_size"])
         denoiser = Denoiser(averaged, training_schedule())
@@ -112,10 +112,3 @@ class Method:
 
     def export(self, state: TrainState, folder: Path) -> None:
         build_like(self.teacher, state.averaged("teacher"), torch.device("cpu")).save_pretrained(folder / "unet")
-
-
-def build_like(unet: Any, weights: dict[str, Tensor], device: torch.device) -> Any:
-    """A copy of `unet`, a diffusers model, with other weights; for sheets and export."""
-    made = type(unet).from_config(dict(unet.config))
-    made.load_state_dict({name: value.float().cpu() for name, value in weights.items()})
-    return made.eval().requires_grad_(False).to(device)

@@ -1,0 +1,129 @@
+"""Latent consistency distillation (Luo et al. 2023, arXiv 2310.04378): the rival that asks the teacher for each step.
+
+A noised real latent x_{t+k} and the same latent one DDIM step of the guided teacher further down, x_t, lie on one path;
+the student's f must map both to the same x0. f at x_t is the averaged student's, or the student's own without
+gradient. A full student is told the teacher's guidance scale; a LoRA learns one scale, LCM-LoRA's way
+(arXiv 2311.05556).
+
+Shapes: B batch, C latent channels, h w latent size.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onestill.errors import RecipeError
+from onestill.schedule import add_noise
+from onestill.train.distiller import Distiller, DistilOptions
+from onestill.train.losses import boundary_scalings, pseudo_huber
+from onestill.train.recipe import LoopOptions, option
+from onestill.train.state import TrainState
+from onestill.train.turns import Batch, Update
+
+EMBEDDING = 256  # of the guidance scale; what diffusers' pipelines make
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(DistilOptions):
+    """`ddim_steps` is how finely the teacher's path is cut: 50 steps skip k = 20 timesteps at a time.
+
+    The guidance scale is uniform from `guidance_low` to `guidance_high`; with `embed_guidance` the student is told it,
+    and `sheet_guidance` is what sheets are drawn with. `target` is whose answer further down is asked for.
+    """
+
+    ddim_steps: int = option(50, low=1, high=1000)
+    guidance_low: float = option(3.0, low=1.0, high=50.0)
+    guidance_high: float = option(15.0, low=1.0, high=50.0)
+    embed_guidance: bool = option(True)
+    sheet_guidance: float = option(8.0, low=1.0, high=50.0)
+    huber_c: float = option(1e-3, low=1e-9)
+    target: str = option("student", choices=("student", "average"))
+    beta1: float = option(0.9, low=0.0, high=0.999)
+    lr: float = option(8e-6, low=0.0, high=1.0)
+
+
+class Method(Distiller):
+    sampler = "consistency"
+    sheet_steps = (1, 2, 4)
+
+    def __init__(self, options: Options, loop: LoopOptions) -> None:
+        if options.guidance_low > options.guidance_high:
+            raise RecipeError("guidance_low must not be above guidance_high.")
+        if options.lora_rank and options.embed_guidance:
+            raise RecipeError("a LoRA cannot add the guidance embedding to its teacher: set embed_guidance = false.")
+        if options.lora_rank and options.guidance_low != options.guidance_high:
+            raise RecipeError("a LoRA is not told the guidance scale: set guidance_low and guidance_high to one value.")
+        super().__init__(options, loop)
+        self.optimizers["student"] = self.adam(self.student, options.lr, options.beta1)
+
+    def new_student(self, unet: Any) -> Any:
+        """The teacher's copy, with a layer for the guidance scale that starts at no effect."""
+        if not self.options.embed_guidance:
+            return super().new_student(unet)
+        student = type(unet).from_config({**unet.config, "time_cond_proj_dim": EMBEDDING})
+        missing, unexpected = student.load_state_dict(unet.state_dict(), strict=False)
+        assert not unexpected
+        assert set(missing) <= {"time_embedding.cond_proj.weight"}
+        if missing:
+            torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
+        return student
+
+    def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
+        options, draw = self.options, state.draw
+        x0, told = self.read(batch)  # [B, C, h, w]
+        count, device = len(x0), x0.device
+
+        # --- a place on the teacher's path, and the guidance to follow it with ---
+        skip = self.student_denoiser.schedule.num_train_timesteps // options.ddim_steps  # k
+        later = draw.integers(1, options.ddim_steps, count).to(device) * skip - 1  # t_{n+k}, [B]
+        earlier = (later - skip).clamp(min=0)  # t_n
+        span = options.guidance_high - options.guidance_low
+        w = options.guidance_low + span * draw.uniform(count).to(device)  # [B]
+        x_later = add_noise(x0, draw.normal(*x0.shape).to(device), *self.student_denoiser.signal(later))
+
+        # --- one DDIM step of the guided teacher down to t_n, LCM Eq. 14 ---
+        with torch.no_grad():
+            alpha, sigma = self.teacher_denoiser.signal(later)
+            estimate = self.teacher_denoiser.guided_x0(x_later, later, told, self.empty, w.view(-1, 1, 1, 1))
+            noise = (x_later - alpha * estimate) / sigma
+            x_earlier = add_noise(estimate, noise, *self.teacher_denoiser.signal(earlier))
+
+        # --- both ends must agree on x0, LCM Eq. 17 ---
+        extra = self.guidance(w)
+        asked = state.using_average("student") if options.target == "average" else nullcontext()
+        with torch.no_grad(), asked:
+            there = self.consistent(x_earlier, earlier, told, extra)
+        here = self.consistent(x_later, later, told, extra)
+        loss = pseudo_huber(here, there, options.huber_c)
+        update("student", loss)
+        return {"loss": loss, "distance": (here - there).detach().square().mean().sqrt()}
+
+    def consistent(self, x: Tensor, t: Tensor, told: Any, extra: dict[str, Tensor]) -> Tensor:
+        """f(x, t) = c_skip x + c_out x0(x, t), LCM Eq. 9: x itself at t = 0."""
+        c_skip, c_out = (part.view(-1, 1, 1, 1) for part in boundary_scalings(t))
+        return c_skip * x + c_out * self.student_denoiser.x0(x, t, told, **extra)
+
+    def guidance(self, w: Tensor) -> dict[str, Tensor]:
+        """What tells the student the guidance scale w [B]: `timestep_cond` [B, 256], or nothing."""
+        return {"timestep_cond": guidance_embedding(w)} if self.options.embed_guidance else {}
+
+    def sheet_x0(self, steps: int) -> Tensor:
+        shape = (self.space.channels, self.side, self.side)
+        count = len(self.sheet_text.text)
+        w = torch.full((count,), self.options.sheet_guidance, device=self.empty.text.device)
+        return self.student_denoiser.sample(
+            self.sheet_text, self.empty, shape, steps, sampler=self.sampler, extra=self.guidance(w)
+        )
+
+
+def guidance_embedding(w: Tensor) -> Tensor:
+    """Guidance scales [B] -> [B, 256], as diffusers' pipelines tell a UNet with `time_cond_proj_dim`: of w - 1."""
+    half = EMBEDDING // 2
+    rates = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(half) / (half - 1)).to(w.device)
+    angles = (1000 * (w.float() - 1)).unsqueeze(1) * rates
+    return torch.cat([angles.sin(), angles.cos()], 1)
