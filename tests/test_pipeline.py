@@ -29,7 +29,7 @@ def test_one_call_end_to_end(pipe: Pipeline) -> None:
     assert [(image.mode, image.size) for image in out.images] == [("RGB", (32, 32))] * 4
     assert out.notes == []
     times = out.timings
-    assert times.total_ms == pytest.approx(times.encode_ms + times.denoise_ms + times.decode_ms)
+    assert 0 < times.encode_ms + times.denoise_ms + times.decode_ms <= times.total_ms
     assert min(times.encode_ms, times.denoise_ms, times.decode_ms) > 0
 
 
