@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=0, help="only the first so many (0: all)")
     parser.add_argument("--done", help="an empty file to leave when everything is written")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-size", type=int, default=64)
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -65,11 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         def write(sample: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
             writer.write(sample.key, encode_picture(sample.image), sample.caption, sample.meta, arrays=arrays)
 
+        device = torch.device(options.device)
         space = LatentSpace(options.autoencoder)
         some = collate_images(list(islice(ShardReader(options.shards, seed=1, epochs=1), 512)))["images"]
         print(f"scaling factor {space.calibrate(some, options.autoencoder)}", file=sys.stderr)
-        samples = told(islice(reader, total), total)
-        cache_samples(samples, space, TextEncoder(options.text_encoder), write)
+        samples, encoder = told(islice(reader, total), total), TextEncoder(options.text_encoder)
+        cache_samples(samples, space.to(device), encoder.to(device), write, options.batch_size)
     for name, why in reader.skipped.items():
         print(f"left out {name}: {why}", file=sys.stderr)
     if options.done:

@@ -37,13 +37,26 @@ def test_every_recipe_parses(path: Path) -> None:
     assert recipe.data.shards
 
 
-def test_the_stages_hand_on_what_they_make() -> None:
-    made = {recipe.method: recipe.out for recipe in map(read_recipe, STAGES.values())}
-    assert set(made) == set(METHODS) - {"ladd", "lcm"}
-    student = read_recipe(STAGES["4-student"]).options
+@pytest.mark.parametrize("form", ["cpu", "gpu"])
+def test_the_stages_hand_on_what_they_make(form: str) -> None:
+    stages = {path.stem: read_recipe(path) for path in RECIPES if path.parent.name == form}
+    made = {recipe.method: recipe.out for recipe in stages.values()}
+    assert set(made) == {"autoencoder", "contrastive", "diffusion", "add"}
+    student = stages["4-student"].options
     assert student.teacher == f"{made['diffusion']}/export/unet"
     assert student.autoencoder == f"{made['autoencoder']}/export/vae"
-    assert read_recipe(STAGES["3-teacher"]).options.autoencoder == student.autoencoder
+    assert stages["3-teacher"].options.autoencoder == student.autoencoder
+    assert all(recipe.loop.device == {"cpu": "cpu", "gpu": "cuda"}[form] for recipe in stages.values())
+
+
+@pytest.mark.parametrize("form", ["cpu", "gpu"])
+def test_one_command_runs_the_stages_in_order(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from recipes.icons import train
+
+    train.main(["--parquet", "icons.parquet", "--form", form, "--from", "cache", "--to", "4-student", "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["cache", "2-evaluator", "3-teacher", "4-student"]
+    assert all(f"icons/{form}/" in line for line in lines[1:])
 
 
 @pytest.fixture(scope="module")

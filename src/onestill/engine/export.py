@@ -94,6 +94,8 @@ def save_folder(
                 requires_safety_checker=False,
             )
             pipeline.save_pretrained(unfinished, safe_serialization=True)
+        for config in unfinished.glob("*/config.json"):
+            _forget_origin(config)
         _load_in_float32(unfinished / "text_encoder" / "config.json")
         for file in unfinished.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)  # the libraries leave weights readable by their owner only
@@ -109,6 +111,13 @@ def _cast(name: str, module: Any, dtype: torch.dtype) -> Any:
     if broken:
         raise CheckpointError(f"The {name}'s '{broken[0]}' is not finite in {str(dtype).removeprefix('torch.')}.")
     return cast
+
+
+def _forget_origin(config: Path) -> None:
+    # The libraries write down which folder the weights were loaded from: nobody's business where a model ships.
+    known = json.loads(config.read_text())
+    known.pop("_name_or_path", None)
+    config.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
 
 
 def _load_in_float32(config: Path) -> None:
