@@ -32,7 +32,11 @@ SHEET_PROMPTS = [
 
 @dataclass(frozen=True, kw_only=True)
 class UNetOptions:
-    """diffusers' words for the UNet; `attention` says at which levels, fine to coarse, there is cross-attention."""
+    """diffusers' words for the UNet; `attention` says at which levels, fine to coarse, there is cross-attention.
+
+    `text_in_time` adds the words as a whole, pooled by attention, to the timestep's embedding, so that they act at every
+    resolution and not only where there is cross-attention.
+    """
 
     sample_size: int = option(8, low=2)
     channels: int = option(16, low=1)
@@ -42,6 +46,7 @@ class UNetOptions:
     head_dim: int = option(32, low=1)
     groups: int = option(16, low=1)
     text_width: int = option(384, low=1)
+    text_in_time: bool = option(False)
 
 
 def build_unet(options: UNetOptions) -> UNet2DConditionModel:
@@ -65,6 +70,8 @@ def build_unet(options: UNetOptions) -> UNet2DConditionModel:
         attention_head_dim=tuple(width // options.head_dim for width in options.block_out_channels),
         norm_num_groups=options.groups,
         cross_attention_dim=options.text_width,
+        addition_embed_type="text" if options.text_in_time else None,
+        addition_embed_type_num_heads=max(1, options.text_width // 64),
     )
 
 
