@@ -34,8 +34,8 @@ SHEET_PROMPTS = [
 class UNetOptions:
     """diffusers' words for the UNet; `attention` says at which levels, fine to coarse, there is cross-attention.
 
-    `text_in_time` adds the words as a whole, pooled by attention, to the timestep's embedding, so that they act at every
-    resolution and not only where there is cross-attention.
+    `text_in_time` adds the words as a whole, pooled by attention, to the embedding of the timestep, so that they act at
+    every resolution and not only where there is cross-attention.
     """
 
     sample_size: int = option(8, low=2)
