@@ -256,7 +256,8 @@ class Bucket:
         dtype, device = self._networks.dtype, self._networks.device
         ids = None if time_ids is None else torch.from_numpy(np.ascontiguousarray(time_ids)).to(device)
         told = [*words, ids] if against is None else [*map(_both, words, against), _both(ids, ids)]
-        told = [None if one is None else one.to(dtype) for one in told]
+        # Sizes in pixels stay in float32: to bfloat16, 999 is 1000.
+        told = [None if one is None else one.to(dtype) for one in told[:2]] + told[2:]
         if self._pool is None:
             return self.latents(*told)
         if self._run_steps is None:

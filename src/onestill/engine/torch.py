@@ -88,11 +88,11 @@ class TorchEngine:
             for start in range(0, len(latents), TOGETHER):
                 part = slice(start, start + TOGETHER)
                 told = conditioning[part]
-                inputs = (self._optional(array) for array in (told.states, told.pooled, told.time_ids))
                 x = self._to_torch(latents[part], self._networks.dtype)
-                outputs.append(
-                    _to_numpy(self._networks.output(x, timestep, *inputs, told.guidance_scale))  # type: ignore[arg-type]
-                )
+                states, pooled = self._to_torch(told.states, self._networks.dtype), self._optional(told.pooled)
+                # Sizes in pixels stay in float32: to bfloat16, 999 is 1000.
+                ids = None if told.time_ids is None else self._to_torch(told.time_ids, torch.float32)
+                outputs.append(_to_numpy(self._networks.output(x, timestep, states, pooled, ids, told.guidance_scale)))
         return np.concatenate(outputs)
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
