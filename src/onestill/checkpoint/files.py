@@ -73,8 +73,12 @@ def verify(path: str | os.PathLike[str], *, contents: bool = False, use_stamps: 
         return
     index = read_json(folder, "model_index.json")
     manifest = read_json(folder, MANIFEST) if (folder / MANIFEST).is_file() else {}
+    form = folder / "openvino" / "index.json"
+    holds_weights = form.is_file() and "sizes" in read_json(form.parent, form.name)
+    if holds_weights:
+        _check_sizes(form)
     for component in NETWORKS:
-        if index.get(component, [None])[0]:
+        if index.get(component, [None])[0] and not holds_weights:
             weights_file(folder, component)
     files = manifest.get("files", {})
     if not isinstance(files, dict) or not all(_is_listed(name, facts) for name, facts in files.items()):
@@ -88,6 +92,17 @@ def verify(path: str | os.PathLike[str], *, contents: bool = False, use_stamps: 
             raise _changed_error(folder / name)
     if contents and files:
         check_contents(folder, files, use_stamps)
+
+
+def _check_sizes(form: Path) -> None:
+    """Compare the files of an OpenVINO form that holds a model's only weights with the sizes it was written in."""
+    sizes = read_json(form.parent, form.name)["sizes"]
+    for name, size in sizes.items() if isinstance(sizes, dict) else ():
+        file = form.parent / PurePosixPath(name).name
+        if not file.is_file():
+            raise CheckpointError(f"'{form.parent}' has no {file.name}; copy the whole model again.")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"'{file}' has {file.stat().st_size} of {size} bytes; copy the model again.")
 
 
 def weights_file(folder: Path, component: str, *, half: bool = False) -> Path:

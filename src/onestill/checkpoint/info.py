@@ -196,12 +196,16 @@ def _of_folder(folder: Path) -> ModelInfo:
         max_tokens=_max_tokens(folder, text),
         use_attention_mask=bool(text.get("use_attention_mask", False)),
         schedule=schedule,
-        sampler=SAMPLER_OF_SCHEDULER.get(str(scheduler.get("_class_name")), "ddim"),
+        sampler=str(manifest.get("sampler") or SAMPLER_OF_SCHEDULER.get(str(scheduler.get("_class_name")), "ddim")),
         # Models of CLIP's families are trained on many shapes, or bear them; ours knows its own size alone.
         size_multiple=factor if classes["text_encoder"][1].startswith("CLIP") else 0,
         zero_negative=family == SDXL and bool(index.get("force_zeros_for_empty_prompt", True)),
         embeds_guidance=unet.get("time_cond_proj_dim") is not None,
-        unit_noise=not is_euler or schedule.timestep_spacing == "leading",
+        unit_noise=bool(manifest.get("unit_noise", not is_euler or schedule.timestep_spacing == "leading")),
+        own_timesteps={
+            int(steps): tuple(int(timestep) for timestep in taken)
+            for steps, taken in dict(manifest.get("own_timesteps", {})).items()
+        },
         num_inference_steps=int(manifest.get("num_inference_steps", usual.num_inference_steps)),
         guidance_scale=float(manifest.get("guidance_scale", usual.guidance_scale)),
         version=str(manifest.get("version", "")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer.main
 
 import onestill
 from onestill.cli import data, doctor, evaluate, export, generate, models, serve, train
-from onestill.cli.console import INTERRUPTED, say_error, say_interrupted
+from onestill.cli.console import INTERRUPTED, note, say_error, say_interrupted
 from onestill.errors import OnestillError
 
 __all__ = ["app", "run"]
@@ -48,8 +49,21 @@ def root(
         print(context.get_help())
 
 
+def say_warning(message: Warning | str, category: type[Warning], filename: str, *rest: object) -> None:
+    """Print a warning of ours as one line; those of libraries are for their authors."""
+    del rest
+    if issubclass(category, RuntimeWarning) and "onestill" in filename:
+        note(str(message))
+
+
 def run(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status; see `onestill.cli.main`."""
+    with warnings.catch_warnings():
+        warnings.showwarning = say_warning  # type: ignore[assignment]
+        return _run(arguments)
+
+
+def _run(arguments: list[str] | None) -> int:
     command = typer.main.get_command(app)
     try:
         status = command.main(arguments, prog_name="onestill", standalone_mode=False)

@@ -6,22 +6,33 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onestill.cli.options import Model
+from onestill.cli.options import Loras, Model, Preset, TinyVae, Unet, parse_loras
 from onestill.errors import OnestillError, OutputError, near, require
+
+if TYPE_CHECKING:
+    from onestill.checkpoint import ModelInfo
 
 __all__ = ["export"]
 
 FORMS = ("openvino",)
+WEIGHTS = ("float16", "int8")
 
 
 def export(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="A new folder for the result.")],
     model: Model = "icons",
     to: Annotated[str, typer.Option("--to", metavar="FORM", help="The form to make: openvino.")] = "openvino",
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="TYPE", help="Of SD and SDXL: float16, or int8, half as large.")
+    ] = None,
+    unet: Unet = None,
+    lora: Loras = None,
+    tiny_vae: TinyVae = None,
+    preset: Preset = None,
 ) -> None:
     """Copy a model and give the copy the form that an engine runs. Needs the extra `torch`."""
     if to not in FORMS:
@@ -30,11 +41,20 @@ def export(
         raise OutputError(f"'{out}' exists; give the name of a new folder.")
     for package in ("torch", "diffusers", "transformers"):
         require(package, "torch")
-    from onestill.checkpoint import MANIFEST, read_json, resolve, verify
+    from onestill.checkpoint import MANIFEST, Additions, Lora, describe, read_json, resolve, verify
+
+    loras = tuple(Lora(path, scale) for path, scale in parse_loras(lora).items())
+    additions = Additions(unet=unet, loras=loras, tiny_vae=tiny_vae, preset=preset)
+    folder = resolve(model)
+    info = describe(folder, additions)
+    verify(folder, contents=True)
+    if info.size_multiple:
+        export_large(info, out, weights or WEIGHTS[0])
+        return
+    if weights is not None or additions != Additions():
+        raise OnestillError(f"The model '{info.name}' is exported as it is; leave out --weights and what goes on top.")
     from onestill.engine.export import export_openvino, write_manifest
 
-    folder = resolve(model)
-    verify(folder, contents=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         # Beside the result, so that it appears whole by a rename, or not at all.
@@ -45,4 +65,14 @@ def export(
             facts = read_json(copy, MANIFEST)
             write_manifest(copy, **{name: facts[name] for name in facts.keys() - {"files", "format", "onestill"}})
         copy.rename(out)
+    print(out)
+
+
+def export_large(info: ModelInfo, out: Path, weights: str) -> None:
+    """Write a model of Stable Diffusion's families in OpenVINO's form as the new folder `out`, whole or not at all."""
+    from onestill.engine.export_sd import export_sd
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        export_sd(info, Path(scratch) / out.name, weights=weights).rename(out)
     print(out)

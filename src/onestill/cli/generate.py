@@ -10,7 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onestill.cli.console import note, print_json, progress
-from onestill.cli.options import Device, Dtype, Engine, Json, Model, parse_size
+from onestill.cli.options import (
+    Compile,
+    Device,
+    Dtype,
+    Engine,
+    Json,
+    Loras,
+    Model,
+    Preset,
+    Quantize,
+    TinyVae,
+    Unet,
+    parse_loras,
+    parse_size,
+    torch_options,
+)
 from onestill.cli.output import Target
 from onestill.errors import ImageError
 
@@ -65,6 +80,12 @@ def generate(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    unet: Unet = None,
+    lora: Loras = None,
+    tiny_vae: TinyVae = None,
+    preset: Preset = None,
+    compiling: Compile = None,
+    quantizing: Quantize = None,
     as_json: Json = False,
 ) -> None:
     """Draw pictures from words.
@@ -74,6 +95,7 @@ def generate(
     if strength is not None and image is None:
         raise ImageError("--strength needs a picture to start from; add --image FILE.")
     height, width = parse_size(size)
+    loras = parse_loras(lora)
     wanted = [prompt for prompt in prompts for _ in range(num)]
     target = Target(out, len(wanted), force)
     settings: dict[str, Any] = {
@@ -91,7 +113,17 @@ def generate(
     started = time.perf_counter()
     from onestill.pipeline import load
 
-    pipe = load(model, engine=engine, device=device, dtype=dtype)
+    pipe = load(
+        model,
+        engine=engine,
+        device=device,
+        dtype=dtype,
+        unet=unet,
+        lora=loras,  # type: ignore[arg-type] # a mapping of paths is one of what load takes
+        tiny_vae=tiny_vae,
+        preset=preset,
+        options=torch_options(compiling, quantizing),
+    )
     load_ms = (time.perf_counter() - started) * 1000
     images, timings, notes = draw(pipe, wanted, first_seed, settings, target)
     for text in notes:

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from onestill.cli.console import print_json, stdout_console
-from onestill.cli.options import Json
+from onestill.cli.options import Json, Preset
 
 if TYPE_CHECKING:
     from onestill.checkpoint import ModelInfo
 
 __all__ = ["models"]
 
+NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
+
 
 def models(
-    model: Annotated[str | None, typer.Argument(metavar="NAME|FOLDER", help="Describe this one in full.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="NAME|PATH|ID", help="Describe this one in full.")] = None,
+    preset: Preset = None,
     check: Annotated[bool, typer.Option("--check", help="Compare every file with its recorded SHA-256.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the shipped models, or describe one."""
-    from onestill.checkpoint import describe, list_models, resolve, verify
+    """List the shipped models, or say what a name, folder, file or Hub id is."""
+    from onestill.checkpoint import Additions, describe, list_models, resolve, verify
 
-    infos = [describe(resolve(name)) for name in ([model] if model is not None else list_models())]
+    if model is not None and (part := part_of_a_model(model)) is not None:
+        print_json({"models": [part]}) if as_json else print_facts(part)
+        return
+    names = [model] if model is not None else list_models()
+    infos = [describe(resolve(name), Additions(preset=preset)) for name in names]
     if check:
         for info in infos:
             verify(info.path, contents=True, use_stamps=False)
@@ -35,6 +43,28 @@ def models(
         print_table(infos)
 
 
+def part_of_a_model(name: str) -> dict[str, object] | None:
+    """What a safetensors file is that is no whole model, such as a LoRA; None for anything else."""
+    from onestill.checkpoint import identify
+
+    path = Path(name)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    found = identify(path)
+    if found.kind == "checkpoint":
+        return None
+    return {
+        "name": path.stem,
+        "path": name,
+        "kind": found.kind,
+        "family": found.family or "unknown",
+        "tensors": found.tensors,
+        "parameters": found.parameters,
+        "dtypes": dict(found.dtypes),
+        "notes": dict(found.notes),
+    }
+
+
 def facts(info: ModelInfo) -> dict[str, object]:
     """What is worth telling about a model, in words and numbers that JSON can hold."""
     return {
@@ -44,14 +74,18 @@ def facts(info: ModelInfo) -> dict[str, object]:
         "width": info.width,
         "height": info.height,
         "num_inference_steps": info.num_inference_steps,
+        "sampler": info.sampler,
+        "preset": info.preset,
         "guidance_scale": info.guidance_scale,
         "prediction_type": info.schedule.prediction_type,
+        "timestep_spacing": info.schedule.timestep_spacing,
         "latent_shape": list(info.latent_shape),
         "max_tokens": info.max_tokens,
         "licence": info.licence,
         "styles": list(info.styles),
         "version": info.version,
         "made": info.made,
+        "networks": {name: kind for name, (_, kind) in info.classes.items() if name in NETWORKS},
     }
 
 

@@ -3,16 +3,63 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onestill.errors import SizeError
+from onestill.errors import OnestillError, SizeError
 
-__all__ = ["Device", "Dtype", "Engine", "Json", "Model", "parse_size"]
+if TYPE_CHECKING:
+    from onestill.engine import TorchOptions
+
+__all__ = [
+    "Compile",
+    "Device",
+    "Dtype",
+    "Engine",
+    "Json",
+    "Loras",
+    "Model",
+    "Preset",
+    "Quantize",
+    "TinyVae",
+    "Unet",
+    "parse_loras",
+    "parse_size",
+    "torch_options",
+]
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", metavar="NAME|FOLDER", help="A shipped model, or a folder in diffusers' format.")
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME|PATH|ID",
+        help="A shipped model, a folder in diffusers' format, a .safetensors file, or a Hub id.",
+    ),
+]
+Unet = Annotated[Path | None, typer.Option("--unet", metavar="PATH", help="Another UNet in the model's place.")]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE[:SCALE]", help="A LoRA to add to the weights. May be repeated."),
+]
+TinyVae = Annotated[
+    Path | None, typer.Option("--tiny-vae", metavar="PATH", help="TAESD, or TAESDXL for SDXL, as the decoder.")
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="How the model draws, where it does not tell: turbo, lightning, lcm, dmd2, base.",
+    ),
+]
+Compile = Annotated[
+    str | None, typer.Option("--compile", metavar="HOW", help="Compile for torch: regional (a minute) or whole (more).")
+]
+Quantize = Annotated[
+    str | None, typer.Option("--quantize", metavar="TYPE", help="Large layers in int8 or fp8, by torchao.")
 ]
 Engine = Annotated[str | None, typer.Option("--engine", metavar="NAME", help="What runs the model: openvino or torch.")]
 Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="Where it runs: cpu, cuda, ...")]
@@ -35,3 +82,27 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
         raise SizeError(f"The size '{text}' is not understood; write it as WIDTHxHEIGHT in pixels, such as 256x256.")
     width = int(match[1])
     return int(match[2] or width), width
+
+
+def parse_loras(texts: list[str] | None) -> dict[Path, float]:
+    """LoRA files and what each is multiplied by, from `file.safetensors` or `file.safetensors:0.7`.
+
+    Raises:
+        OnestillError: what follows the colon is no number.
+    """
+    found = {}
+    for text in texts or []:
+        path, colon, scale = text.rpartition(":") if not Path(text).exists() else (text, "", "")
+        if colon and not re.fullmatch(r"-?\d*\.?\d+", scale):
+            raise OnestillError(f"The LoRA '{text}' is not understood; write it as FILE or FILE:SCALE, such as x:0.7.")
+        found[Path(path if colon else text)] = float(scale) if colon else 1.0
+    return found
+
+
+def torch_options(compiling: str | None, quantizing: str | None) -> TorchOptions | None:
+    """How torch computes; None where nothing was asked for."""
+    if compiling is None and quantizing is None:
+        return None
+    from onestill.engine import TorchOptions
+
+    return TorchOptions(compile=compiling or "none", quantize=quantizing or "none")

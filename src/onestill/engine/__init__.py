@@ -233,6 +233,10 @@ def load_engine(
             raise OnestillError("The engine 'openvino' draws a model as it was exported; choose the engine 'torch'.")
         if not has_openvino:
             raise CheckpointError(f"'{folder}' has no OpenVINO form; load it with the engine 'torch'.")
+        if info.size_multiple:
+            from onestill.engine.openvino_sd import OpenVinoSdEngine
+
+            return OpenVinoSdEngine(info, device=device, dtype=dtype, threads=threads)
         from onestill.engine.openvino import OpenVinoEngine
 
         return OpenVinoEngine(info, device=device, dtype=dtype, threads=threads)

@@ -27,7 +27,7 @@ from onestill.engine import Drawn, Job, TorchOptions, first_latents
 from onestill.engine.compiling import compiled, prepared, save_compiled
 from onestill.engine.memory import memory_told
 from onestill.engine.networks import Networks, to_uint8
-from onestill.engine.torch import TorchEngine, not_finite
+from onestill.engine.torch import TorchEngine
 from onestill.sampling import classifier_free_guidance, sample
 
 __all__ = ["BATCHES", "FastEngine"]
@@ -132,7 +132,7 @@ class FastEngine(TorchEngine):
             checked: NDArray[np.uint8] = to_uint8(self._networks.checked_image(latents[:count])).cpu().numpy()
             return checked
         except FloatingPointError as error:
-            raise not_finite(error, self.dtype) from None
+            raise NotFiniteError.of(str(error), self.dtype) from None
 
     # --- words ---
 
@@ -256,7 +256,8 @@ class Bucket:
         dtype, device = self._networks.dtype, self._networks.device
         ids = None if time_ids is None else torch.from_numpy(np.ascontiguousarray(time_ids)).to(device)
         told = [*words, ids] if against is None else [*map(_both, words, against), _both(ids, ids)]
-        told = [None if one is None else one.to(dtype) for one in told]
+        # Sizes in pixels stay in float32: to bfloat16, 999 is 1000.
+        told = [None if one is None else one.to(dtype) for one in told[:2]] + told[2:]
         if self._pool is None:
             return self.latents(*told)
         if self._run_steps is None:

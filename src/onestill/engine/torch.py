@@ -88,11 +88,11 @@ class TorchEngine:
             for start in range(0, len(latents), TOGETHER):
                 part = slice(start, start + TOGETHER)
                 told = conditioning[part]
-                inputs = (self._optional(array) for array in (told.states, told.pooled, told.time_ids))
                 x = self._to_torch(latents[part], self._networks.dtype)
-                outputs.append(
-                    _to_numpy(self._networks.output(x, timestep, *inputs, told.guidance_scale))  # type: ignore[arg-type]
-                )
+                states, pooled = self._to_torch(told.states, self._networks.dtype), self._optional(told.pooled)
+                # Sizes in pixels stay in float32: to bfloat16, 999 is 1000.
+                ids = None if told.time_ids is None else self._to_torch(told.time_ids, torch.float32)
+                outputs.append(_to_numpy(self._networks.output(x, timestep, states, pooled, ids, told.guidance_scale)))
         return np.concatenate(outputs)
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -108,7 +108,7 @@ class TorchEngine:
                 try:
                     pictures.append(to_uint8(self._networks.checked_image(z)).cpu().numpy())
                 except FloatingPointError as error:
-                    raise not_finite(error, self.dtype) from None
+                    raise NotFiniteError.of(str(error), self.dtype) from None
         return np.concatenate(pictures)
 
     def encode_image(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -125,12 +125,6 @@ class TorchEngine:
 
     def _to_torch(self, array: NDArray[np.float32], dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, dtype)
-
-
-def not_finite(error: FloatingPointError, dtype: str) -> NotFiniteError:
-    """The error for a picture that is none."""
-    fix = "in another dtype, such as bfloat16 or float32" if dtype != "float32" else "again from its source"
-    return NotFiniteError(f"No picture came out: {error} left the range of numbers in {dtype}; load the model {fix}.")
 
 
 def _found_device(name: str) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -47,9 +47,14 @@ MOST_NAMED = 3  # keys in a sentence
 IGNORED = ("position_ids", "logit_scale", "transformer.text_model.embeddings.position_ids", "attn_mask")
 
 
-def load_components(info: ModelInfo, dtype: str = "float32") -> dict[str, Any]:
-    """Every network of a model as a torch module, in evaluation mode on the CPU: text_encoder, unet, vae; where the
-    model has them, text_encoder_2 and tiny_vae. LoRAs are added to the weights.
+def load_components(info: ModelInfo, dtype: str = "float32", only: Collection[str] | None = None) -> dict[str, Any]:
+    """The networks of a model as torch modules, in evaluation mode on the CPU: text_encoder, unet, vae; where the model
+    has them, text_encoder_2 and tiny_vae. LoRAs are added to the weights.
+
+    Args:
+        info: the model.
+        dtype: one of `DTYPES`.
+        only: the names of those to load; None loads all. A model with LoRAs needs all that they change.
 
     Raises:
         CheckpointError: the weights do not fit the configs, or a class is not supported; or a LoRA is for another
@@ -57,6 +62,8 @@ def load_components(info: ModelInfo, dtype: str = "float32") -> dict[str, Any]:
     """
     parts = {}
     for component, classes in CLASSES.items():
+        if only is not None and component not in only:
+            continue
         network = info.networks.get(component)
         if network is None and component not in info.classes and component in ("text_encoder_2", "tiny_vae"):
             continue

@@ -231,7 +231,7 @@ class Pipeline:
                 self._walk(plan, words[part], None if against is None else against[part], start, seeds[part], pause)
             )
         if not all(np.isfinite(some).all() for some in latents):
-            raise NotFiniteError("The network's numbers are not finite; try another dtype, such as float32.")
+            raise NotFiniteError.of("the latents", self.engine.dtype)
         denoised = time.perf_counter()
         pause()
         pictures = np.concatenate([self.engine.decode(some) for some in latents])
