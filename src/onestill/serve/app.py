@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request, WebSocket
+from fastapi import FastAPI, Path, Request, WebSocket
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
@@ -121,7 +121,7 @@ def _add_models(app: FastAPI, server: Server) -> None:
         return {"object": "list", "data": [model]}
 
     @app.get("/v1/models/{name}", tags=["models"], responses={403: {"model": ErrorBody}, 404: {"model": ErrorBody}})
-    async def one_model(name: str) -> dict[str, Any]:
+    async def one_model(name: str = Path(json_schema_extra={"enum": [info.name]})) -> dict[str, Any]:
         """One of them."""
         if name != info.name:
             raise ApiError(404, f"There is no such model here; there is '{info.name}'.", "model_not_found")
