@@ -12,7 +12,7 @@ import onestill
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "src" / "onestill").rglob("*.py"))
-HEAVY = {"PIL", "diffusers", "numpy", "openvino", "tokenizers", "torch", "transformers"}
+HEAVY = {"PIL", "diffusers", "fastapi", "numpy", "openvino", "tokenizers", "sqlalchemy", "torch", "transformers"}
 
 
 def modules_after(code: str) -> set[str]:
@@ -81,7 +81,19 @@ def test_the_base_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["generate"], ["models"], ["doctor"], ["train"], ["evaluate"], ["export"], ["data", "sheet"]]
+    "command",
+    [
+        [],
+        ["generate"],
+        ["models"],
+        ["doctor"],
+        ["train"],
+        ["evaluate"],
+        ["export"],
+        ["data", "sheet"],
+        ["serve"],
+        ["keys"],
+    ],
 )
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     code = f"from onestill.cli import main\nassert main([*{command!r}, '--help']) == 0"

@@ -87,20 +87,20 @@ def serve(
         prompt_filter=words,
         image_filter=looks,
     )
-    bound = listen(host, port)
-    access = opened_access(database, keys, daily)
-    if access.trial is None and not is_loopback(host):
-        note("anyone who reaches this address can draw; --trial-limit and --keys set limits")
-    pipe = load(model, engine=engine, device=device, dtype=dtype, threads=threads)
-    pipe("a red apple", num_images_per_prompt=2 * batch)  # compiles or loads what the first users would wait for
-    at, found_port = bound.getsockname()[:2]
-    shown = f"[{at}]" if ":" in at else at
-    run(
-        Server(pipe, settings, access),
-        bound,
-        trusted_proxies=trust_proxy,
-        ready=lambda: print(f"onestill draws at http://{shown}:{found_port}/ (Ctrl-C ends it)", flush=True),
-    )
+    with listen(host, port) as bound:
+        access = opened_access(database, keys, daily)
+        if access.trial is None and not is_loopback(host):
+            note("anyone who reaches this address can draw; --trial-limit and --keys set limits")
+        pipe = load(model, engine=engine, device=device, dtype=dtype, threads=threads)
+        pipe("a red apple", num_images_per_prompt=2 * batch)  # compiles or loads what the first users would wait for
+        at, found_port = bound.getsockname()[:2]
+        shown = f"[{at}]" if ":" in at else at
+        run(
+            Server(pipe, settings, access),
+            bound,
+            trusted_proxies=trust_proxy,
+            ready=lambda: print(f"onestill draws at http://{shown}:{found_port}/ (Ctrl-C ends it)", flush=True),
+        )
 
 
 def parse_daily(text: str | None) -> int | None:

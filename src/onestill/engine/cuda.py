@@ -28,6 +28,7 @@ from onestill.engine.compiling import compiled, prepared, save_compiled
 from onestill.engine.memory import memory_told
 from onestill.engine.networks import Networks, to_uint8
 from onestill.engine.torch import TorchEngine
+from onestill.errors import NotFiniteError
 from onestill.sampling import classifier_free_guidance, sample
 
 __all__ = ["BATCHES", "FastEngine"]

@@ -14,12 +14,12 @@ import ipaddress
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import HTTPConnection
 
@@ -35,6 +35,7 @@ COOKIE = "onestill_visitor"
 COOKIE_S = 400 * 24 * 3600  # as long as browsers keep any
 KEY_FORM = re.compile(r"os-([0-9a-f]{8})-[0-9A-Za-z_-]{27}")
 KEY_REMEMBERED_S = 5.0  # so a revoked key is refused after that
+T = TypeVar("T")
 OF_ONE_ADDRESS = 4  # trials: some addresses are a household, some a school
 
 
@@ -223,7 +224,7 @@ class Access:
             retry_after_s=(midnight - now).total_seconds(),
         )
 
-    async def _in_pool(self, call, *arguments):  # type: ignore[no-untyped-def] # as run_in_executor's
+    async def _in_pool(self, call: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
 
 

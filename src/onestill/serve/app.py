@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request, WebSocket
+from fastapi import FastAPI, Path, Request, WebSocket
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
@@ -26,6 +28,7 @@ from onestill.serve.state import Server
 __all__ = ["create_app"]
 
 LOG = logging.getLogger("onestill.serve")
+LAG_EVERY_S = 0.05
 
 
 def create_app(server: Server) -> FastAPI:
@@ -37,7 +40,9 @@ def create_app(server: Server) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.create_task(_watch_loop(server))
         yield
+        watching.cancel()
         server.close()
 
     app = FastAPI(
@@ -121,7 +126,7 @@ def _add_models(app: FastAPI, server: Server) -> None:
         return {"object": "list", "data": [model]}
 
     @app.get("/v1/models/{name}", tags=["models"], responses={403: {"model": ErrorBody}, 404: {"model": ErrorBody}})
-    async def one_model(name: str) -> dict[str, Any]:
+    async def one_model(name: str = Path(json_schema_extra={"enum": [info.name]})) -> dict[str, Any]:
         """One of them."""
         if name != info.name:
             raise ApiError(404, f"There is no such model here; there is '{info.name}'.", "model_not_found")
@@ -156,6 +161,14 @@ def _add_watch(app: FastAPI, server: Server) -> None:
         }
         text = server.metrics.render(gauges, server.scheduler.counts)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+
+async def _watch_loop(server: Server) -> None:
+    """Measure how late the event loop is: whatever blocks it delays everyone."""
+    while True:
+        due = time.perf_counter() + LAG_EVERY_S
+        await asyncio.sleep(LAG_EVERY_S)
+        server.metrics.observe("onestill_loop_lag_seconds", max(0.0, time.perf_counter() - due))
 
 
 def _is_here(request: Request) -> bool:

@@ -73,9 +73,12 @@ def to_api_error(error: OnestillError) -> ApiError:
     if isinstance(error, Busy):
         return ApiError(429, str(error), "queue_full", retry_after_s=error.retry_after_s)
     if isinstance(error, NotDrawn):
-        code = {"Closing": "closing", "TooLate": "timeout", "Superseded": "superseded"}.get(
-            type(error).__name__, "engine_fault"
-        )
+        code = {
+            "Closing": "closing",
+            "TooLate": "timeout",
+            "Superseded": "superseded",
+            "Unavailable": "ledger_unavailable",
+        }.get(type(error).__name__, "engine_fault")
         return ApiError(503, str(error), code, retry_after_s=error.retry_after_s)
     return ApiError(400, str(error), "invalid_value")
 

@@ -33,6 +33,8 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "Something in the request is wrong; the message names it."},
     401: {"model": ErrorBody, "description": "A key is needed, or the one that was sent is not valid."},
     403: {"model": ErrorBody, "description": "An unknown Host, or a foreign Origin."},
+    404: {"model": ErrorBody, "description": "Another model was asked for than the one there is."},
+    408: {"model": ErrorBody, "description": "The body came too slowly."},
     413: {"model": ErrorBody, "description": "The body is too large."},
     429: {"model": ErrorBody, "description": "The queue is full, or the day's pictures are used up; see Retry-After."},
     503: {"model": ErrorBody, "description": "The server is closing, or the engine fails; see Retry-After."},
@@ -66,7 +68,13 @@ DRAWN = {
                 },
             }
         },
-        "text/event-stream": {"schema": {"type": "string"}},
+        "text/event-stream": {
+            "schema": {
+                "type": "object",
+                "required": ["data"],
+                "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+            }
+        },
     },
 }
 

@@ -139,7 +139,7 @@ def forms_for(info: ModelInfo, bounds: Bounds) -> Forms:
     # Something visible. Python, Rust and JavaScript differ in what else is white space.
     prompt = (
         Annotated[str, Field(min_length=1, max_length=bounds.prompt, pattern=r"[^\s\x00-\x1f\x7f-\x9f]")],
-        Field(description="What to draw."),
+        Field(description="What to draw.", examples=["a red apple"]),
     )
     steps = (_whole_from(1, bounds.steps), Field(None, description="Null is the model's own."))
     size = (Literal[sizes] | None, Field(None, description="Width x height in pixels."))

@@ -61,6 +61,7 @@ def make_server(
     server: Server, *, trusted_proxies: str | None = None, ready: Callable[[], None] | None = None
 ) -> uvicorn.Server:
     """What `run` runs; setting its `should_exit` ends it from another thread."""
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     config = uvicorn.Config(
         create_app(server),
         http=_BoundedHttp,
@@ -69,7 +70,7 @@ def make_server(
         ws_max_queue=32,
         ws_per_message_deflate=False,  # pictures do not shrink, and each would cost time
         lifespan="on",
-        log_level="warning",
+        log_level="error",  # what strangers send wrong is answered, not logged
         access_log=False,  # addresses and what they asked are nobody's business by default
         server_header=False,
         proxy_headers=trusted_proxies is not None,

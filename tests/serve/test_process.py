@@ -1,0 +1,48 @@
+"""The server as a process: kill -9 and SIGTERM under load. The long form is `benchmarks/serve/crash.py`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from benchmarks.serve.crash import rounds
+from benchmarks.serve.server import running
+
+
+@pytest.mark.slow
+def test_kill_loses_and_doubles_nothing_and_sigterm_ends_well(tiny_folder: Path, tmp_path: Path) -> None:
+    options = ["--model", str(tiny_folder), "--threads", "1"]
+    report = rounds(f"sqlite:///{tmp_path / 'serve.db'}", 2, 1.5, options)
+    assert report["ok"], report
+    assert not report["keys_lost"]
+    assert report["pictures_arrived"] > 0
+    end = report["sigterm"]
+    assert (end["status"], end["errors"]) == (0, "")
+    assert end["seconds"] < 10
+    assert set(end["refusals"]) <= {503}
+
+
+def test_sigterm_closes_the_sockets_and_answers_what_runs(tiny_folder: Path) -> None:
+    with running(["--model", str(tiny_folder), "--threads", "1"]) as process:
+        answers: list[object] = []
+        thread = threading.Thread(target=lambda: answers.append(process.draw(n=8, num_inference_steps=20)))
+        with connect(process.socket_url, compression=None, proxy=None) as socket:
+            assert json.loads(socket.recv(timeout=60))["type"] == "ready"
+            thread.start()
+            time.sleep(0.3)
+            status, seconds = process.stop(signal.SIGTERM)
+            with pytest.raises(ConnectionClosed) as closed:
+                socket.recv(timeout=20)
+        thread.join(60)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1012  # service restart: the page connects again
+        assert len(answers) == 1
+        assert (status, process.errors()) == (0, "")
+        assert seconds < 10
