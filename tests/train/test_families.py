@@ -181,6 +181,13 @@ def test_a_lora_trains_and_keeps_the_adapter_alone(models: Path, tmp_path: Path)
     assert (tmp_path / "export/pytorch_lora_weights.safetensors").is_file()
 
 
+def test_a_random_student_is_not_the_teacher(models: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(models / "sd15", "add", tmp_path, student="random")
+    method = add.Method(recipe.options, recipe.loop)
+    state = TrainState(method.networks, method.optimizers, {}, torch.Generator())
+    assert moved(state, models / "sd15") > 50
+
+
 def test_lcm_starts_as_its_teacher_and_agrees_on_a_path_that_is_there(models: Path, tmp_path: Path) -> None:
     recipe = recipe_for(models / "sd21", "lcm", tmp_path)
     method = lcm.Method(recipe.options, recipe.loop)

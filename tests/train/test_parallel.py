@@ -109,8 +109,9 @@ def test_passes_over_parts_are_one_pass_over_the_batch(parts: Path) -> None:
         weights, found = one_iteration(parts, accumulate)
         for name, norm in norms.items():
             torch.testing.assert_close(found[name], norm, rtol=1e-4, atol=0, msg=name)
-        for name, value in whole.items():
-            torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-4, msg=name)
+        # Adam's first step is the gradient's sign: where that is all rounding, a few weights go the other way.
+        off = sum(int(((weights[name] - value).abs() > 1e-4).sum()) for name, value in whole.items())
+        assert off < 1e-3 * sum(value.numel() for value in whole.values())
 
 
 def test_players_that_took_no_turn_are_asked_for_none(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def estimate(recipe: Recipe, beside: Path, world: int = 1) -> dict[str, Any]:
     return {
         "parameters": {use.name: use.parameters for use in uses} | {"trained": sum(trained.values())},
         "flops_per_step": flops,
-        "gigabytes_per_device": {key: round(value / 1e9, 2) for key, value in memory.items()},
+        "gigabytes_per_device": {key: float(f"{value / 1e9:.3g}") for key, value in memory.items()},
         "assumed": {"devices": world, "tflops": H200_TFLOPS, "utilisation": UTILISATION},
         "steps_per_s": float(f"{tflops * 1e12 / flops:.3g}"),
     }
