@@ -63,5 +63,4 @@ def train(
         require(package, "train")
     from onestill.train.run import train_recipe
 
-    options = {"resume": resume, "dry_run": dry_run, "devices": devices}
-    train_recipe(recipe, overrides or [], reader=RecipeReader, **options)
+    train_recipe(recipe, overrides or [], reader=RecipeReader, resume=resume, dry_run=dry_run, devices=devices)

@@ -119,6 +119,9 @@ class Distiller:
         nn.Module.to(self.teacher, device=device, dtype=self.frozen_dtype)
         self.teacher.to(memory_format=torch.channels_last)
         self.student.to(device, memory_format=torch.channels_last)
+        if self.options.lora_rank and self.loop.parallel != "fsdp":  # which wants one dtype for a group
+            for parameter in self.student.parameters():
+                parameter.data = parameter.data if parameter.requires_grad else parameter.data.to(self.frozen_dtype)
         if self.options.shard_teacher and self.loop.parallel == "fsdp" and parallel.world() > 1:
             parallel.shard(self.teacher, bf16=False)
         self.space.to(device, self.frozen_dtype)

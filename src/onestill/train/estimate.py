@@ -154,7 +154,7 @@ def _memory(recipe: Recipe, uses: list[Use], trained: dict[str, int], rows: floa
     teacher = frozen_bytes * sizes["teacher"] / (sharded if options.shard_teacher else 1)
     held = {
         "players": players / sharded,
-        "base of the LoRA": 4.0 * max(base, 0) / sharded,
+        "base of the LoRA": float((4 if recipe.loop.parallel == "fsdp" else frozen_bytes) * max(base, 0)) / sharded,
         "teacher": teacher,
         "other frozen": float(frozen_bytes * frozen),
         "activations": rows * sum(use.kept_bytes for use in uses),
