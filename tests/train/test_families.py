@@ -147,7 +147,12 @@ def drawn(model: Path, export: Path, method: Any) -> Tensor:
     noise = torch.stack([torch.randn(4, SIDE, SIDE, generator=torch.Generator().manual_seed(i)) for i in range(2)])
     if method.student_denoiser.schedule.prediction_type == "epsilon" and method.sampler == "euler_ancestral":
         # diffusers starts Stable Diffusion's table at sigma times the noise, not at the root of sigma^2 + 1.
+<<<<<<< HEAD
         noise = noise / method.student_denoiser.schedule.at(999)[1]
+=======
+        sigma = method.student_denoiser.schedule.at(999)[1]
+        noise = noise / sigma
+>>>>>>> w3b
     guidance = getattr(method.options, "sheet_guidance", 0.0)
     asked = {"latents": noise, "num_inference_steps": 1, "guidance_scale": guidance, "output_type": "latent"}
     with warnings.catch_warnings():
@@ -178,6 +183,13 @@ def test_a_lora_trains_and_keeps_the_adapter_alone(models: Path, tmp_path: Path)
     assert kept.keys() == trained(method.student).keys() == state.ema["student"].keys()
     assert any(value.abs().sum() > 0 for name, value in kept.items() if "lora_B" in name)
     assert (tmp_path / "export/pytorch_lora_weights.safetensors").is_file()
+
+
+def test_a_random_student_is_not_the_teacher(models: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(models / "sd15", "add", tmp_path, student="random")
+    method = add.Method(recipe.options, recipe.loop)
+    state = TrainState(method.networks, method.optimizers, {}, torch.Generator())
+    assert moved(state, models / "sd15") > 50
 
 
 def test_lcm_starts_as_its_teacher_and_agrees_on_a_path_that_is_there(models: Path, tmp_path: Path) -> None:

@@ -141,16 +141,11 @@ def cache(
         raise OnestillError(f"--part takes I/N with I below N, such as 0/4, not '{part}'.")
     for package in ("torch", "diffusers", "transformers"):
         require(package, "train")
-    import torch
-
     from onestill.data import ShardWriter
-    from onestill.train.cache import cache_samples
-    from onestill.train.conditioning import LatentSpace, open_text_encoder
+    from onestill.train.cache import cache_for_model
 
     if parts == "1":
         _refuse_full(out)
-    where = torch.device(device)
-    space, encoder = LatentSpace(model / "vae").to(where), open_text_encoder(str(model)).to(where)
     reader = open_shards(shards or [], shuffle=False, epochs=1, part=(int(first), int(parts)))
     prefix = "shard" if parts == "1" else f"part-{first}"
     with ShardWriter(out, prefix=prefix) as writer, progress("encoding", len(reader) // int(parts)) as advance:
@@ -159,7 +154,7 @@ def cache(
             writer.write(sample.key, _webp(sample.image), sample.caption, sample.meta, arrays=arrays)
             advance(1)
 
-        count = cache_samples(reader, space, encoder, write, batch_size)
+        count = cache_for_model(reader, model, write, device=device, batch_size=batch_size)
     _tell(reader.skipped)
     print(f"{count} samples in {out}")
 

@@ -48,13 +48,19 @@ def train(
         typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set loop.seed=1. May be repeated."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the recipe, stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the recipe and what it will cost, stop.")
+    ] = False,
+    devices: Annotated[int, typer.Option("--devices", min=0, metavar="N", help="How many a dry run plans for.")] = 0,
 ) -> None:
-    """Train one stage of a model as its recipe says. Ctrl-C saves a checkpoint first."""
+    """Train one stage of a model as its recipe says. Ctrl-C saves a checkpoint first.
+
+    Started by torchrun or accelerate, its processes train together.
+    """
     if not recipe.is_file():
         raise RecipeError(f"There is no recipe '{recipe}'; give a TOML file, such as one from recipes/icons.")
     for package in ("torch", "accelerate", "tensorboard"):
         require(package, "train")
     from onestill.train.run import train_recipe
 
-    train_recipe(recipe, overrides or [], reader=RecipeReader, resume=resume, dry_run=dry_run)
+    train_recipe(recipe, overrides or [], reader=RecipeReader, resume=resume, dry_run=dry_run, devices=devices)

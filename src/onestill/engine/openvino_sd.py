@@ -128,7 +128,7 @@ class OpenVinoSdEngine:
         for i in range(len(latents)):
             image = self._parts["decoder"]({"latents": latents[i : i + 1] / self._decoder_scale})[0]
             if not np.isfinite(image).all():
-                raise NotFiniteError(f"No picture came out: its numbers left the range of {self.dtype}.")
+                raise NotFiniteError.of("the numbers", self.dtype)
             pictures.append(to_pictures(image))
         return np.concatenate(pictures)
 

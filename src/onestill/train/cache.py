@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from onestill.engine.torch import quiet_libraries
+from onestill.errors import RecipeError
 from onestill.train.batches import collate_images
-from onestill.train.conditioning import LatentSpace, TextEncoder, TwoTextEncoders
+from onestill.train.conditioning import LatentSpace, TextEncoder, TwoTextEncoders, open_text_encoder
 
 
 class ImageSample(Protocol):
-    image: NDArray[np.uint8]
-    caption: str
+    @property
+    def image(self) -> NDArray[np.uint8]: ...
+
+    @property
+    def caption(self) -> str: ...
 
 
 Write = Callable[[Any, Mapping[str, NDArray[Any]]], None]
@@ -51,6 +57,24 @@ def cache_samples(
             write(sample, mine | ({"sizes": _sizes(sample)} if told.pooled is not None else {}))
         count += len(chunk)
     return count
+
+
+def cache_for_model(
+    samples: Iterable[ImageSample], model: Path, write: Write, *, device: str = "cpu", batch_size: int = 8
+) -> int:
+    """`cache_samples` by the autoencoder and the text encoders of a whole model in diffusers' format.
+
+    Raises:
+        RecipeError: the device is not there. CheckpointError: a part of the model is not.
+    """
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"the device '{device}' cannot be used here ({error}): give cpu.") from error
+    with quiet_libraries():
+        space, encoder = LatentSpace(model / "vae").to(where), open_text_encoder(str(model)).to(where)
+    return cache_samples(samples, space, encoder, write, batch_size)
 
 
 def _sizes(sample: Any) -> NDArray[np.int32]:

@@ -25,16 +25,19 @@ from onestill.train.state import TrainState
 from onestill.train.turns import Batch
 
 FROM_DATA = 8  # pictures on a sheet that start from real ones, for each student timestep
+RANDOM = "random"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistilOptions:
-    """`teacher` and `student` are UNet folders or whole models in diffusers' format; an empty student starts as the
-    teacher. An empty `autoencoder` or `text_encoder` is the teacher's. `decoder` is a tiny VAE of the same latents
-    that decodes in its place. `sample_size` is the latents' side that the student is for (0: its config's).
-    `lora_rank` above 0 trains an adapter of that rank. `frozen_dtype` holds teacher, autoencoder and feature networks.
-    `licence` and `data_note` go into the model card.
+    """`teacher` and `student` are UNet folders or whole models in diffusers' format.
+
+    An empty student starts as the teacher; "random" is a network of its shape with random weights, to see that it must
+    not. An empty `autoencoder` or `text_encoder` is the teacher's. `decoder` is a tiny VAE of the same latents that
+    decodes in its place. `sample_size` is the latents' side that the student is for (0: its config's). `lora_rank`
+    above 0 trains an adapter of that rank. `frozen_dtype` holds teacher, autoencoder and feature networks.
+    `shard_teacher` splits the teacher too under `loop.parallel = "fsdp"`. `licence` and `data_note` go into the card.
     """
 
     teacher: str = option("runs/teacher/export/unet")
@@ -71,7 +74,11 @@ class Distiller:
         torch.manual_seed(loop.seed)
         self.options, self.loop = options, loop
         self.teacher = load_unet(options.teacher).eval().requires_grad_(False)
-        self.student: Any = self.new_student(load_unet(options.student or options.teacher)).train()
+        start = options.teacher if options.student in ("", RANDOM) else options.student
+        unet: Any = load_unet(start)
+        if options.student == RANDOM:
+            unet = type(unet).from_config(dict(unet.config))
+        self.student: Any = self.new_student(unet).train()
         self.space = LatentSpace(options.autoencoder or Path(options.teacher) / "vae", options.decoder)
         for key, what in (("in_channels", "latents"), ("cross_attention_dim", "text widths")):
             mine, its = self.student.config[key], self.teacher.config[key]
@@ -91,7 +98,7 @@ class Distiller:
                 f"the text encoder's states are {self.empty.text.shape[-1]} wide and the teacher takes "
                 f"{self.teacher.config['cross_attention_dim']}: give the text encoder that it was trained with."
             )
-        self.student_denoiser = Denoiser(self.student, read_schedule(options.student or options.teacher))
+        self.student_denoiser = Denoiser(self.student, read_schedule(start))
         self.teacher_denoiser = Denoiser(self.teacher, read_schedule(options.teacher))
         self.networks: dict[str, nn.Module] = {"student": self.student}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -112,6 +119,9 @@ class Distiller:
         nn.Module.to(self.teacher, device=device, dtype=self.frozen_dtype)
         self.teacher.to(memory_format=torch.channels_last)
         self.student.to(device, memory_format=torch.channels_last)
+        if self.options.lora_rank and self.loop.parallel != "fsdp":  # which wants one dtype for a group
+            for parameter in self.student.parameters():
+                parameter.data = parameter.data if parameter.requires_grad else parameter.data.to(self.frozen_dtype)
         if self.options.shard_teacher and self.loop.parallel == "fsdp" and parallel.world() > 1:
             parallel.shard(self.teacher, bf16=False)
         self.space.to(device, self.frozen_dtype)

@@ -264,17 +264,18 @@ class TeacherFeatures:
         if config.get("addition_embed_type") == "text_time":
             pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
             blank = Condition(text, mask, x.new_zeros(len(x), pooled), x.new_zeros(len(x), 6))
-        return self._encode(x, torch.zeros(len(x), dtype=torch.long, device=x.device), blank)
+        return self.encode(x, torch.zeros(len(x), dtype=torch.long, device=x.device), blank)
 
     def noised_taps(self, latents: Tensor, timesteps: Tensor, noise: Tensor, condition: Condition) -> list[Tensor]:
         """Taps of latents [B, C, h, w] noised to timesteps [B], under what the teacher is told."""
         alpha, sigma = self.denoiser.signal(timesteps)
-        return self._encode(alpha * latents + sigma * noise, timesteps, condition)
+        return self.encode(alpha * latents + sigma * noise, timesteps, condition)
 
     def embed(self, x: Tensor) -> Tensor:
         return self.taps(x)[-1].mean(1)
 
-    def _encode(self, x: Tensor, timesteps: Tensor, condition: Condition) -> list[Tensor]:
+    def encode(self, x: Tensor, timesteps: Tensor, condition: Condition) -> list[Tensor]:
+        """Taps of x [B, C, h, w] as it is, taken to be noised to timesteps [B]."""
         unet = self.denoiser.unet
         told, x = condition.cast(unet.dtype), x.to(unet.dtype)
         emb = unet.time_embedding(unet.get_time_embed(x, timesteps))

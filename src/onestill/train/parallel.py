@@ -90,13 +90,14 @@ def shard(network: nn.Module, *, bf16: bool) -> None:
     twice through it, and FSDP2 would let its weights go after the first time.
 
     Args:
-        bf16: gather the weights in bfloat16; gradients are reduced in float32 all the same.
+        bf16: gather the weights of blocks in bfloat16; gradients are reduced in float32 all the same.
     """
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload] # all that FSDP2 splits
     kind = "cuda" if next(network.parameters()).is_cuda else "cpu"
     mesh = init_device_mesh(kind, (world(),))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     blocks = _blocks(network)
+    # Heads stay in float32: spectral norm multiplies their weights with buffers of that type, and they are small.
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 and blocks else MixedPrecisionPolicy()
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     root = fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=bool(blocks))

@@ -14,8 +14,11 @@ import transformers
 
 from onestill.train import parallel
 from onestill.train.batches import COLLATE, Reader, SampleBatches
+from onestill.train.denoiser import unet_folder
+from onestill.train.distiller import DistilOptions
+from onestill.train.estimate import estimate
 from onestill.train.loop import train
-from onestill.train.recipe import DataOptions, read_recipe
+from onestill.train.recipe import DataOptions, Recipe, read_recipe
 from onestill.train.state import TrainState
 from onestill.train.turns import rows_at_once
 
@@ -27,6 +30,7 @@ def train_recipe(
     reader: Callable[[DataOptions, tuple[int, int]], Reader],
     resume: bool = False,
     dry_run: bool = False,
+    devices: int = 0,
     say: Callable[[str], Any] = print,
 ) -> TrainState | None:
     """Train what the recipe at `path` describes.
@@ -35,7 +39,8 @@ def train_recipe(
         overrides: `KEY=VALUE` settings that replace the recipe's.
         reader: opens the part (i, n) of the data that `[data]` names, every n-th sample from i on; given by the
             caller, since training knows no file format.
-        dry_run: read and check everything, build the networks, print the resolved recipe and their sizes, stop.
+        dry_run: read and check everything, build the networks, print the resolved recipe, their sizes and, for a
+            distillation, what it will cost on so many `devices` (0: as many as there are processes); stop.
     """
     recipe = read_recipe(path, overrides)
     transformers.utils.logging.disable_progress_bar()  # it would tear the line that shows the training
@@ -45,12 +50,25 @@ def train_recipe(
     parallel.start(recipe.loop.device)
     rank, world = parallel.rank(), parallel.world()
     rows = rows_at_once(recipe.loop, world) * recipe.loop.accumulate
+    if dry_run:
+        say(json.dumps(_plan(recipe, path.parent, devices or world), indent=1))
+        return None
     module = importlib.import_module(f"onestill.train.methods.{recipe.method}")
     method = module.Method(recipe.options, recipe.loop)
-    if dry_run:
-        sizes = {role: sum(p.numel() for p in net.parameters()) for role, net in method.networks.items()}
-        say(json.dumps({**recipe.resolved(), "parameters": sizes}, indent=1))
-        return None
     samples = reader(recipe.data, (rank, world))
     batches = SampleBatches(samples, COLLATE[method.batch], rows, recipe.data.prefetch)
     return train(recipe, method, batches, resume=resume)
+
+
+def _plan(recipe: Recipe, folder: Path, devices: int) -> dict[str, Any]:
+    """What a dry run prints. A distillation whose teacher is not here is planned from the configs in `folder`/model."""
+    rows_at_once(recipe.loop, devices)
+    plan, options = recipe.resolved(), recipe.options
+    distils = isinstance(options, DistilOptions)
+    if not distils or (unet_folder(options.teacher) / "config.json").is_file():
+        method = importlib.import_module(f"onestill.train.methods.{recipe.method}").Method(options, recipe.loop)
+        plan["parameters"] = {role: sum(p.numel() for p in net.parameters()) for role, net in method.networks.items()}
+    if distils:
+        costs = estimate(recipe, folder / "model", devices)
+        plan |= {**costs, "parameters": costs["parameters"] | plan.get("parameters", {})}
+    return plan

@@ -1,0 +1,221 @@
+"""What a distillation will cost, before it costs anything: parameters, memory and operations, from configs alone.
+
+Networks are built on torch's `meta` device, which has shapes and no numbers, so that models of any size are counted in
+seconds, and without their weights. Operations are counted by torch (two for a multiplication with an addition) in one
+forward pass of each network; how often a step uses each, forward and backward, is the table in `_uses`.
+
+Shapes: B batch, C latent channels, h w latent size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModel
+
+from onestill.engine.torch import quiet_libraries
+from onestill.errors import CheckpointError
+from onestill.train.conditioning import Condition
+from onestill.train.denoiser import unet_folder
+from onestill.train.discriminator import Discriminator
+from onestill.train.export import add_lora
+from onestill.train.features import TeacherFeatures
+from onestill.train.recipe import Recipe
+
+H200_TFLOPS = 790.0  # bf16, measured on the card that the project could borrow
+UTILISATION = 0.35  # of it that training reaches; an assumption, not a measurement
+TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Use:
+    """How often a network runs for one sample of a step, and what of that is kept for going back."""
+
+    name: str
+    parameters: int
+    forwards: float
+    backwards: float  # a pass back to inputs counts 1, to weights 1 more
+    operations: float  # of one forward pass
+    kept_bytes: float = 0.0  # activations of one sample that wait for the backward pass
+
+
+def estimate(recipe: Recipe, beside: Path, world: int = 1) -> dict[str, Any]:
+    """Parameters, FLOPs of a step, gigabytes on each of `world` devices, and how many steps a second to expect.
+
+    Args:
+        beside: a folder of configs (`unet/`, `vae/`, `dinov2-small/`...) that stands in where the recipe's own folders
+            are not on this machine.
+    """
+    options = recipe.options
+    with quiet_libraries(), torch.device("meta"):
+        uses, trained = _uses(options, beside)
+    batch = recipe.loop.batch_size
+    rows = batch / (world * recipe.loop.accumulate)
+    # With accumulation each turn has a pass of its own; two players, so nearly all forwards come twice.
+    again = 2 if recipe.loop.accumulate > 1 and recipe.method != "lcm" else 1
+    flops = batch * sum(use.operations * (use.forwards * again + use.backwards) for use in uses)
+    memory = _memory(recipe, uses, trained, rows, world)
+    tflops = H200_TFLOPS * UTILISATION * world
+    return {
+        "parameters": {use.name: use.parameters for use in uses} | {"trained": sum(trained.values())},
+        "flops_per_step": flops,
+        "gigabytes_per_device": {key: float(f"{value / 1e9:.3g}") for key, value in memory.items()},
+        "assumed": {"devices": world, "tflops": H200_TFLOPS, "utilisation": UTILISATION},
+        "steps_per_s": float(f"{tflops * 1e12 / flops:.3g}"),
+    }
+
+
+def _uses(options: Any, beside: Path) -> tuple[list[Use], dict[str, int]]:
+    """What one sample of a step costs in each network; and how many weights of each player train."""
+    unet = _unet(_config(unet_folder(options.teacher), beside / "unet"))
+    side = options.sample_size or unet.config["sample_size"]
+    x, told = _inputs(unet, side)
+    t = torch.zeros(1, dtype=torch.long)
+    forward = _operations(lambda: unet.requires_grad_(False)(x, t, told.text, **told.added))
+    size = _size(unet)
+    student = add_lora(_unet(unet.config), options.lora_rank) if options.lora_rank else _unet(unet.config)
+    if options.gradient_checkpointing:
+        student.train().enable_gradient_checkpointing()
+    kept = _kept(lambda: student(x, t, told.text, **told.added).sample, student)
+    trained = {"student": sum(p.numel() for p in student.parameters() if p.requires_grad)}
+    recompute = 1.0 if options.gradient_checkpointing else 0.0
+    uses = [Use("student", size, 1, (1 if options.lora_rank else 2) + recompute, forward, kept)]
+    if not hasattr(options, "head_width"):  # consistency distillation: a guided teacher step, and f further down
+        return [*uses, Use("teacher", size, 2, 0, forward), Use("target", 0, 1, 0, forward)], trained
+    asks = {"nfsd": 3.0}.get(options.weighting, options.teacher_steps * (2.0 if options.teacher_guidance > 1 else 1.0))
+    uses.append(Use("teacher", size, asks if options.lambda_distill else 0, 0, forward))
+    seen, widths = _features(options, unet, x, told, beside, recompute)
+    heads = Discriminator(widths, options.head_width, unet.config["cross_attention_dim"], 0)
+    trained["discriminator"] = _size(heads)
+    return [*uses, *seen, Use("discriminator", _size(heads), 0, 0, 0)], trained
+
+
+def _features(
+    options: Any, unet: Any, x: Tensor, told: Condition, beside: Path, recompute: float
+) -> tuple[list[Use], list[int]]:
+    """What the heads look through, real and made, and back from the made one."""
+    uses, widths = list[Use](), list[int]()
+    t = torch.zeros(1, dtype=torch.long)
+    if options.feature_network in ("teacher", "both"):
+        features = TeacherFeatures(SimpleNamespace(unet=unet))
+
+        def look() -> Any:
+            return features.encode(x.detach().requires_grad_(), t, told)
+
+        uses.append(Use("teacher features", 0, 2, 1 + recompute, _operations(look), _kept(look, unet)))
+        widths += features.widths
+    pixels = options.feature_network == "vit" or "pixels" in (options.adversarial_space, options.distillation_space)
+    if pixels:
+        vae = _vae(
+            _config(Path(options.decoder or options.autoencoder or Path(options.teacher) / "vae"), beside / "vae")
+        )
+        window = min(options.crop or x.shape[-1], x.shape[-1])
+        z = torch.empty(1, x.shape[1], window, window, dtype=torch.bfloat16).requires_grad_()
+        if recompute:
+            vae.enable_gradient_checkpointing()
+
+        def decode() -> Any:
+            return vae.decode(z).sample
+
+        times = 3 if options.distillation_space == "pixels" else 2
+        uses.append(Use("decoder", _size(vae), times, 1 + recompute, _operations(decode), _kept(decode, vae)))
+    if options.feature_network == "vit":
+        config = AutoConfig.for_model(**_config(Path(options.vit), beside / Path(options.vit).name))
+        vit = AutoModel.from_config(config).to(torch.bfloat16).requires_grad_(False).eval()
+        picture = torch.empty(1, 3, options.vit_size, options.vit_size, dtype=torch.bfloat16).requires_grad_()
+
+        def see() -> Any:
+            return vit(pixel_values=picture).last_hidden_state
+
+        uses.append(Use("feature network", _size(vit), 3, 1, _operations(see), _kept(see, vit)))
+        widths += [config.hidden_size] * len(options.vit_layers)
+    return uses, widths
+
+
+def _memory(recipe: Recipe, uses: list[Use], trained: dict[str, int], rows: float, world: int) -> dict[str, float]:
+    """Bytes on one device: what trains with its gradient, moments and average; what is frozen; activations."""
+    options = recipe.options
+    sharded = world if recipe.loop.parallel == "fsdp" else 1
+    frozen_bytes = 2 if options.frozen_dtype == "bfloat16" else 4
+    sizes = {use.name: use.parameters for use in uses}
+    base = sizes["student"] - trained["student"] if options.lora_rank else 0
+    # float32: the weight, its gradient, Adam's two moments, and the student's running mean.
+    players = 20 * trained["student"] + 16 * trained.get("discriminator", 0)
+    frozen = sum(size for name, size in sizes.items() if name not in ("student", "teacher", "discriminator"))
+    teacher = frozen_bytes * sizes["teacher"] / (sharded if options.shard_teacher else 1)
+    held = {
+        "players": players / sharded,
+        "base of the LoRA": float((4 if recipe.loop.parallel == "fsdp" else frozen_bytes) * max(base, 0)) / sharded,
+        "teacher": teacher,
+        "other frozen": float(frozen_bytes * frozen),
+        "activations": rows * sum(use.kept_bytes for use in uses),
+    }
+    return held | {"total": sum(held.values())}
+
+
+def _inputs(unet: Any, side: int) -> tuple[Tensor, Condition]:
+    """One sample's latents and condition for a UNet."""
+    config = unet.config
+    text, mask = torch.empty(1, TOKENS, config["cross_attention_dim"]), torch.ones(1, TOKENS, dtype=torch.bool)
+    told = Condition(text, mask).cast(torch.bfloat16)
+    if config.get("addition_embed_type") == "text_time":
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        told = Condition(text, mask, torch.empty(1, pooled), torch.empty(1, 6)).cast(torch.bfloat16)
+    return torch.empty(1, config["in_channels"], side, side, dtype=torch.bfloat16), told
+
+
+def _operations(run: Callable[[], Any]) -> float:
+    """Floating-point operations of a call."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def _kept(run: Callable[[], Any], network: nn.Module) -> float:
+    """Bytes of what a call keeps for its backward pass, the network's own weights left out."""
+    own = {p.untyped_storage()._cdata for p in network.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(storage)  # so that no other takes its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return float(sum(kept.values()))
+
+
+def _unet(config: Any) -> Any:
+    return UNet2DConditionModel.from_config(dict(config)).to(torch.bfloat16)
+
+
+def _vae(config: dict[str, Any]) -> Any:
+    kind = AutoencoderTiny if config.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
+    return kind.from_config(config).to(torch.bfloat16).requires_grad_(False).eval()
+
+
+def _size(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def _config(folder: Path, beside: Path) -> dict[str, Any]:
+    """config.json of a network's folder, or of its stand-in."""
+    for one in (folder, beside):
+        file = one / "config.json"
+        if file.is_file():
+            config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return config
+    raise CheckpointError(f"{folder} holds no config.json, and neither does {beside}: put the model there.")

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from onestill.errors import CheckpointError
+from onestill.sampling import sample_consistency
+from onestill.train.conditioning import Condition
+from onestill.train.denoiser import Denoiser, load_unet, read_schedule, training_schedule, unet_folder
+from tests.train.models import PREDICTION, SIDE, write_model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for family in PREDICTION:
+        write_model(folder / family, family)
+    return folder
+
+
+def said(count: int, width: int = 16, seed: int = 0) -> Condition:
+    text = torch.randn(count, 4, width, generator=torch.Generator().manual_seed(seed))
+    return Condition(text, torch.ones(count, 4, dtype=torch.bool))
+
+
+def test_a_model_brings_its_schedule_and_draws_from_pure_noise(models: Path) -> None:
+    for family, prediction in PREDICTION.items():
+        for source in (models / family, models / family / "unet"):
+            schedule = read_schedule(source)
+            assert schedule.prediction_type == prediction
+            assert schedule.timesteps(4) == [999, 749, 499, 249]
+            assert schedule.alpha[999] == pytest.approx(0.0683, abs=1e-4)
+            assert unet_folder(source) == models / family / "unet"
+
+
+def test_a_unet_by_itself_is_ours(models: Path, tmp_path: Path) -> None:
+    load_unet(models / "sd15").save_pretrained(tmp_path / "unet")
+    assert read_schedule(tmp_path / "unet").alpha[999] == training_schedule().alpha[999] == 0
+
+
+def test_an_eps_model_on_zero_terminal_snr_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "scheduler").mkdir()
+    config = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "rescale_betas_zero_snr": True,
+    }
+    (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="epsilon prediction says nothing"):
+        read_schedule(tmp_path / "unet")
+
+
+def test_guidance_of_one_asks_once_and_others_lie_on_the_line(models: Path) -> None:
+    denoiser = Denoiser(load_unet(models / "sd15").eval(), read_schedule(models / "sd15"))
+    x, t, told, empty = torch.randn(2, 4, SIDE, SIDE), torch.tensor([900, 300]), said(2), said(1, seed=1)
+    with torch.no_grad():
+        cond, uncond = denoiser.x0(x, t, told), denoiser.x0(x, t, empty.expand(2))
+        assert torch.equal(denoiser.guided_x0(x, t, told, empty, 1.0), cond)
+        expected = uncond + 3 * (cond - uncond)
+        torch.testing.assert_close(denoiser.guided_x0(x, t, told, empty, 3.0), expected, rtol=1e-4, atol=1e-3)
+        each = torch.tensor([1.0, 3.0]).view(-1, 1, 1, 1)
+        made = denoiser.guided_x0(x, t, told, empty, each)
+        torch.testing.assert_close(made, torch.stack([cond[0], expected[1]]), rtol=1e-4, atol=1e-3)
+
+
+def test_x0_and_eps_are_one_statement(models: Path) -> None:
+    for family in ("sd15", "sd21"):
+        denoiser = Denoiser(load_unet(models / family).eval(), read_schedule(models / family))
+        x, t, told = torch.randn(2, 4, SIDE, SIDE), torch.tensor([900, 300]), said(2)
+        alpha, sigma = denoiser.signal(t)
+        with torch.no_grad():
+            torch.testing.assert_close(alpha * denoiser.x0(x, t, told) + sigma * denoiser.eps(x, t, told), x)
+
+
+def test_the_sampler_may_be_named(models: Path) -> None:
+    denoiser = Denoiser(load_unet(models / "sd21").eval(), read_schedule(models / "sd21"))
+    told = said(1)
+    made = denoiser.sample(told, said(1, seed=1), (4, SIDE, SIDE), 2, seed=5, sampler="consistency")
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(_step: int) -> torch.Tensor:
+        return torch.randn(1, 4, SIDE, SIDE, generator=generator)
+
+    def predict_x0(x: torch.Tensor, timestep: int) -> torch.Tensor:
+        return denoiser.x0(x, torch.tensor([timestep]), told)
+
+    with torch.no_grad():
+        expected = sample_consistency(predict_x0, draw(0), denoiser.schedule, [999, 499], draw)
+    torch.testing.assert_close(made, expected)

@@ -1,0 +1,101 @@
+"""The plan of a distillation against what its real step does, counted by torch, at tiny width."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from onestill.errors import CheckpointError
+from onestill.train.estimate import estimate
+from onestill.train.methods.add import Method
+from onestill.train.recipe import read_recipe
+from onestill.train.state import TrainState
+from tests.train.parts import add_recipe, latents_batch, write_parts
+
+ROOT = Path(__file__).parents[2]
+
+
+class Counter(TorchDispatchMode):
+    """torch's formulas, without the module hooks of its own counter, which cannot follow R1's double backward."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return write_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"feature_network": "teacher", "teacher_guidance": 2.0},
+        {"feature_network": "teacher", "lora_rank": 2, "weighting": "nfsd"},
+        {
+            "feature_network": "vit",
+            "vit_layers": [0, 2],
+            "vit_size": 16,
+            "distillation_space": "pixels",
+            "vit_crop": 0.0,
+        },
+    ],
+)
+def test_the_plan_is_what_a_step_does(parts: Path, options: dict[str, Any]) -> None:
+    if options["feature_network"] == "vit":
+        options = {**options, "vit": str(parts / "dinov2")}
+    recipe = add_recipe(parts, **options)
+    planned = estimate(recipe, parts / "none")
+    method = Method(recipe.options, recipe.loop)
+    method.to(torch.device("cpu"))
+    state = TrainState(method.networks, method.optimizers, {}, torch.Generator().manual_seed(0))
+
+    def update(name: str, loss: Tensor) -> Tensor:
+        loss.backward()
+        return torch.zeros(())
+
+    with Counter() as counter:
+        method.step(state, latents_batch(), update)
+    # Not in the plan: the heads, and what is 16 tokens here and 77 there.
+    assert planned["flops_per_step"] == pytest.approx(counter.total, rel=0.35)
+    sizes = {role: sum(p.numel() for p in net.parameters()) for role, net in method.networks.items()}
+    trained = sum(p.numel() for p in method.student.parameters() if p.requires_grad)
+    assert planned["parameters"]["trained"] == pytest.approx(trained + sizes["discriminator"], rel=0.1)
+    assert planned["parameters"]["teacher"] == sum(p.numel() for p in method.teacher.parameters())
+
+
+def test_sharding_and_adapters_cost_less_memory(parts: Path) -> None:
+    whole = estimate(add_recipe(parts, feature_network="teacher"), parts, 1)["gigabytes_per_device"]
+    recipe = add_recipe(parts, feature_network="teacher", lora_rank=2)
+    assert estimate(recipe, parts, 1)["gigabytes_per_device"]["players"] < whole["players"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("sd*/*.toml")), ids=lambda path: path.stem)
+def test_recipes_of_big_models_are_planned_without_them(path: Path) -> None:
+    recipe = read_recipe(path)
+    planned = estimate(recipe, path.parent / "model", 8)
+    size = {"sdxl": 2_567_463_684, "sd21": 865_910_724}[path.parent.name]  # of the released UNets
+    assert planned["parameters"]["teacher"] == size
+    # Stable Diffusion XL's UNet at 512 px takes 1.5 TFLOP, Stable Diffusion 2.1's 0.68.
+    a_pass = {"sdxl": 1.5e12, "sd21": 0.68e12}[path.parent.name]
+    passes = planned["flops_per_step"] / recipe.loop.batch_size / a_pass
+    assert 3 < passes < 30
+    assert planned["gigabytes_per_device"]["total"] < 141  # an H200
+
+
+def test_a_plan_needs_configs(parts: Path) -> None:
+    with pytest.raises(CheckpointError, match="put the model there"):
+        estimate(add_recipe(parts, teacher="none"), parts / "none")
