@@ -147,12 +147,8 @@ def drawn(model: Path, export: Path, method: Any) -> Tensor:
     noise = torch.stack([torch.randn(4, SIDE, SIDE, generator=torch.Generator().manual_seed(i)) for i in range(2)])
     if method.student_denoiser.schedule.prediction_type == "epsilon" and method.sampler == "euler_ancestral":
         # diffusers starts Stable Diffusion's table at sigma times the noise, not at the root of sigma^2 + 1.
-<<<<<<< HEAD
-        noise = noise / method.student_denoiser.schedule.at(999)[1]
-=======
         sigma = method.student_denoiser.schedule.at(999)[1]
         noise = noise / sigma
->>>>>>> w3b
     guidance = getattr(method.options, "sheet_guidance", 0.0)
     asked = {"latents": noise, "num_inference_steps": 1, "guidance_scale": guidance, "output_type": "latent"}
     with warnings.catch_warnings():
