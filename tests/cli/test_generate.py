@@ -38,7 +38,7 @@ def pixels(path: str | Path) -> np.ndarray:
 
 
 def test_json_says_what_the_contract_says(drawn: Drawn) -> None:
-    report = drawn("a red apple", "--seed", 1)
+    report = drawn("a red apple", "--seed", 1, "--dtype", "float32")
     picture = {"path": "a-red-apple-1.png", "prompt": "a red apple", "seed": 1, "width": 32, "height": 32}
     assert report["images"] == [picture]
     assert set(report["timings"]) == {"load_ms", "encode_ms", "denoise_ms", "decode_ms", "total_ms"}
@@ -122,7 +122,7 @@ def test_an_over_long_prompt_is_drawn_and_says_how_many_tokens_were_cut(drawn: D
 
 
 def test_the_torch_engine_draws_nearly_the_same(drawn: Drawn) -> None:
-    drawn("a star", "--seed", 1, "--out", "openvino.png")
+    drawn("a star", "--seed", 1, "--dtype", "float32", "--out", "openvino.png")
     assert drawn("a star", "--seed", 1, "--engine", "torch", "--out", "torch.png")["engine"] == "torch"
     difference = pixels("openvino.png").astype(float) - pixels("torch.png")
     assert np.abs(difference).mean() < 1

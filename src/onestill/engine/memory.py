@@ -26,7 +26,7 @@ def parameters(info: ModelInfo) -> int:
     for name in NETWORKS:
         if name in info.classes and name not in info.networks:
             file = weights_file(info.path, name)
-            shards = set(read_json(file.parent, file.name)["weight_map"].values()) if file.suffix == ".json" else {file}
+            shards = set(read_json(file.parent, file.name)["weight_map"].values()) if file.suffix == ".json" else {file.name}
             count += sum(_numbers(file.parent / shard) for shard in shards)
     return count
 
