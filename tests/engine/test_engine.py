@@ -179,7 +179,7 @@ def test_weights_that_do_not_fit_their_config_are_one_sentence(tiny_folder: Path
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "tiny"))
     (folder / "onestill.json").unlink()
     config = folder / "unet" / "config.json"
-    config.write_text(config.read_text().replace('"block_out_channels": [\n    16,', '"block_out_channels": [\n    24,'))
+    config.write_text(config.read_text().replace("[\n    16,", "[\n    24,"))
     with pytest.raises(CheckpointError, match="do not fit"):
         load_engine("torch", folder)
     index = folder / "model_index.json"

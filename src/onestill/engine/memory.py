@@ -26,8 +26,8 @@ def parameters(info: ModelInfo) -> int:
     for name in NETWORKS:
         if name in info.classes and name not in info.networks:
             file = weights_file(info.path, name)
-            shards = set(read_json(file.parent, file.name)["weight_map"].values()) if file.suffix == ".json" else {file.name}
-            count += sum(_numbers(file.parent / shard) for shard in shards)
+            parts = read_json(file.parent, file.name)["weight_map"].values() if file.suffix == ".json" else [file.name]
+            count += sum(_numbers(file.parent / part) for part in set(parts))
     return count
 
 
