@@ -1,4 +1,4 @@
-"""Make the shipped model, all stages in order: shards, autoencoder, cache, evaluator, teacher, student, folder, report.
+"""Make the shipped model, all stages in order, from the icon table to the report.
 
     python -m recipes.icons.train --parquet icons.parquet                 # the CPU form, about five hours on two cores
     python -m recipes.icons.train --parquet icons.parquet --form gpu      # 256 px, half an hour of one H200
@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SIZE_PX = {"cpu": 128, "gpu": 256}
-STAGES = ("shards", "1-autoencoder", "cache", "2-evaluator", "3-teacher", "4-student", "ship", "report")
+STAGES = ("shards", "1-autoencoder", "cache", "common", "2-evaluator", "3-teacher", "4-student", "ship", "report")
 
 
 def module(name: str, *arguments: str) -> list[str]:
@@ -36,6 +36,9 @@ def command(stage: str, form: str, parquet: str, runs: Path, data: Path) -> tupl
         arguments = ("--shards", str(data / "train"), "--autoencoder", str(vae), "--out", str(data / "cached"))
         arguments += ("--device", "cuda" if form == "gpu" else "cpu", "--done", str(data / "cached.done"))
         return data / "cached.done", module("recipes.icons.cache", *arguments)
+    if stage == "common":
+        arguments = ("--shards", str(data / "cached"), "--out", str(data / "common"))
+        return data / "common.done", module("recipes.icons.common", *arguments, "--done", str(data / "common.done"))
     if stage == "ship":
         made = runs / "icons/onestill.json"
         arguments = ("--unet", str(student), "--autoencoder", str(vae), "--out", str(runs / "icons"), "--force")
@@ -63,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     runs, data = Path(f"runs/icons-{options.form}"), Path(f"data/icons{SIZE_PX[options.form]}")
     for stage in STAGES[STAGES.index(options.first) : STAGES.index(options.last) + 1]:
+        if stage == "common" and options.form == "gpu":
+            continue  # a GPU sees enough pictures to learn everything
         result, line = command(stage, options.form, options.parquet, runs, data)
         if result.exists() and not options.dry_run:
             print(f"{stage}: {result} is there")
