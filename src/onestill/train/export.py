@@ -10,7 +10,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 
 from onestill import __version__
@@ -82,7 +81,8 @@ def export_student(distiller: Any, state: TrainState, folder: Path) -> None:
     if options.lora_rank:
         layers = {name.replace(".default.", "."): value.contiguous() for name, value in weights.items()}
         with quiet_libraries():
-            StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+            # Named here and not at the top: importing pipelines costs seconds, and transformers speaks of torchvision.
+            diffusers.StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
     else:
         student = build_like(distiller.student, weights, torch.device("cpu"))
         student.register_to_config(sample_size=distiller.side)
