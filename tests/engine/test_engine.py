@@ -38,7 +38,7 @@ def slow(folder: Path) -> Pipeline:
 
 @pytest.fixture(scope="module")
 def fast(folder: Path) -> Pipeline:
-    return Pipeline(load_engine("openvino", folder))
+    return Pipeline(load_engine("openvino", folder, dtype="float32"))
 
 
 def drawn_by_diffusers(folder: Path, steps: int, guidance_scale: float, seed: int) -> NDArray[np.float64]:
@@ -74,6 +74,20 @@ def test_engines_draw_what_diffusers_draws(
         found = levels(pipe(PROMPTS, seed=7, num_inference_steps=steps, guidance_scale=guidance_scale).images)
         assert np.abs(found - expected).mean() <= 1, pipe.engine.name
         assert psnr(found, expected) >= 30, pipe.engine.name
+
+
+@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_shipped_model_in_bfloat16_draws_nearly_the_same(name: str, steps: int) -> None:
+    exact, half = (
+        levels(
+            Pipeline(load_engine("openvino", model_path(name), dtype=dtype))(
+                PROMPTS, seed=7, num_inference_steps=steps
+            ).images
+        )
+        for dtype in ("float32", "bfloat16")
+    )
+    assert psnr(exact, half) >= 35
 
 
 def test_image_to_image_is_the_same_on_both_engines(slow: Pipeline, fast: Pipeline) -> None:
@@ -192,9 +206,10 @@ def test_a_tokenizers_attention_mask_is_passed_only_where_the_config_asks(tiny_f
     config.write_text(config.read_text().replace("{", '{"use_attention_mask": true,', 1))
     export_openvino(folder)
     assert describe(folder).use_attention_mask
-    with_mask = [load_engine(name, folder).encode(PROMPTS).states for name in ("openvino", "torch")]
+    engines = [load_engine(name, folder, dtype="float32") for name in ("openvino", "torch")]
+    with_mask = [engine.encode(PROMPTS).states for engine in engines]
     without = load_engine("torch", tiny_folder).encode(PROMPTS).states
     np.testing.assert_allclose(*with_mask, atol=1e-4)
     assert np.abs(with_mask[1] - without).max() > 1e-3
     expected = drawn_by_diffusers(folder, 1, 1.0, seed=3)
-    assert np.abs(levels(Pipeline(load_engine("openvino", folder))(PROMPTS, seed=3).images) - expected).mean() <= 1
+    assert np.abs(levels(Pipeline(engines[0])(PROMPTS, seed=3).images) - expected).mean() <= 1

@@ -32,7 +32,7 @@ def picture(folder: Path) -> np.ndarray:
 def test_the_second_start_reads_the_cache_and_draws_the_same(folder: Path, own_place: Path) -> None:
     first = picture(folder)
     blobs = sorted(own_place.glob("*.blob"))
-    assert [blob.name.rsplit("-", 1)[0] for blob in blobs] == ["decoder", "text_encoder", "unet"]
+    assert [blob.name.rsplit("-", 1)[0] for blob in blobs] == ["decoder", "text_encoder", "time", "unet"]
     written = [blob.stat().st_ino for blob in blobs]
     np.testing.assert_array_equal(picture(folder), first)
     assert sorted(own_place.glob("*.blob")) == blobs
@@ -42,11 +42,14 @@ def test_the_second_start_reads_the_cache_and_draws_the_same(folder: Path, own_p
 @pytest.mark.parametrize("spoil", [lambda blob: blob[:100], lambda blob: b"", lambda blob: b"x" * 50 + BLOB_END])
 def test_a_spoilt_cache_is_made_again(folder: Path, own_place: Path, spoil: object) -> None:
     first = picture(folder)
-    sizes = {blob: blob.stat().st_size for blob in own_place.glob("*.blob")}
-    for blob in sizes:
-        blob.write_bytes(spoil(blob.read_bytes()))  # type: ignore[operator]
+    blobs = {blob: spoil(blob.read_bytes()) for blob in own_place.glob("*.blob")}  # type: ignore[operator]
+    for blob, spoilt in blobs.items():
+        blob.write_bytes(spoilt)
     np.testing.assert_array_equal(picture(folder), first)
-    assert {blob: blob.stat().st_size for blob in own_place.glob("*.blob")} == sizes
+    assert set(own_place.glob("*.blob")) == set(blobs)
+    for blob, spoilt in blobs.items():
+        assert blob.read_bytes() != spoilt
+        assert blob.read_bytes().endswith(BLOB_END)
 
 
 def test_a_cache_that_cannot_be_written_is_no_reason_not_to_draw(
@@ -93,10 +96,10 @@ def test_a_spoilt_graph_or_index_is_refused(folder: Path, own_place: Path) -> No
         OpenVinoEngine(describe(folder))
     graph.write_text(content)
     index = folder / "openvino" / "index.json"
-    index.write_text(index.read_text().replace('"format": 1', '"format": 99'))
+    index.write_text(index.read_text().replace('"format": 2', '"format": 99'))
     with pytest.raises(CheckpointError, match="another version"):
         OpenVinoEngine(describe(folder))
-    index.write_text('{"format": 1, "parts": {}}')
+    index.write_text('{"format": 2, "parts": {}}')
     with pytest.raises(CheckpointError, match="damaged"):
         OpenVinoEngine(describe(folder))
 

@@ -83,7 +83,8 @@ def load_engine(
         name: one of `ENGINES`; None takes OpenVINO on the CPU where the model has that form, else torch.
         path: a model's name or folder.
         device: "cpu", or for torch also "cuda" and the like; None is "cpu".
-        dtype: "float32", "bfloat16" or "float16"; None is float32 on a CPU and float16 elsewhere.
+        dtype: "float32", "bfloat16" or "float16"; None is what is fastest there: on OpenVINO bfloat16 where the CPU
+            has it, else float32; on torch float32 on a CPU and float16 elsewhere.
         threads: how many threads to compute with; None lets the runtime choose.
 
     Raises:

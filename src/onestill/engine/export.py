@@ -136,13 +136,31 @@ class _TextEncoder(torch.nn.Module):
         return self.module(input_ids, attention_mask=attention_mask)[0]
 
 
-class _UNet(torch.nn.Module):
+class _Time(torch.nn.Module):
     def __init__(self, module: Any) -> None:
         super().__init__()
         self.module = module
 
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor) -> Any:
-        return self.module(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+    def forward(self, timestep: torch.Tensor) -> Any:
+        return self.module.time_embedding(self.module.time_proj(timestep))
+
+
+class _UNet(torch.nn.Module):
+    """The UNet from the timestep's embedding on: `time` [1, E] is what `_Time` makes of one timestep."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = copy.copy(module)
+        self.module._modules = dict(module._modules) | {"time_embedding": _Given()}
+        self.module.get_time_embed = lambda sample, timestep: timestep
+
+    def forward(self, sample: torch.Tensor, time: torch.Tensor, encoder_hidden_states: torch.Tensor) -> Any:
+        return self.module(sample, time, encoder_hidden_states, return_dict=False)[0]
+
+
+class _Given(torch.nn.Module):
+    def forward(self, given: torch.Tensor, condition: None = None) -> torch.Tensor:
+        return given
 
 
 class _Decoder(torch.nn.Module):
@@ -163,7 +181,13 @@ class _Encoder(torch.nn.Module):
         return most_likely_latents(self.module, image)
 
 
-_WRAPPERS = {"text_encoder": _TextEncoder, "unet": _UNet, "decoder": _Decoder, "encoder": _Encoder}
+_WRAPPERS = {
+    "text_encoder": _TextEncoder,
+    "time": _Time,
+    "unet": _UNet,
+    "decoder": _Decoder,
+    "encoder": _Encoder,
+}
 
 
 def export_openvino(folder: Path) -> Path:
@@ -185,7 +209,8 @@ def export_openvino(folder: Path) -> Path:
         weights = {}
         for part, component in PARTS.items():
             weights[part] = weights_file(folder, component)
-            _write_part(_WRAPPERS[part](components[component]), _examples(info, part), unfinished / part, weights[part])
+            module = components[component]
+            _write_part(_WRAPPERS[part](module), _examples(info, part, module), unfinished / part, weights[part])
         write_index(unfinished, weights, str(openvino.__version__))
     try:
         _check_openvino(info)
@@ -195,20 +220,22 @@ def export_openvino(folder: Path) -> Path:
     return target
 
 
-def _examples(info: ModelInfo, part: str) -> dict[str, torch.Tensor]:
-    """Inputs to trace with; the first axis, of 2, becomes the batch."""
+def _examples(info: ModelInfo, part: str, module: Any) -> dict[str, torch.Tensor]:
+    """Inputs to trace with; a first axis of 2 becomes the batch."""
     generator = torch.Generator().manual_seed(0)
-    width = json.loads((info.path / "unet" / "config.json").read_text())["cross_attention_dim"]
     tokens, latents = (2, info.max_tokens), (2, *info.latent_shape)
     match part:
         case "text_encoder":
             ids = {"input_ids": torch.ones(tokens, dtype=torch.long)}
             return ids | ({"attention_mask": torch.ones(tokens, dtype=torch.long)} if info.use_attention_mask else {})
+        case "time":
+            return {"timestep": torch.tensor([999.0])}
         case "unet":
+            width = module.time_embedding.linear_2.out_features
             return {
                 "sample": torch.randn(latents, generator=generator),
-                "timestep": torch.tensor(999.0),
-                "encoder_hidden_states": torch.randn(*tokens, width, generator=generator),
+                "time": torch.randn(1, width, generator=generator),
+                "encoder_hidden_states": torch.randn(*tokens, module.config.cross_attention_dim, generator=generator),
             }
         case "decoder":
             return {"latents": torch.randn(latents, generator=generator)}
@@ -217,7 +244,8 @@ def _examples(info: ModelInfo, part: str) -> dict[str, torch.Tensor]:
 
 def _write_part(module: torch.nn.Module, examples: dict[str, torch.Tensor], path: Path, weights: Path) -> None:
     shapes = {
-        name: openvino.PartialShape([-1, *value.shape[1:]] if value.ndim else []) for name, value in examples.items()
+        name: openvino.PartialShape([-1 if len(value) == 2 else 1, *value.shape[1:]])
+        for name, value in examples.items()
     }
     # Not `openvino.convert_model`, which reports its use over the network. The tracer warns of every Python branch that
     # it passes; the result is checked instead.
@@ -259,7 +287,7 @@ def _keep_as_float16(model: Any) -> None:
 
 
 def _check_openvino(info: ModelInfo) -> None:
-    slow, fast = TorchEngine(info), OpenVinoEngine(info)
+    slow, fast = TorchEngine(info, dtype="float32"), OpenVinoEngine(info, dtype="float32")
     generator = np.random.default_rng(0)
     words, twin = slow.encode(["a red apple", ""]), fast.encode(["a red apple", ""])
     latents = generator.standard_normal((2, *info.latent_shape)).astype(np.float32)

@@ -6,8 +6,8 @@ point into a space that is never stored as one file:
 
     [ the component's safetensors file | zeros up to a multiple of 64 | part.bin, the few constants not found in it ]
 
-`openvino/index.json` says, for each part (text_encoder, unet, decoder, encoder), which safetensors file that is, with
-its size and SHA-256, because the offsets and the constants in `part.bin` hold for no other file.
+`openvino/index.json` says, for each of PARTS, which safetensors file that is, with its size and SHA-256, because the
+offsets and the constants in `part.bin` hold for no other file.
 """
 
 from __future__ import annotations
@@ -29,8 +29,16 @@ from onestill.errors import CheckpointError
 __all__ = ["FOLDER", "PARTS", "PartFiles", "point_into_weights", "read_index"]
 
 FOLDER = "openvino"
-PARTS: Mapping[str, str] = {"text_encoder": "text_encoder", "unet": "unet", "decoder": "vae", "encoder": "vae"}
-FORMAT = 1
+# `time` is the UNet's embedding of the timestep. It is a graph of its own because it must stay in float32 (to bfloat16,
+# timestep 999 is 1000), and because the other pictures at the same timestep need not compute it again.
+PARTS: Mapping[str, str] = {
+    "text_encoder": "text_encoder",
+    "time": "unet",
+    "unet": "unet",
+    "decoder": "vae",
+    "encoder": "vae",
+}
+FORMAT = 2
 ALIGNMENT = 64
 SMALLEST = 64  # bytes; below it equal bytes mean little, and a copy costs nothing
 # Where a node came from, by names that OpenVINO counts up over a process: nobody reads them, and no two runs agree.

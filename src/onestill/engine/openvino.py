@@ -28,6 +28,7 @@ from onestill.errors import CheckpointError, OnestillError
 __all__ = ["OpenVinoEngine"]
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+EXACT = {"time": {"INFERENCE_PRECISION_HINT": "f32"}}
 MANY = 4  # images to a call of the larger batch; each size is compiled for itself, as static shapes run fastest
 WORTH_COMPILING = 8  # images asked for at once; fewer are done one by one before a larger batch would have compiled
 MOST_KEPT = 24  # compiled networks in the cache, all models together
@@ -42,7 +43,8 @@ class OpenVinoEngine:
     Args:
         info: the model; its folder must have the `openvino` form.
         device: only "cpu".
-        dtype: "float32" or "bfloat16", which is faster on some CPUs and changes pictures a little.
+        dtype: "float32" or "bfloat16"; None is the second on a CPU that has instructions for it, where it is faster
+            and changes pictures a little (docs/generate.md says how much).
         threads: how many to compute with; None lets OpenVINO choose.
 
     Raises:
@@ -59,18 +61,19 @@ class OpenVinoEngine:
             raise OnestillError(f"The engine 'openvino' runs on 'cpu'; for '{device}' choose the engine 'torch'.")
         if (dtype or "float32") not in PRECISIONS:
             raise OnestillError(f"The engine 'openvino' computes in {' or '.join(PRECISIONS)}, not '{dtype}'.")
+        core = openvino.Core()
         self.info = info
         self.device = "cpu"
-        self.dtype = dtype or "float32"
+        self.dtype = dtype or _fastest_dtype(core)
         config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": PRECISIONS[self.dtype]}
         if threads is not None:
             config["INFERENCE_NUM_THREADS"] = threads
-        core = openvino.Core()
         files = read_index(info.path)
-        self._parts = {part: _Part(part, core, files[part], config) for part in PARTS}
+        self._parts = {part: _Part(part, core, files[part], config | EXACT.get(part, {})) for part in PARTS}
+        self._time_states: dict[int, NDArray[np.float32]] = {}  # filled as timesteps come up; there are few
         # The largest first, as the others fit beside it. The encoder waits until there is an image to encode.
         with ThreadPoolExecutor(max_workers=3) as pool:
-            loading = [pool.submit(self._parts[part].warm_up) for part in ("unet", "decoder", "text_encoder")]
+            loading = [pool.submit(self._parts[part].warm_up) for part in ("unet", "decoder", "text_encoder", "time")]
             self._tokenize = PromptTokenizer(info)
             for future in loading:
                 future.result()
@@ -85,8 +88,10 @@ class OpenVinoEngine:
 
     def denoise(self, latents: NDArray[np.float32], timestep: int, conditioning: Conditioning) -> NDArray[np.float32]:
         """Latents [B, C, h, w] -> the network's output, of the same shape."""
+        if timestep not in self._time_states:
+            self._time_states[timestep] = self._parts["time"]({"timestep": np.array([timestep], dtype=np.float32)})
         inputs = {"sample": latents, "encoder_hidden_states": conditioning.states}
-        return self._parts["unet"](inputs, timestep=np.array(timestep, dtype=np.float32))
+        return self._parts["unet"](inputs, time=self._time_states[timestep])
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Latents [B, C, h, w] -> pictures [B, H, W, 3]."""
@@ -190,6 +195,10 @@ class _Part:
             unfinished.write_bytes(compiled.export_model().getvalue() + BLOB_END)
             _forget_oldest(path.parent)
         return compiled
+
+
+def _fastest_dtype(core: Any) -> str:
+    return "bfloat16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"
 
 
 def _static(shape: Any, size: int) -> list[int]:

@@ -269,7 +269,7 @@ def load(
         model: the name of a shipped model, or a folder in diffusers' format.
         engine: "openvino" or "torch"; None takes OpenVINO where it can.
         device: "cpu"; with torch also "cuda" and the like.
-        dtype: "float32", "bfloat16" or "float16"; None is float32 on a CPU.
+        dtype: "float32", "bfloat16" or "float16"; None is what the engine is fastest in.
         threads: how many CPU threads to use; None lets the engine choose.
 
     Raises:

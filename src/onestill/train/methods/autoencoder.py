@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from onestill.engine.torch import most_likely_latents
+from onestill.errors import RecipeError
 from onestill.train.batches import to_pictures
+from onestill.train.conditioning import load_autoencoder
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator, unit_moments
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.state import TrainState
@@ -31,10 +33,12 @@ from onestill.train.turns import Batch, Update
 class Options:
     """Sizes of the network (blocks from full resolution to the smallest, for both halves) and weights of the losses.
 
+    `start` names an autoencoder's folder to go on from instead of random weights; it must have these sizes.
     `adversarial_from` is the iteration at which the patch discriminator joins; its weight 0 leaves it out. The first
     `adversarial_warmup` iterations after that train the discriminator alone.
     """
 
+    start: str = option("")
     kind: str = option("tiny", choices=("tiny", "kl"))
     latent_channels: int = option(16, low=1, high=256)
     widths: list[int] = option([16, 32, 64, 128, 192], low=8)
@@ -63,6 +67,8 @@ class Method:
         torch.manual_seed(loop.seed)
         self.options, self.loop = options, loop
         self.autoencoder = build(options)
+        if options.start:
+            continue_from(options.start, self.autoencoder)
         self.discriminator = PatchDiscriminator(options.discriminator_width)
         self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder, "discriminator": self.discriminator}
         adam = dict(betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -152,6 +158,21 @@ def build(options: Options) -> AutoencoderTiny | AutoencoderKL:
     )
     keep_variance(autoencoder)
     return autoencoder
+
+
+def continue_from(folder: str, autoencoder: nn.Module) -> None:
+    """Give `autoencoder` the weights of the one in `folder`.
+
+    Raises:
+        RecipeError: its sizes are others than the recipe's.
+    """
+    try:
+        autoencoder.load_state_dict(load_autoencoder(folder).state_dict())
+    except RuntimeError as error:
+        raise RecipeError(
+            f"the autoencoder in '{folder}' has other sizes than the recipe: copy its channels, widths and blocks "
+            "to [autoencoder]."
+        ) from error
 
 
 @torch.no_grad()
