@@ -103,3 +103,13 @@ def test_a_folder_of_pictures_is_packed_and_cached(
 def test_a_folder_without_one_good_picture(tmp_path: Path, refused: Refused) -> None:
     Image.new("RGB", (48, 32)).save(tmp_path / "mute.png")
     assert "No picture" in refused("data", "pack", tmp_path, "--out", tmp_path / "packed")
+
+
+def test_shards_are_fetched(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str], refused: Refused) -> None:
+    url = f"file://{shards}/shard-{{000000..000001}}.tar"
+    assert main(["data", "fetch", url, "--out", str(tmp_path / "here")]) == 0
+    assert capsys.readouterr().out.startswith("2 shards")
+    names = sorted(path.name for path in (tmp_path / "here").iterdir())
+    assert names == ["shard-000000.tar", "shard-000001.tar"]
+    assert all((tmp_path / "here" / name).read_bytes() == (shards / name).read_bytes() for name in names)
+    assert "cannot be had" in refused("data", "fetch", f"file://{shards}/none.tar", "--out", tmp_path / "here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,6 +128,8 @@ def test_a_family_is_distilled_and_diffusers_draws_the_same(
     with state.using_average("student"):
         ours = method.sheet_x0(1)
     torch.testing.assert_close(drawn(model, tmp_path / "export", method), ours, rtol=2e-3, atol=2e-3)
+    numbers = json.loads((tmp_path / "sheets/00000002.json").read_text())
+    assert numbers.keys() == ({"steps_2_to_1", "steps_4_to_1"} if name == "lcm" else {"steps_4_to_1"})
     card = (tmp_path / "export/README.md").read_text()
     assert "license: openrail++" in card
     assert f'"name": "tiny-{name}"' in card

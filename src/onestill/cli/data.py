@@ -126,6 +126,27 @@ def pack(
     print(f"{count} samples in {out}")
 
 
+@app.command("fetch")
+def fetch(
+    urls: Annotated[list[str], typer.Argument(metavar="URL", help="Such as https://host/set-{0000..0099}.tar.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the shards go.")],
+    sha256: Annotated[
+        Path | None, typer.Option("--sha256", metavar="FILE", help="What sha256sum says of them; all must match.")
+    ] = None,
+) -> None:
+    """Copy shards from a web server or an object store. Broken off, it goes on where it stopped."""
+    from onestill.data.remote import expand, read_hashes
+    from onestill.data.remote import fetch as fetched
+
+    hashes = read_hashes(sha256) if sha256 else None
+    named = [one for url in urls for one in expand(url)]
+    with progress("fetching", len(named)) as advance:
+        for one in named:
+            fetched(one, out, hashes)
+            advance(1)
+    print(f"{len(named)} shards in {out}")
+
+
 @app.command("cache")
 def cache(
     model: Annotated[Path, typer.Option("--model", "-m", metavar="FOLDER", help="A model in diffusers' format.")],

@@ -65,6 +65,8 @@ class Distiller:
 
     averaged: tuple[str, ...] = ("student",)
     batch = "latents"
+    splits = True
+    guidance_told = "no guidance (`guidance_scale=0`)"
     sampler = "euler_ancestral"
     sheet_steps: tuple[int, ...] = (1, 4)
 

@@ -142,7 +142,11 @@ def _features(
 
 
 def _memory(recipe: Recipe, uses: list[Use], trained: dict[str, int], rows: float, world: int) -> dict[str, float]:
-    """Bytes on one device: what trains with its gradient, moments and average; what is frozen; activations."""
+    """Bytes on one device: what trains with its gradient, moments and average; what is frozen; activations.
+
+    Activations are those that wait for the backward pass; under checkpointing, those of the block that is being
+    recomputed come on top, as does what the allocator loses.
+    """
     options = recipe.options
     sharded = world if recipe.loop.parallel == "fsdp" else 1
     frozen_bytes = 2 if options.frozen_dtype == "bfloat16" else 4

@@ -10,14 +10,13 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 
 from onestill import __version__
 from onestill.engine.torch import quiet_libraries
 from onestill.schedule import NoiseSchedule
 from onestill.train.denoiser import build_like, unet_folder
-from onestill.train.parallel import is_main, whole
+from onestill.train.parallel import is_main
 from onestill.train.state import TrainState
 
 # Every layer with a weight matrix, as LCM-LoRA has it: attention, feed-forward, convolutions, timestep projections.
@@ -35,7 +34,7 @@ tags: [text-to-image, onestill, distillation, {method}]
 # {name}
 
 Made with onestill {version} by `{method}` from the teacher `{teacher}`: {nimg} images in {iteration} iterations,
-{bad_steps} of them skipped. Draw in 1 to 4 steps, with no guidance (`guidance_scale=0`).
+{bad_steps} of them skipped. Draw in 1 to 4 steps, with {guidance}.
 
 {use}
 
@@ -72,7 +71,7 @@ def export_student(distiller: Any, state: TrainState, folder: Path) -> None:
     A full student goes to `folder/unet`; where the teacher is a whole model, its other parts are copied beside it and
     `folder` is a model that diffusers opens. A LoRA goes to `folder/pytorch_lora_weights.safetensors`.
     """
-    weights = {name: whole(value).cpu() for name, value in state.averaged("student").items()}
+    weights = state.shipped("student")
     if not is_main():
         return
     options = distiller.options
@@ -82,7 +81,8 @@ def export_student(distiller: Any, state: TrainState, folder: Path) -> None:
     if options.lora_rank:
         layers = {name.replace(".default.", "."): value.contiguous() for name, value in weights.items()}
         with quiet_libraries():
-            StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+            # Named here and not at the top: importing pipelines costs seconds, and transformers speaks of torchvision.
+            diffusers.StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
     else:
         student = build_like(distiller.student, weights, torch.device("cpu"))
         student.register_to_config(sample_size=distiller.side)
@@ -135,6 +135,7 @@ def _card(distiller: Any, state: TrainState, folder: Path) -> str:
         teacher=options.teacher,
         nimg=state.nimg,
         iteration=state.iteration,
+        guidance=distiller.guidance_told,
         bad_steps=state.bad_steps,
         use=use,
         data=options.data_note or ", ".join(made.get("data", {}).get("shards", [])) or "not told",

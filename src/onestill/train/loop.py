@@ -54,16 +54,18 @@ class Method(Protocol):
     """What a file in `methods/` provides.
 
     `networks` are trained; `averaged` names those with an EMA; `batch` names what the batches hold, a key of
-    `batches.COLLATE`. `step` computes losses from one batch and calls
-    `update(name, loss)` once for each optimizer's turn; all its noise comes from `state.draw`. `sheet` draws what a
-    person looks at: uint8 [N, H, W, 3], N captions and, if it likes, numbers for the log. `export` writes the finished
-    networks into a folder. Among several processes, all of them call all of these, and the main one writes.
+    `batches.COLLATE`; `splits` says that the networks are called by their `forward` alone, as FSDP2 needs.
+    `step` computes losses from one batch and calls `update(name, loss)` once for each optimizer's turn; all its noise
+    comes from `state.draw`. `sheet` draws what a person looks at: uint8 [N, H, W, 3], N captions and, if it likes,
+    numbers for the log. `export` writes the finished networks into a folder. Among several processes, all of them call
+    all of these, and the main one writes.
     """
 
     networks: dict[str, nn.Module]
     optimizers: dict[str, torch.optim.Optimizer]
     averaged: tuple[str, ...]
     batch: str
+    splits: bool
 
     def to(self, device: torch.device) -> None: ...
 
@@ -157,6 +159,8 @@ def _device(options: LoopOptions) -> torch.device:
 
 def _start(recipe: Recipe, method: Method, device: torch.device) -> TrainState:
     """The state at iteration 0, with networks on their device and shared among the processes."""
+    if recipe.loop.parallel == "fsdp" and not method.splits:
+        raise RecipeError(f"the method {recipe.method} does not split its networks: set loop.parallel to ddp.")
     method.to(device)
     if recipe.loop.parallel == "fsdp" and parallel.world() > 1:
         for network in method.networks.values():

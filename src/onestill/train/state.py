@@ -68,6 +68,10 @@ class TrainState:
         """The weights to evaluate and ship: the running mean where there is one. Frozen ones are not among them."""
         return self.ema.get(role) or trained(self.networks[role])
 
+    def shipped(self, role: str) -> dict[str, Tensor]:
+        """`averaged`, on the CPU and whole in every process: all of them must ask."""
+        return {name: whole(value).cpu() for name, value in self.averaged(role).items()}
+
     @contextmanager
     def using_average(self, role: str) -> Iterator[nn.Module]:
         """The network with its averaged weights, in evaluation mode; its own are back afterwards."""

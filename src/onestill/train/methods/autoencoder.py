@@ -24,6 +24,7 @@ from onestill.errors import RecipeError
 from onestill.train.batches import to_pictures
 from onestill.train.conditioning import load_autoencoder
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator, unit_moments
+from onestill.train.parallel import is_main
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.state import TrainState
 from onestill.train.turns import Batch, Update
@@ -62,6 +63,7 @@ class Options:
 class Method:
     averaged: tuple[str, ...] = ("autoencoder",)
     batch = "images"
+    splits = False
 
     def __init__(self, options: Options, loop: LoopOptions) -> None:
         torch.manual_seed(loop.seed)
@@ -130,7 +132,8 @@ class Method:
         """The averaged autoencoder in diffusers' format, with the scale that makes its latents unit-variance."""
         averaged = build(self.options)
         averaged.load_state_dict({k: v.cpu() for k, v in state.averaged("autoencoder").items()})
-        averaged.save_pretrained(folder / "vae")
+        if is_main():
+            averaged.save_pretrained(folder / "vae")
 
 
 def build(options: Options) -> AutoencoderTiny | AutoencoderKL:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from onestill.errors import DataError
 from onestill.train.features import Tower, new_backbone
 from onestill.train.losses import info_nce
+from onestill.train.parallel import is_main
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.state import TrainState
 from onestill.train.turns import Batch, Update
@@ -44,6 +45,7 @@ class Options:
 class Method:
     averaged: tuple[str, ...] = ("tower",)
     batch = "latents"
+    splits = False
 
     def __init__(self, options: Options, loop: LoopOptions) -> None:
         torch.manual_seed(loop.seed)
@@ -89,7 +91,8 @@ class Method:
         tower = build(self.options)
         tower.load_state_dict({k: v.cpu() for k, v in state.averaged("tower").items()})
         options = self.options
-        tower.save(folder, space=options.space, image_size=options.size, channels=options.channels)
+        if is_main():
+            tower.save(folder, space=options.space, image_size=options.size, channels=options.channels)
 
 
 def build(options: Options) -> Tower:

@@ -29,6 +29,7 @@ from onestill.train.denoiser import (
     training_schedule,
 )  # fmt: skip
 from onestill.train.losses import min_snr_weight
+from onestill.train.parallel import is_main
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.state import TrainState
 from onestill.train.turns import Batch, Update
@@ -53,6 +54,7 @@ class Options:
 class Method:
     averaged: tuple[str, ...] = ("teacher",)
     batch = "latents"
+    splits = True
 
     def __init__(self, options: Options, loop: LoopOptions) -> None:
         torch.manual_seed(loop.seed)
@@ -103,7 +105,7 @@ class Method:
 
     def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
         """The fixed prompts, drawn by the averaged teacher with guidance."""
-        averaged = build_like(self.teacher, state.averaged("teacher"), self.empty.text.device)
+        averaged = build_like(self.teacher, state.shipped("teacher"), self.empty.text.device)
         options, config = self.options, self.teacher.config
         shape = (config["in_channels"], config["sample_size"], config["sample_size"])
         denoiser = Denoiser(averaged, training_schedule())
@@ -111,4 +113,6 @@ class Method:
         return self.space.pictures(latents), list(SHEET_PROMPTS)
 
     def export(self, state: TrainState, folder: Path) -> None:
-        build_like(self.teacher, state.averaged("teacher"), torch.device("cpu")).save_pretrained(folder / "unet")
+        averaged = build_like(self.teacher, state.shipped("teacher"), torch.device("cpu"))
+        if is_main():
+            averaged.save_pretrained(folder / "unet")

@@ -59,6 +59,8 @@ class Method(Distiller):
         if options.lora_rank and options.guidance_low != options.guidance_high:
             raise RecipeError("a LoRA is not told the guidance scale: set guidance_low and guidance_high to one value.")
         super().__init__(options, loop)
+        if options.embed_guidance:
+            self.guidance_told = f"the guidance scale that you like (`guidance_scale={options.sheet_guidance:g}`)"
         self.optimizers["student"] = self.adam(self.student, options.lr, options.beta1)
 
     def new_student(self, unet: Any) -> Any:
