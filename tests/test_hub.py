@@ -114,9 +114,10 @@ def test_only_what_is_drawn_with_is_fetched() -> None:
 
 @pytest.fixture
 def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The two requests that a download makes, answered from a folder. Yields the paths of the files that were sent."""
+    """The three kinds of request that a download makes, answered from a folder. Yields the files that were sent."""
     sent: list[str] = []
     names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    tree = [{"type": "file", "path": n, "size": (folder / n).stat().st_size, "oid": "0" * 40} for n in names]
     info: dict[str, Any] = {"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": n} for n in [*names, "x/model.bin"]]}
 
     class Hub(BaseHTTPRequestHandler):
@@ -128,7 +129,9 @@ def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]
 
         def answer(self, *, with_body: bool) -> None:
             path = self.path.split("?")[0]
-            if path.startswith(f"/api/models/{REPO}"):
+            if path.startswith(f"/api/models/{REPO}/tree/"):
+                content = json.dumps(tree).encode()
+            elif path.startswith(f"/api/models/{REPO}"):
                 content = json.dumps(info).encode()
             elif path.startswith(f"/{REPO}/resolve/") and (file := folder / path.split("/", 5)[5]).is_file():
                 content = file.read_bytes()

@@ -31,6 +31,8 @@ def test_public_names_are_these_and_sorted() -> None:
         "MissingExtraError",
         "ModelInfo",
         "ModelNotFoundError",
+        "NotEnoughMemoryError",
+        "NotFiniteError",
         "OnestillError",
         "Output",
         "OutputError",
@@ -79,7 +81,8 @@ def test_the_base_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["generate"], ["models"], ["doctor"], ["train"], ["evaluate"], ["export"], ["data", "sheet"]]
+    "command",
+    [[], ["generate"], ["models"], ["doctor"], ["train"], ["evaluate"], ["bench"], ["export"], ["data", "sheet"]],
 )
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     code = f"from onestill.cli import main\nassert main([*{command!r}, '--help']) == 0"

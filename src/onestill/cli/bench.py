@@ -85,7 +85,7 @@ def bench(
         settings.append(ours)
         if compare:
             require("diffusers", "torch")
-            theirs = replace(with_contender(ours, "diffusers"), **weights)
+            theirs = replace(with_contender(ours, "diffusers"), **dict[str, Any](weights))
             settings.append(theirs)
             if compiling is not None:
                 settings.append(replace(theirs, contender="diffusers compiled"))

@@ -161,7 +161,7 @@ def _ours(setting: Setting) -> tuple[Draw, dict[str, Any]]:
         tiny_vae=setting.tiny_vae,
         options=None if setting.options is None else TorchOptions(**setting.options),
     )
-    drawing = {"num_inference_steps": setting.steps, "height": setting.height, "width": setting.width}
+    drawing: dict[str, Any] = {"num_inference_steps": setting.steps, "height": setting.height, "width": setting.width}
 
     def draw(words: Sequence[str], seed: int) -> Mapping[str, float]:
         out = pipe(list(words), seed=seed, **drawing)
