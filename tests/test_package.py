@@ -89,6 +89,7 @@ def test_the_base_needs_no_torch() -> None:
         ["doctor"],
         ["train"],
         ["evaluate"],
+        ["bench"],
         ["export"],
         ["data", "sheet"],
         ["serve"],

@@ -38,3 +38,25 @@ def test_check_finds_a_changed_file(refused: Refused, tiny_folder: Path, tmp_pat
 
 def test_an_unknown_model_is_one_line(refused: Refused) -> None:
     assert "no model named" in refused("models", "no-such-model")
+
+
+def test_what_a_file_is_that_is_no_whole_model(
+    tiny_folder: Path, refused: Refused, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unet = tiny_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    assert main(["models", str(unet), "--json"]) == 0
+    (part,) = json.loads(capsys.readouterr().out)["models"]
+    assert (part["kind"], part["dtypes"]) == ("unet", {"F16": part["tensors"]})
+    assert part["parameters"] * 2 < unet.stat().st_size
+    assert main(["models", str(unet)]) == 0
+    assert "unet" in capsys.readouterr().out
+    (tmp_path / "short.safetensors").write_bytes(unet.read_bytes()[:-1])
+    assert "is truncated" in refused("models", tmp_path / "short.safetensors")
+    (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x02}q\x00.")
+    assert "is a pickle" in refused("models", tmp_path / "pickle.safetensors")
+
+
+def test_a_preset_changes_what_is_said(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", str(tiny_folder), "--preset", "lcm", "--json"]) == 0
+    (model,) = json.loads(capsys.readouterr().out)["models"]
+    assert (model["preset"], model["num_inference_steps"], model["timestep_spacing"]) == ("lcm", 4, "lcm")

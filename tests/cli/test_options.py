@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from onestill.cli.options import parse_size
-from onestill.errors import SizeError
+from onestill.cli.options import parse_loras, parse_size
+from onestill.errors import OnestillError, SizeError
 
 
 @pytest.mark.parametrize(
@@ -18,3 +20,17 @@ def test_size_is_width_by_height(text: str | None, height_width: tuple[int | Non
 def test_a_size_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(SizeError, match="WIDTHxHEIGHT"):
         parse_size(text)
+
+
+def test_loras_are_files_with_or_without_a_scale(tmp_path: Path) -> None:
+    colon = tmp_path / "a:1"
+    colon.write_text("")
+    assert parse_loras(["x.safetensors", "y.safetensors:0.7", str(colon)]) == {
+        Path("x.safetensors"): 1.0,
+        Path("y.safetensors"): 0.7,
+        colon: 1.0,
+    }
+    assert parse_loras([f"{colon}:-1"]) == {colon: -1.0}
+    with pytest.raises(OnestillError, match="write it as FILE or FILE:SCALE"):
+        parse_loras(["x.safetensors:much"])
+    assert parse_loras(None) == {}

@@ -46,7 +46,9 @@ def fetch(name: str) -> Path:
 
 def wanted(files: Iterable[str]) -> list[str]:
     """Which of a repository's files a model is drawn with: configs, tokenizers, each network's weights once."""
-    found, halves, wholes = [], {}, {}
+    found: list[str] = []
+    halves: dict[str, list[str]] = {}
+    wholes: dict[str, list[str]] = {}
     for file in files:
         if SMALL.fullmatch(file) or re.fullmatch(rf"({'|'.join(NETWORKS)})/config\.json", file):
             found.append(file)
@@ -80,6 +82,8 @@ def _downloaded(hub: Any, errors: Any, repo: str, revision: str | None) -> Path:
     except errors.RevisionNotFoundError as error:
         raise ModelNotFoundError(f"'{repo}' has no revision '{revision}'; leave out what follows '@'.") from error
     except Exception as error:  # of the client, or of whichever HTTP library it uses in this version
+        if isinstance(error, AttributeError | TypeError):  # a fault in code, here or there
+            raise
         raise ModelNotFoundError(
             f"'{repo}' is neither a local folder nor in the Hub's cache, and the Hub cannot be reached "
             f"({type(error).__name__}); go online, or give a local diffusers folder."

@@ -93,7 +93,10 @@ def identify(path: Path) -> Found:
 
 def _kind(names: Iterable[str]) -> str:
     names = list(names)
-    has = lambda *starts: any(name.startswith(starts) for name in names)  # noqa: E731
+
+    def has(*starts: str) -> bool:
+        return any(name.startswith(starts) for name in names)
+
     if any(LORA.search(name) for name in names):
         return "lora"
     if has(UNET_PREFIX):

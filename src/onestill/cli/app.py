@@ -9,7 +9,7 @@ import typer
 import typer.main
 
 import onestill
-from onestill.cli import data, doctor, evaluate, export, generate, keys, models, serve, train
+from onestill.cli import bench, data, doctor, evaluate, export, generate, keys, models, serve, train
 from onestill.cli.console import INTERRUPTED, note, say_error, say_interrupted
 from onestill.errors import OnestillError
 
@@ -25,6 +25,7 @@ app.command("serve")(serve.serve)
 app.add_typer(keys.app, name="keys")
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("bench")(bench.bench)
 app.command("export")(export.export)
 app.command("models")(models.models)
 app.add_typer(data.app, name="data")

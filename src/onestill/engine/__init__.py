@@ -32,7 +32,8 @@ class Conditioning:
     Attributes:
         states: [B, K, D] float32, K tokens of D numbers for each prompt.
         tokens_cut: for each prompt, how many of its last tokens did not fit.
-        words_cut: for each prompt, its end from the first word that did not fit whole; empty where nobody asks.
+        words_cut: for each prompt, its end from the first word that did not fit whole; "" where all fitted or nobody
+            asks.
         pooled: [B, P] float32, one vector for each prompt as a whole; SDXL's networks only.
         time_ids: [B, 6] float32, SDXL's micro-conditioning in pixels: height and width that the picture is said to have
             had, top and left that were cut off, height and width asked for.
@@ -45,6 +46,10 @@ class Conditioning:
     pooled: NDArray[np.float32] | None = None
     time_ids: NDArray[np.float32] | None = None
     guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.words_cut:
+            object.__setattr__(self, "words_cut", ("",) * len(self.tokens_cut))
 
     @classmethod
     def joined(cls, some: Sequence[Conditioning]) -> Conditioning:

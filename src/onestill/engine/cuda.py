@@ -282,7 +282,8 @@ class Bucket:
             given = given.to(self._networks.dtype)
             output = self._call(given, self._timesteps[timestep], states, pooled, time_ids, plan.guidance_scale).float()
             if plan.is_guided:
-                output = classifier_free_guidance(*output.chunk(2), plan.guidance_scale)
+                cond, uncond = output.chunk(2)
+                output = classifier_free_guidance(cond, uncond, plan.guidance_scale)
             found: torch.Tensor = info.schedule.x0(output, x, timestep)
             return found
 
@@ -321,7 +322,7 @@ def _pinned(array: NDArray[np.float32], device: torch.device) -> torch.Tensor:
 
 def _captured(function: Callable[[], Any], pool: Any) -> Callable[[], Any]:
     """A function without arguments as a CUDA graph: calling it runs the same kernels on the same memory."""
-    aside = torch.cuda.Stream()
+    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         for _ in range(WARM_UPS):
@@ -348,7 +349,7 @@ class _Clock:
 
     def tick(self) -> None:
         if self._on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
             self._marks.append(event)
         else:

@@ -28,7 +28,7 @@ from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from onestill import __version__
 from onestill.checkpoint import MANIFEST, ModelInfo, read_json
 from onestill.engine.openvino_sd import FOLDER, FORM
-from onestill.engine.text import clip_vocabulary
+from onestill.engine.text import write_clip_vocabulary
 from onestill.engine.weights import load_components, quiet_libraries
 from onestill.errors import OnestillError
 
@@ -276,9 +276,7 @@ def _write_tokenizer(info: ModelInfo, name: str, target: Path) -> None:
                 (target / file).write_bytes((source / file).read_bytes())
         config = read_json(source, "tokenizer_config.json")
     else:
-        vocabulary, merges = clip_vocabulary()
-        (target / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-        (target / "merges.txt").write_text("\n".join(" ".join(pair) for pair in merges) + "\n", encoding="utf-8")
+        write_clip_vocabulary(target)
         config = {"pad_token": "!" if name == "tokenizer_2" else "<|endoftext|>"}
     (target / "tokenizer_config.json").write_text(
         json.dumps({**config, "model_max_length": info.max_tokens}, indent=2) + "\n"

@@ -9,7 +9,7 @@ import copy
 import math
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,8 @@ class Networks:
     @property
     def dtype(self) -> torch.dtype:
         """What the UNet computes in."""
-        return next(parameter.dtype for parameter in self.unet.parameters() if parameter.is_floating_point())
+        types: Iterator[torch.dtype] = (one.dtype for one in self.unet.parameters() if one.is_floating_point())
+        return next(types)
 
     def states(
         self, ids: Sequence[torch.Tensor], mask: torch.Tensor | None = None

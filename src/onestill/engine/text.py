@@ -5,6 +5,7 @@ A single file holds no tokenizer; CLIP's, which every model of its families was 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,7 +17,7 @@ from onestill.checkpoint import ModelInfo, read_json
 from onestill.engine.wordpiece import WordPiece, read_wordpiece, token_text
 from onestill.errors import CheckpointError, require
 
-__all__ = ["PromptTokenizer", "Tokens", "clip_vocabulary"]
+__all__ = ["PromptTokenizer", "Tokens", "clip_vocabulary", "write_clip_vocabulary"]
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -150,6 +151,13 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), CLIP_START, CLIP_END]
     return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def write_clip_vocabulary(folder: Path) -> None:
+    """Write CLIP's vocabulary into a folder, as the published models have it: `vocab.json` and `merges.txt`."""
+    vocabulary, merges = clip_vocabulary()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(" ".join(pair) for pair in merges) + "\n", encoding="utf-8")
 
 
 def _clip_tokenizer(library: Any, vocabulary: Mapping[str, int], merges: list[tuple[str, str]]) -> Any:

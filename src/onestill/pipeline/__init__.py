@@ -30,8 +30,8 @@ from onestill.pipeline.checks import (
     checked_whole,
     matched_negatives,
     seeds_of,
-    shortened,
 )
+from onestill.pipeline.notes import NEGATIVE_DID_NOTHING, notes_on_size, notes_on_steps, notes_on_words
 from onestill.pipeline.output import Output, Timings
 from onestill.pipeline.picture import fitted, save_picture
 from onestill.sampling import DRAWING, classifier_free_guidance, sample, strength_timesteps
@@ -147,7 +147,11 @@ class Pipeline:
             total_ms=(ended - started) * 1000,
         )
         images = [PIL.Image.fromarray(one) for one in drawn.pictures]
-        notes = _notes_on_words(prompts, drawn) + self._notes(plan, negative_prompt is not None)
+        notes = notes_on_words(prompts, drawn.tokens_cut, drawn.words_cut)
+        if negative_prompt is not None and not self._guides(plan):
+            notes.append(NEGATIVE_DID_NOTHING)
+        notes += notes_on_steps(plan.num_inference_steps, plan.timesteps, plan.strength)
+        notes += notes_on_size(plan.height, plan.width, self.info)
         return Output(images, seeds, prompts, timings, notes, [self._settings(plan, text) for text in negatives])
 
     def _plan(
@@ -177,21 +181,6 @@ class Pipeline:
             strength,
             tuple(number for pair in pairs for number in pair) if info.is_xl else None,
         )
-
-    def _notes(self, plan: _Plan, has_negative: bool) -> list[str]:
-        """What was not done to the letter, but for the words."""
-        notes = []
-        if has_negative and not self._guides(plan):
-            notes.append("The negative prompt did nothing: it acts only at a guidance scale above 1.")
-        if plan.strength is not None and plan.num_inference_steps * plan.strength < 1:
-            notes.append(
-                f"A strength of {plan.strength:g} is less than one of {plan.num_inference_steps} steps; one was taken, "
-                f"from timestep {plan.timesteps[0]}."
-            )
-        if (plan.height, plan.width) not in self.info.sizes:
-            known = ", ".join(f"{width}x{height}" for height, width in self.info.sizes)
-            notes.append(f"The model was trained to draw {known}; other sizes may repeat or cut what is asked for.")
-        return notes
 
     def _guides(self, plan: _Plan) -> bool:
         return plan.guides and not self.info.embeds_guidance
@@ -328,15 +317,6 @@ class Pipeline:
 
 def _time_ids(plan: _Plan, count: int) -> NDArray[np.float32] | None:
     return None if plan.time_ids is None else np.tile(np.array(plan.time_ids, dtype=np.float32), (count, 1))
-
-
-def _notes_on_words(prompts: Sequence[str], drawn: Drawn) -> list[str]:
-    cut = dict(zip(prompts, zip(drawn.tokens_cut, drawn.words_cut, strict=True), strict=True))
-    return [
-        f"The prompt '{shortened(text)}' is too long: its last {count} tokens were cut, from '{shortened(words)}'."
-        for text, (count, words) in cut.items()
-        if count
-    ]
 
 
 def load(

@@ -1,0 +1,122 @@
+"""What each way to be fast brings on a GPU, alone and on top of those before it; and whether it changes the picture.
+
+    python benchmarks/ladder.py --random sdxl --out benchmarks/results/ladder.json
+
+The first rung is the plain engine on the device, one call after the other; every picture is compared with its. The
+figure beside a time is its multiple of the floor. Each measurement is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from onestill.cli.bench import found_model, machine, with_floor
+from onestill.errors import OnestillError
+from onestill.evaluate.latency import Setting, measure_elsewhere
+
+PLAIN = {"graphs": False, "channels_last": False, "fuse": False}
+# name -> options, and whether the tiny decoder is used; each is added to those before it
+RUNGS: dict[str, tuple[dict[str, Any], bool]] = {
+    "plain": ({}, False),
+    "tiny VAE": ({}, True),
+    "channels last": ({"channels_last": True}, True),
+    "fused projections": ({"fuse": True}, True),
+    "CUDA graphs": ({"graphs": True}, True),
+    "compiled blocks": ({"compile": "regional"}, True),
+    "compiled whole": ({"compile": "whole"}, True),
+    "attention by cuDNN": ({"attention": "cudnn"}, True),
+    "attention by flash": ({"attention": "flash"}, True),
+    "int8": ({"quantize": "int8", "attention": None}, True),
+    "fp8": ({"quantize": "fp8"}, True),
+}
+
+
+def settings(base: Setting, tiny: str | None) -> dict[str, dict[str, Setting]]:
+    """rung -> "alone" and "together" -> what to measure."""
+    found: dict[str, dict[str, Setting]] = {}
+    together: dict[str, Any] = dict(PLAIN)
+    for name, (options, wants_tiny) in RUNGS.items():
+        together |= options
+        needs = {"compile": "regional"} if "quantize" in options else {}  # never without, as it is slower then
+        alone = PLAIN | options | needs
+        found[name] = {
+            "alone": replace(base, options=alone, tiny_vae=tiny if name == "tiny VAE" else None),
+            "together": replace(base, options=dict(together), tiny_vae=tiny if wants_tiny else None),
+        }
+    return found
+
+
+def psnr(first: Path, second: Path) -> float | None:
+    """Decibels between two pictures; None where they are equal."""
+    a, b = (np.asarray(PIL.Image.open(path), dtype=np.float64) for path in (first, second))
+    error = float(((a - b) ** 2).mean())
+    return None if error == 0 else round(float(10 * np.log10(255**2 / error)), 1)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    at, weights = found_model(arguments.model, arguments.random, "torch", "random" if arguments.random else None)
+    tiny = weights.get("tiny_vae", arguments.tiny_vae)
+    base = Setting(
+        "onestill", str(at), engine="torch", device=arguments.device, dtype=arguments.dtype, pictures=arguments.pictures
+    )
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        reference = Path(scratch) / "plain-together.png"
+        for name, kinds in settings(base, tiny).items():
+            for kind, setting in kinds.items():
+                if name in arguments.skip or (name == "plain" and kind == "alone"):
+                    continue
+                picture = Path(scratch) / f"{name}-{kind}.png".replace(" ", "-")
+                try:
+                    measured = with_floor(setting, measure_elsewhere(replace(setting, picture=str(picture))))
+                except OnestillError as error:
+                    results.setdefault(name, {})[kind] = {"refused": str(error)}
+                    continue
+                kept = {key: measured[key] for key in KEPT if key in measured}
+                results.setdefault(name, {})[kind] = kept | {"psnr_db": psnr(picture, reference)}
+                print(name, kind, kept["total_ms"]["p50"], "ms", file=sys.stderr, flush=True)
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "model": f"random-{arguments.random}" if arguments.random else arguments.model,
+        "machine": machine(),
+        "results": results,
+    }
+
+
+KEPT = (
+    *("options", "device", "dtype", "load_ms", "first_ms", "encode_ms", "denoise_ms", "decode_ms", "total_ms"),
+    *("cached_ms", "images_per_second", "peak_memory_mb", "floor_ms", "floor_multiple"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="icons")
+    parser.add_argument("--random", choices=("sdxl", "sd21"))
+    parser.add_argument("--tiny-vae", help="a folder with TAESD or TAESDXL")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--pictures", type=int, default=50)
+    parser.add_argument("--skip", nargs="*", default=[], choices=list(RUNGS), help="rungs to leave out")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    report = run(arguments)
+    text = json.dumps(report, indent=2)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""`onestill bench`: how long words take to become a picture on this machine, part by part, against diffusers."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from onestill.cli.console import note, print_json, stdout_console
+from onestill.cli.options import Compile, Device, Dtype, Engine, Json, Model, Quantize, parse_size
+from onestill.errors import OnestillError, near, require
+
+if TYPE_CHECKING:
+    from onestill.evaluate.latency import Setting
+
+__all__ = ["bench"]
+
+RANDOM = ("sdxl", "sd21")
+
+
+def bench(
+    model: Model = "icons",
+    random: Annotated[
+        str | None, typer.Option("--random", metavar="KIND", help="Random weights at real size: sdxl or sd21.")
+    ] = None,
+    engine: Engine = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    tiny_vae: Annotated[
+        str | None,
+        typer.Option("--tiny-vae", metavar="FOLDER", help="A tiny decoder; with --random, the word random is one."),
+    ] = None,
+    compiling: Compile = None,
+    quantizing: Quantize = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, metavar="N", help="Sampling steps.")] = None,
+    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="In pixels. (default: the model's)")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", min=1, metavar="N", help="Images to a call. May be repeated.")
+    ] = None,
+    pictures: Annotated[int, typer.Option("--pictures", min=1, metavar="N", help="Calls that count.")] = 20,
+    warm_up: Annotated[int, typer.Option("--warm-up", min=0, metavar="N", help="Calls before those.")] = 3,
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Of the first picture.")] = 1,
+    compare: Annotated[
+        str | None, typer.Option("--compare", metavar="NAME", help="Also measure diffusers on the same weights.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.svg", help="Draw the parts as bars.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time drawing: text encoder, steps, decoder; p50 and p95; images a second; memory; and the floor.
+
+    Each contender loads and draws in a process of its own, with new words for every picture.
+    """
+    if compare not in (None, "diffusers"):
+        raise OnestillError(f"There is no '{compare}' to compare with; the one there is: diffusers.")
+    from onestill.evaluate.latency import Setting, measure_elsewhere, with_contender
+
+    height, width = parse_size(size)
+    at, weights = found_model(model, random, engine, tiny_vae)
+    options = {name: value for name, value in (("compile", compiling), ("quantize", quantizing)) if value is not None}
+    asked = Setting(
+        contender="onestill",
+        model=str(at),
+        engine=engine,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        tiny_vae=None if engine == "openvino" else weights.get("tiny_vae"),
+        options=options or None,
+        steps=steps,
+        height=height,
+        width=width,
+        warm_up=warm_up,
+        pictures=pictures,
+        seed=seed,
+    )
+    settings: list[Setting] = []
+    for count in batch or [1]:
+        ours = replace(asked, batch=count)
+        settings.append(ours)
+        if compare:
+            require("diffusers", "torch")
+            theirs = replace(with_contender(ours, "diffusers"), **dict[str, Any](weights))
+            settings.append(theirs)
+            if compiling is not None:
+                settings.append(replace(theirs, contender="diffusers compiled"))
+    results = []
+    for setting in settings:
+        if sys.stderr.isatty():
+            note(f"measuring {setting.contender}, {setting.batch} to a call")
+        results.append(with_floor(setting, measure_elsewhere(setting)))
+    report = {
+        "command": shlex.join(["onestill", *sys.argv[1:]]),
+        "model": f"random-{random}" if random else model,
+        "random_weights": random is not None,
+        "machine": machine(),
+        "results": results,
+        "times_faster_than_diffusers": ratios(results),
+    }
+    if plot is not None:
+        from onestill.evaluate.latency_chart import bars
+
+        plot.write_text(bars(results), encoding="utf-8")
+    if as_json:
+        print_json(report)
+    else:
+        show(report)
+
+
+def found_model(
+    model: str, random: str | None, engine: str | None, tiny_vae: str | None
+) -> tuple[Path, dict[str, str]]:
+    """Where what we draw with lies; and the weights that diffusers draws with, made first where they are random."""
+    from onestill.checkpoint import Additions, cache_folder, describe, resolve
+
+    if random is None:
+        folder = resolve(model)
+        return folder, {"model": str(folder)} | ({"tiny_vae": tiny_vae} if tiny_vae else {})
+    if random not in RANDOM:
+        raise OnestillError(
+            f"There is no random model '{random}'; choose from {', '.join(RANDOM)}.{near(random, RANDOM)}"
+        )
+    require("diffusers", "torch")
+    from onestill.engine.random_weights import random_model
+
+    folder = made(cache_folder() / "random" / random, lambda path: random_model(random, path))
+    tiny = str(folder / "tiny_vae") if tiny_vae == "random" else tiny_vae
+    weights = {"model": str(folder)} | ({"tiny_vae": tiny} if tiny else {})
+    if engine != "openvino":
+        return folder, weights
+    from onestill.engine.export_sd import export_sd
+
+    info = describe(folder, Additions(tiny_vae=Path(tiny) if tiny else None))
+    form = cache_folder() / "random" / f"{random}-openvino{'-tiny' if tiny else ''}"
+    return made(form, lambda path: export_sd(info, path)), weights
+
+
+def made(folder: Path, make: Any) -> Path:
+    """The folder, made first where it is not there; it appears whole."""
+    import tempfile
+
+    if not folder.is_dir():
+        note(f"making {folder}, once")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            make(Path(scratch) / "made").rename(folder)
+    return folder
+
+
+def with_floor(setting: Setting, result: dict[str, Any]) -> dict[str, Any]:
+    """The result with its floor, where torch is there to count and to measure it."""
+    if importlib.util.find_spec("torch") is None:
+        return result
+    from onestill.checkpoint import Additions, describe, resolve
+    from onestill.evaluate.floor import floor
+
+    tiny = Additions(tiny_vae=Path(setting.tiny_vae) if setting.tiny_vae else None)
+    info = describe(resolve(setting.model), tiny)
+    counted = floor(
+        info,
+        batch=setting.batch,
+        height=setting.height or info.height,
+        width=setting.width or info.width,
+        steps=setting.steps or info.num_inference_steps,
+        device=result["device"],
+        dtype=result["dtype"],
+    )
+    return result | counted | {"floor_multiple": round(result["total_ms"]["p50"] / counted["floor_ms"], 2)}
+
+
+def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
+    """How many times faster ours is than each other contender at the same batch, by medians."""
+    ours = {one["batch"]: one["total_ms"]["p50"] for one in results if one["contender"] == "onestill"}
+    return {
+        f"{one['contender']}, batch {one['batch']}": round(one["total_ms"]["p50"] / ours[one["batch"]], 2)
+        for one in results
+        if one["contender"] != "onestill"
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import platform
+
+    from onestill.cli.doctor import cpu, packages, torch
+
+    return {"cpu": cpu(), "torch": torch(), "packages": packages(), "system": platform.platform()}
+
+
+def show(report: dict[str, Any]) -> None:
+    """One contender and batch a line."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in (
+        "contender",
+        "batch",
+        "encode",
+        "denoise",
+        "decode",
+        "total",
+        "p95",
+        "images/s",
+        "load",
+        "memory",
+        "floor",
+    ):
+        table.add_column(heading, justify="left" if heading == "contender" else "right")
+    for one in report["results"]:
+        parts = [f"{one[part]['p50']:.1f} ms" for part in ("encode_ms", "denoise_ms", "decode_ms", "total_ms")]
+        table.add_row(
+            f"{one['contender']} ({one['engine']}, {one['dtype']})",
+            str(one["batch"]),
+            *parts,
+            f"{one['total_ms']['p95']:.1f} ms",
+            f"{one['images_per_second']:.2f}",
+            f"{one['load_ms'] / 1000:.1f} s",
+            f"{one['peak_memory_mb']:.0f} MB",
+            f"{one['floor_multiple']:.1f}x" if "floor_multiple" in one else "",
+        )
+    console = stdout_console()
+    if report["random_weights"]:
+        console.print("random weights: only the times mean anything")
+    console.print(table)
+    for name, ratio in report["times_faster_than_diffusers"].items():
+        console.print(f"{ratio:.2f} times faster than {name}")

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from onestill.checkpoint import describe, model_path
+from onestill.cli import main
+from onestill.engine.random_weights import CONFIGS, meta_module, random_model
+from onestill.errors import OnestillError
+from onestill.evaluate.floor import count_gflop
+from onestill.evaluate.latency import Setting, measure, measure_elsewhere, percentile, prompts
+from onestill.evaluate.latency_chart import bars
+from onestill.pipeline import load
+
+SMALL: dict[str, Any] = {
+    "unet": {
+        **CONFIGS["sdxl"]["unet"],
+        "sample_size": 8,
+        "block_out_channels": [64, 128, 128],
+        "attention_head_dim": [1, 2, 2],
+        "transformer_layers_per_block": [1, 1, 1],
+        "cross_attention_dim": 128,
+        "projection_class_embeddings_input_dim": 64 + 6 * 256,
+    },
+    "vae": {**CONFIGS["sdxl"]["vae"], "block_out_channels": [32, 32, 32, 32], "layers_per_block": 1},
+    **{
+        name: {
+            **CONFIGS["sdxl"][name],
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 1,
+            "intermediate_size": 64,
+            "projection_dim": 64,
+        }
+        for name in ("text_encoder", "text_encoder_2")
+    },
+    "tiny_vae": {
+        "encoder_block_out_channels": [8, 8, 8, 8],
+        "decoder_block_out_channels": [8, 8, 8, 8],
+        "num_encoder_blocks": [1, 1, 1, 1],
+        "num_decoder_blocks": [1, 1, 1, 1],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_model("sdxl", tmp_path_factory.mktemp("models") / "small", SMALL)
+
+
+def test_real_sizes_are_the_published_ones() -> None:
+    def millions(kind: str, name: str, made: str) -> float:
+        return round(sum(one.numel() for one in meta_module(made, CONFIGS[kind][name]).parameters()) / 1e6, 1)
+
+    assert millions("sdxl", "unet", "UNet2DConditionModel") == 2567.5
+    assert millions("sdxl", "text_encoder", "CLIPTextModel") == 123.1
+    assert millions("sdxl", "text_encoder_2", "CLIPTextModelWithProjection") == 694.7
+    assert millions("sd21", "unet", "UNet2DConditionModel") == 865.9
+    with pytest.raises(OnestillError, match="at random"):
+        random_model("sd9", Path("nowhere"))
+
+
+def test_a_random_model_draws_and_says_what_it_is(small: Path) -> None:
+    pipe = load(small)
+    assert (pipe.info.name, pipe.info.made) == ("random-sdxl", {"weights": "random"})
+    picture = np.asarray(pipe("a red apple", seed=1).images[0])
+    assert picture.shape == (64, 64, 3)
+    assert picture.std() > 1
+    tiny = np.asarray(load(small, tiny_vae=small / "tiny_vae")("a red apple", seed=1).images[0])
+    assert tiny.std() > 1
+
+
+def test_operations_are_the_ones_counted_by_hand(small: Path) -> None:
+    info = describe(small)
+    once = count_gflop(info, batch=1, height=64, width=64)
+    assert min(once.values()) > 0
+    twice = count_gflop(info, batch=2, height=64, width=64)
+    # Sizes and timesteps are embedded once a call or once an image; all else grows with the batch.
+    assert twice["unet"] == pytest.approx(2 * once["unet"], rel=0.01)
+    assert twice["decoder"] == pytest.approx(2 * once["decoder"])
+
+
+@pytest.mark.parametrize("contender", ["onestill", "diffusers"])
+def test_every_contender_tells_where_the_time_went(small: Path, contender: str) -> None:
+    setting = Setting(contender, str(small), engine="torch", pictures=2, warm_up=1, tiny_vae=str(small / "tiny_vae"))
+    found = measure(setting)
+    parts = [found[part]["p50"] for part in ("encode_ms", "denoise_ms", "decode_ms")]
+    assert min(parts) > 0
+    assert found["total_ms"]["p50"] >= max(parts)
+    assert found["images_per_second"] == pytest.approx(1000 / found["total_ms"]["p50"], rel=0.01)
+    assert found["peak_memory_mb"] > 50
+    assert found["load_ms"] > 0
+
+
+def test_a_failure_elsewhere_is_one_sentence() -> None:
+    with pytest.raises(OnestillError, match="no model named 'nothing'"):
+        measure_elsewhere(Setting("onestill", "nothing"))
+    with pytest.raises(OnestillError, match="no contender"):
+        measure(Setting("someone", "icons"))
+
+
+def test_the_command_compares_with_diffusers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--pictures", "2", "--warm-up", "1", "--compare", "diffusers", "--plot", str(tmp_path / "bars.svg")]
+    assert main(["bench", *options, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [one["contender"] for one in report["results"]] == ["onestill", "diffusers"]
+    assert report["random_weights"] is False
+    assert list(report["times_faster_than_diffusers"]) == ["diffusers, batch 1"]
+    assert all(one["floor_multiple"] > 0 for one in report["results"])
+    assert report["machine"]["cpu"]["cores"] >= 1
+    ElementTree.parse(tmp_path / "bars.svg")
+
+
+def test_prompts_differ_and_percentiles_are_measured_values() -> None:
+    assert len(set(prompts(2000))) == 2000
+    assert [percentile([3.0, 1.0, 2.0], percent) for percent in (0, 50, 95, 100)] == [1.0, 2.0, 3.0, 3.0]
+
+
+def test_the_chart_names_every_contender() -> None:
+    one = {part: {"p50": 5.0, "p95": 6.0} for part in ("encode_ms", "denoise_ms", "decode_ms", "total_ms")}
+    drawn = bars([{**one, "contender": "onestill & co", "dtype": "float32", "batch": 1}])
+    assert "onestill &amp; co, float32, batch 1" in drawn
+
+
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, sentence in (
+        (["--compare", "someone"], "no 'someone' to compare with"),
+        (["--random", "sdxxl"], "Did you mean 'sdxl'"),
+        (["--model", "nothing"], "no model named"),
+    ):
+        assert main(["bench", *options]) == 2
+        assert sentence in capsys.readouterr().err
+    assert model_path("icons").is_dir()
