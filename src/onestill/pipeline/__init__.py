@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -347,11 +348,15 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if isinstance(seed, list | tuple):
         if len(seed) != count:
             raise StepsError(f"{len(seed)} seeds do not match {count} images; give as many.")
-        return [_seeds(one, 1)[0] for one in seed]
-    first = secrets.randbelow(2**32 - count) if seed is None else seed
+        return [_checked_seed(one, 1) for one in seed]
+    first = _checked_seed(secrets.randbelow(2**32 - count) if seed is None else seed, count)
+    return [first + i for i in range(count)]
+
+
+def _checked_seed(first: Any, count: int) -> int:
     if not _is_whole(first) or not 0 <= first <= 2**63 - count:
         raise StepsError(f"The seed is {first}; choose a whole number from 0 to {2**63 - count}.")
-    return [int(first) + i for i in range(count)]
+    return int(first)
 
 
 def _checked_size(height: int | None, width: int | None, info: ModelInfo) -> tuple[int, int]:

@@ -236,7 +236,8 @@ async def _unless_gone(request: Request, future: Future[list[Picture]]) -> list[
     result = asyncio.wrap_future(future)
     watch = asyncio.create_task(gone())
     try:
-        await asyncio.wait({result, watch}, return_when=asyncio.FIRST_COMPLETED)
+        waiting: set[asyncio.Future[Any]] = {result, watch}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if not result.done():
             raise ApiError(400, "The client went away.", "client_gone")
         return result.result()
