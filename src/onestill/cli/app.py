@@ -8,7 +8,7 @@ import typer
 import typer.main
 
 import onestill
-from onestill.cli import data, doctor, evaluate, export, generate, keys, models, serve, train
+from onestill.cli import data, doctor, evaluate, export, generate, keys, models, serve, train, verify
 from onestill.cli.console import INTERRUPTED, say_error, say_interrupted
 from onestill.errors import OnestillError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("serve")(serve.serve)
 app.add_typer(keys.app, name="keys")
+app.command("verify")(verify.verify)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)

@@ -303,4 +303,5 @@ def _data(form: Generation, file: bytes) -> dict[str, str]:
 
 async def _file(server: Server, form: Generation, picture: Picture) -> bytes:
     quality = 95 if form.output_compression is None else form.output_compression
-    return await server.file_of(picture, KINDS[form.output_format or "png"], quality)
+    kind = KINDS[form.output_format or "png"]
+    return await server.signed(await server.file_of(picture, kind, quality), kind)
