@@ -9,7 +9,16 @@ import PIL.Image
 import pytest
 
 import onestill
-from onestill.errors import ImageError, OnestillError, OutputError, PromptError, ScheduleError, SizeError, StepsError
+from onestill.errors import (
+    EngineError,
+    ImageError,
+    OnestillError,
+    OutputError,
+    PromptError,
+    ScheduleError,
+    SizeError,
+    StepsError,
+)
 from onestill.pipeline import Pipeline, load, save_picture
 
 
@@ -251,3 +260,33 @@ def test_a_failed_encoder_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="No space left"):
         save_picture(Broken(), tmp_path / "star.png", {"prompt": "a star", "seed": "1"})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_each_image_may_have_a_seed_of_its_own(pipe: Pipeline) -> None:
+    out = pipe("a red apple", seed=[9, 4, 9], num_images_per_prompt=3)
+    assert out.seeds == [9, 4, 9]
+    np.testing.assert_array_equal(array(out.images[0]), array(out.images[2]))
+    assert np.abs(array(out.images[1]) - array(pipe("a red apple", seed=4).images[0])).max() <= 1
+    for wrong in ([1, 2], [1, 2, -1], [1, 2, 0.5]):
+        with pytest.raises(StepsError, match="seed"):
+            pipe("a red apple", seed=wrong, num_images_per_prompt=3)
+
+
+def test_a_pause_comes_before_each_stage_and_step_and_may_end_it(pipe: Pipeline) -> None:
+    calls: list[int] = []
+    pipe("a red apple", seed=1, num_inference_steps=3, pause=lambda: calls.append(len(calls)))
+    assert len(calls) == 5
+
+    def stop() -> None:
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        pipe("a red apple", seed=1, pause=stop)
+
+
+def test_numbers_that_are_not_finite_are_no_picture(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = load(tiny_folder)
+    denoise = pipe.engine.denoise
+    monkeypatch.setattr(pipe.engine, "denoise", lambda *inputs: denoise(*inputs) * np.float32("nan"))
+    with pytest.raises(EngineError, match="not finite"):
+        pipe("a red apple", seed=1)

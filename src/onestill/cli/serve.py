@@ -15,6 +15,7 @@ from onestill.errors import OnestillError, require
 if TYPE_CHECKING:
     from onestill.checkpoint import ModelInfo
     from onestill.serve.access import Access
+    from onestill.serve.provenance import Stamp
     from onestill.serve.safety import ImageFilter, PromptFilter
 
 __all__ = ["Database", "KeysFile", "serve"]
@@ -65,6 +66,10 @@ def serve(
     no_filter: Annotated[
         bool, typer.Option("--no-filter", help="Serve without the filter the model asks for.")
     ] = False,
+    sign_with: Annotated[
+        Path | None, typer.Option("--sign-with", metavar="PEM", help="Sign pictures with this C2PA certificate chain.")
+    ] = None,
+    sign_key: Annotated[Path | None, typer.Option("--sign-key", metavar="PEM", help="The certificate's key.")] = None,
     metrics_for_all: Annotated[
         bool, typer.Option("--metrics-for-all", help="Tell /metrics to every address, not only to this machine's.")
     ] = False,
@@ -86,6 +91,7 @@ def serve(
         metrics_for_all=metrics_for_all,
         prompt_filter=words,
         image_filter=looks,
+        stamp=stamp(sign_with, sign_key),
     )
     with listen(host, port) as bound:
         access = opened_access(database, keys, daily)
@@ -154,6 +160,17 @@ def filters(
         blocked_words(blocked) if blocked is not None else None,
         named_filter(image_filter) if image_filter is not None else None,
     )
+
+
+def stamp(certificates: Path | None, key: Path | None) -> Stamp | None:
+    """What signs pictures, None where neither file is given."""
+    if certificates is None and key is None:
+        return None
+    if certificates is None or key is None:
+        raise OnestillError("Signing needs a certificate and its key; give both --sign-with and --sign-key.")
+    from onestill.serve.provenance import Stamp
+
+    return Stamp(certificates, key)
 
 
 def is_loopback(host: str) -> bool:

@@ -83,11 +83,16 @@ def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if isinstance(seed, list | tuple):
         if len(seed) != count:
             raise StepsError(f"{len(seed)} seeds do not match {count} images; give as many.")
-        return [seeds_of(one, 1)[0] for one in seed]
-    first = secrets.randbelow(2**32 - count) if seed is None else seed
-    if not is_whole(first) or not 0 <= first <= 2**63 - count:
+        return [checked_seed(one, 1) for one in seed]
+    first = checked_seed(secrets.randbelow(2**32 - count) if seed is None else seed, count)
+    return [first + i for i in range(count)]
+
+
+def checked_seed(first: object, count: int) -> int:
+    """A seed from which `count` can be counted upwards."""
+    if not is_whole(first) or not 0 <= first <= 2**63 - count:  # type: ignore[operator] # a whole number by then
         raise StepsError(f"The seed is {first}; choose a whole number from 0 to {2**63 - count}.")
-    return [int(first) + i for i in range(count)]
+    return int(first)  # type: ignore[call-overload,no-any-return]
 
 
 def checked_size(height: int | None, width: int | None, info: ModelInfo) -> tuple[int, int]:

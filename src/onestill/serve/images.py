@@ -236,7 +236,8 @@ async def _unless_gone(request: Request, future: Future[list[Picture]]) -> list[
     result = asyncio.wrap_future(future)
     watch = asyncio.create_task(gone())
     try:
-        await asyncio.wait({result, watch}, return_when=asyncio.FIRST_COMPLETED)
+        waiting: set[asyncio.Future[Any]] = {result, watch}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if not result.done():
             raise ApiError(400, "The client went away.", "client_gone")
         return result.result()
@@ -302,4 +303,5 @@ def _data(form: Generation, file: bytes) -> dict[str, str]:
 
 async def _file(server: Server, form: Generation, picture: Picture) -> bytes:
     quality = 95 if form.output_compression is None else form.output_compression
-    return await server.file_of(picture, KINDS[form.output_format or "png"], quality)
+    kind = KINDS[form.output_format or "png"]
+    return await server.signed(await server.file_of(picture, kind, quality), kind)

@@ -176,7 +176,8 @@ class Ledger:
                 statement = new.on_conflict_do_update(
                     index_elements=["account", "day"], set_={"pictures": total}, where=total <= daily
                 )
-                if pictures > daily or connection.execute(statement).rowcount != 1:
+                counted = statement.returning(_COUNTS.c.pictures)
+                if pictures > daily or connection.execute(counted).first() is None:
                     connection.rollback()
                     return False
         return True

@@ -204,7 +204,7 @@ class _Connection:
             except OnestillError as error:
                 refusal = to_api_error(error)
                 self._quota_used |= refusal.code == "insufficient_quota"
-                told = {"type": "error", "id": name, "error": error_object(refusal)}
+                told: dict[str, Any] = {"type": "error", "id": name, "error": error_object(refusal)}
                 if refusal.retry_after_s is not None:
                     told["retry_after_s"] = round(refusal.retry_after_s, 1)
                 await self._send(json.dumps(told))

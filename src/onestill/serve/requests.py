@@ -137,12 +137,12 @@ def forms_for(info: ModelInfo, bounds: Bounds) -> Forms:
     """The classes with the model's name, sizes and bounds filled in, so that the OpenAPI schema tells them."""
     sizes = ("auto", *(f"{width}x{height}" for height, width in info.sizes))
     # Something visible. Python, Rust and JavaScript differ in what else is white space.
-    prompt = (
+    prompt: Any = (
         Annotated[str, Field(min_length=1, max_length=bounds.prompt, pattern=r"[^\s\x00-\x1f\x7f-\x9f]")],
         Field(description="What to draw.", examples=["a red apple"]),
     )
     steps = (_whole_from(1, bounds.steps), Field(None, description="Null is the model's own."))
-    size = (Literal[sizes] | None, Field(None, description="Width x height in pixels."))
+    size: Any = (Literal[sizes] | None, Field(None, description="Width x height in pixels."))
 
     def made(base: type[Any], n: int, **more: Any) -> Any:
         count = (_whole_from(1, n), Field(None, description="How many pictures."))
@@ -150,7 +150,7 @@ def forms_for(info: ModelInfo, bounds: Bounds) -> Forms:
             base.__name__, __base__=base, prompt=prompt, n=count, size=size, num_inference_steps=steps, **more
         )
 
-    model = (Literal[info.name] | None, Field(None))  # type: ignore[valid-type] # known when the model is loaded
+    model = (Literal[info.name] | None, Field(None))
     return Forms(made(Generation, bounds.n, model=model), made(Edit, bounds.n, model=model), made(Live, bounds.live_n))
 
 

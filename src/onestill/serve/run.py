@@ -90,7 +90,11 @@ class _BoundedHttp(H11Protocol):
         self.loop.call_later(HEADERS_S, self._close_if_silent)
 
     def _close_if_silent(self) -> None:
-        if self.cycle is None and not self.transport.is_closing() and self.transport.get_protocol() is self:
+        if (
+            getattr(self, "cycle", None) is None
+            and not self.transport.is_closing()
+            and self.transport.get_protocol() is self
+        ):
             self.transport.close()
 
 
