@@ -10,8 +10,8 @@ import pytest
 
 import onestill
 from onestill.errors import (
-    EngineError,
     ImageError,
+    NotFiniteError,
     OnestillError,
     OutputError,
     PromptError,
@@ -288,5 +288,5 @@ def test_numbers_that_are_not_finite_are_no_picture(tiny_folder: Path, monkeypat
     pipe = load(tiny_folder)
     denoise = pipe.engine.denoise
     monkeypatch.setattr(pipe.engine, "denoise", lambda *inputs: denoise(*inputs) * np.float32("nan"))
-    with pytest.raises(EngineError, match="not finite"):
+    with pytest.raises(NotFiniteError, match="No picture came out"):
         pipe("a red apple", seed=1)
