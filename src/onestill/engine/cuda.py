@@ -328,7 +328,8 @@ def _captured(function: Callable[[], Any], pool: Any) -> Callable[[], Any]:
             function()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # Other threads may encode a picture meanwhile, which only they themselves must not do while capturing.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         outputs = function()
 
     def run() -> Any:

@@ -81,7 +81,7 @@ class OpenVinoEngine:
         inputs: dict[str, NDArray[Any]] = {"input_ids": tokens.ids}
         if self.info.use_attention_mask:
             inputs["attention_mask"] = tokens.mask
-        return Conditioning(states=self._parts["text_encoder"](inputs), tokens_cut=tokens.cut, words_cut=tokens.words_cut)
+        return Conditioning(self._parts["text_encoder"](inputs), tokens.cut, tokens.words_cut)
 
     def denoise(self, latents: NDArray[np.float32], timestep: int, conditioning: Conditioning) -> NDArray[np.float32]:
         """Latents [B, C, h, w] -> the network's output, of the same shape."""
