@@ -66,7 +66,7 @@ def export_sd(info: ModelInfo, folder: Path, *, weights: str = "float16") -> Pat
         module = load_components(info, "float16", None if info.loras else (name,))[name]
         configs[name] = module.config
         for part, (wrapped, examples) in _parts(name, module, info, is_decoder=name == decoder).items():
-            _write(wrapped, examples, target / part, weights if part not in ("time", "encoder") else "float32")
+            _write(wrapped, examples, target / part, weights if part != "time" else "float32")
         del module
     _write_configs(info, configs, folder)
     sizes = {file.name: file.stat().st_size for file in sorted(target.iterdir())}
