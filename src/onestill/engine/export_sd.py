@@ -234,8 +234,6 @@ def _feeds_product(node: Any) -> bool:
 
 def _write_configs(info: ModelInfo, configs: Mapping[str, Any], folder: Path) -> None:
     for name, config in configs.items():
-        if name == "tiny_vae":
-            continue
         path = folder / name / "config.json"
         path.parent.mkdir()
         values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
