@@ -96,6 +96,8 @@ class FastEngine(TorchEngine):
                         found.append(self._draw(job, slice(first, first + BATCHES[-1])))
             except MemoryError:
                 self._buckets.clear()  # their graphs hold what is missing
+                if self._graphed:
+                    torch.cuda.empty_cache()
                 raise
         return Drawn.joined(found)
 
