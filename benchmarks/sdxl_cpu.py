@@ -65,7 +65,8 @@ def main() -> None:
     for number in range(len(found)) if arguments.only is None else arguments.only:
         name, setting = found[number]
         print(name, file=sys.stderr, flush=True)
-        asked = replace(setting, pictures=arguments.pictures, warm_up=arguments.warm_up, threads=arguments.threads)
+        calls = {"pictures": arguments.pictures, "warm_up": arguments.warm_up, "repeats": 0}
+        asked = replace(setting, **calls, threads=arguments.threads)
         # Paths say where this machine keeps its cache, which is nobody's business.
         results[name] = measure_elsewhere(asked) | {"model": f"random-{arguments.kind}", "tiny_vae": None}
         report = {

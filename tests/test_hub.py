@@ -14,7 +14,7 @@ import pytest
 
 from onestill.checkpoint import describe, resolve
 from onestill.checkpoint.hub import wanted
-from onestill.errors import CheckpointError, MissingExtraError, ModelNotFoundError
+from onestill.errors import CheckpointError, ModelNotFoundError
 from tests.tiny_sd import tiny_sd
 
 REPO, COMMIT = "owner/tiny-turbo", "0123456789abcdef0123456789abcdef01234567"
@@ -76,7 +76,7 @@ def test_what_is_not_there_offline_is_one_sentence(cache: Path) -> None:
 
 def test_without_the_client_the_extra_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    with pytest.raises(MissingExtraError, match=r"onestill\[hub\]"):
+    with pytest.raises(ModelNotFoundError, match=r"no folder 'owner/tiny-turbo'.*onestill\[hub\]"):
         resolve(REPO)
 
 

@@ -88,6 +88,7 @@ def test_no_option_changes_the_picture(xl: Path, options: dict[str, Any]) -> Non
     assert np.abs(levels(load(xl)) - levels(fast(xl, **options))).max() <= LEVELS
 
 
+@pytest.mark.gpu  # on a CPU it takes minutes of compiling C++
 @pytest.mark.slow
 def test_compiled_blocks_draw_the_same_and_leave_a_cache(xl: Path) -> None:
     assert np.abs(levels(load(xl)) - levels(fast(xl, compile="regional"))).max() <= LEVELS

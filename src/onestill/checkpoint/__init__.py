@@ -78,7 +78,6 @@ def resolve(name_or_path: str | os.PathLike[str] = DEFAULT_MODEL) -> Path:
 
     Raises:
         ModelNotFoundError: there is no such name, path or id, or the Hub cannot be reached.
-        MissingExtraError: it is a Hub id, and the Hub's client is not installed.
         UnsafeFormatError: it is a pickle.
         CheckpointError: it is a file or folder, but no model.
     """

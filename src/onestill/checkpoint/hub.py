@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onestill.checkpoint.files import NETWORKS, check_contents, verify
-from onestill.errors import CheckpointError, ModelNotFoundError, require
+from onestill.errors import CheckpointError, MissingExtraError, ModelNotFoundError, require
 
 __all__ = ["fetch", "wanted"]
 
@@ -31,11 +31,17 @@ def fetch(name: str) -> Path:
         name: `owner/name`, or `owner/name@revision` with a branch, tag or commit.
 
     Raises:
-        MissingExtraError: the Hub's client is not installed.
-        ModelNotFoundError: it is not in the cache and cannot be downloaded; the sentence says why.
+        ModelNotFoundError: it is not in the cache and cannot be downloaded, or the Hub's client is not installed; the
+            sentence says which.
         CheckpointError: a file in the cache is damaged, or the model has no safetensors.
     """
-    hub, errors = require("huggingface_hub", "hub"), require("huggingface_hub.errors", "hub")
+    try:
+        hub, errors = require("huggingface_hub", "hub"), require("huggingface_hub.errors", "hub")
+    except MissingExtraError as error:
+        # More often a path that was mistyped than an id.
+        raise ModelNotFoundError(
+            f"There is no folder '{name}'; if it is a Hub id, pip install 'onestill[{error.extra}]'."
+        ) from error
     repo, _, revision = name.partition("@")
     folder = _cached(hub, errors, repo, revision or None)
     if folder is None:

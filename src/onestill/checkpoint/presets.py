@@ -39,16 +39,14 @@ class Preset:
 
 PRESETS: Mapping[str, Preset] = {
     # Sauer et al. 2023. Its own configs: SDXL Turbo by ancestral Euler, SD Turbo by Euler; one step is one step.
-    "turbo": Preset(1, 1.0, "euler_ancestral", "trailing", "epsilon"),
+    "turbo": Preset(1, 1.0, "euler_ancestral", "trailing"),
     # Lin, Wang and Yang 2024: 2, 4 or 8 steps; the one-step network gives x0 itself.
-    "lightning": Preset(4, 1.0, "euler", "trailing", "epsilon"),
+    "lightning": Preset(4, 1.0, "euler", "trailing"),
     "lightning-x0": Preset(1, 1.0, "euler", "trailing", "sample"),
     # Luo et al. 2023, both whole models and LoRAs.
-    "lcm": Preset(4, 1.0, "consistency", "lcm", "epsilon", unit_noise=True),
+    "lcm": Preset(4, 1.0, "consistency", "lcm", unit_noise=True),
     # Yin et al. 2024: four steps, or one that was trained at timestep 399.
-    "dmd2": Preset(
-        4, 1.0, "consistency", "trailing", "epsilon", unit_noise=True, timesteps={1: (399,), 4: (999, 749, 499, 249)}
-    ),
+    "dmd2": Preset(4, 1.0, "consistency", "trailing", unit_noise=True, timesteps={1: (399,), 4: (999, 749, 499, 249)}),
     # Not distilled: many steps with guidance.
     "base": Preset(25, 5.0, "dpmpp_2m", "leading", unit_noise=True),
 }

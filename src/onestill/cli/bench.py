@@ -159,6 +159,8 @@ def with_floor(setting: Setting, result: dict[str, Any]) -> dict[str, Any]:
     from onestill.checkpoint import Additions, describe, resolve
     from onestill.evaluate.floor import floor
 
+    if setting.threads is not None:
+        require("torch", "torch").set_num_threads(setting.threads)
     tiny = Additions(tiny_vae=Path(setting.tiny_vae) if setting.tiny_vae else None)
     info = describe(resolve(setting.model), tiny)
     counted = floor(

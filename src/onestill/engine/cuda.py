@@ -97,6 +97,8 @@ class FastEngine(TorchEngine):
                         found.append(self._draw(job, slice(first, first + BATCHES[-1])))
             except MemoryError:
                 self._buckets.clear()  # their graphs hold what is missing
+                if self._graphed:
+                    torch.cuda.empty_cache()
                 raise
         return Drawn.joined(found)
 
@@ -329,7 +331,8 @@ def _captured(function: Callable[[], Any], pool: Any) -> Callable[[], Any]:
             function()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # Other threads may encode a picture meanwhile, which only they themselves must not do while capturing.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         outputs = function()
 
     def run() -> Any:

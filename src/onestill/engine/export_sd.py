@@ -66,7 +66,7 @@ def export_sd(info: ModelInfo, folder: Path, *, weights: str = "float16") -> Pat
         module = load_components(info, "float16", None if info.loras else (name,))[name]
         configs[name] = module.config
         for part, (wrapped, examples) in _parts(name, module, info, is_decoder=name == decoder).items():
-            _write(wrapped, examples, target / part, weights if part not in ("time", "encoder") else "float32")
+            _write(wrapped, examples, target / part, weights if part != "time" else "float32")
         del module
     _write_configs(info, configs, folder)
     sizes = {file.name: file.stat().st_size for file in sorted(target.iterdir())}
@@ -234,8 +234,6 @@ def _feeds_product(node: Any) -> bool:
 
 def _write_configs(info: ModelInfo, configs: Mapping[str, Any], folder: Path) -> None:
     for name, config in configs.items():
-        if name == "tiny_vae":
-            continue
         path = folder / name / "config.json"
         path.parent.mkdir()
         values = config.to_dict() if hasattr(config, "to_dict") else dict(config)

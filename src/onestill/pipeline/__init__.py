@@ -138,15 +138,13 @@ class Pipeline:
         prepared = time.perf_counter()
 
         draw = self._draw_whole if hasattr(self.engine, "draw") else self._draw_in_steps
-        drawn = draw(plan, prompts, negatives, start, seeds, pause)
-        ended = time.perf_counter()
-        timings = Timings(
-            encode_ms=(prepared - started) * 1000 + drawn.encode_ms,
-            denoise_ms=drawn.denoise_ms,
-            decode_ms=drawn.decode_ms,
-            total_ms=(ended - started) * 1000,
-        )
+        parts = [slice(first, first + TOGETHER) for first in range(0, len(prompts), TOGETHER)]
+        drawn = Drawn.joined([draw(plan, prompts[part], negatives[part], start, seeds[part], pause) for part in parts])
         images = [PIL.Image.fromarray(one) for one in drawn.pictures]
+        encode_ms = (prepared - started) * 1000 + drawn.encode_ms
+        total_ms = (time.perf_counter() - started) * 1000
+        # Whatever else a call does, it does with pictures.
+        timings = Timings(encode_ms, drawn.denoise_ms, total_ms - encode_ms - drawn.denoise_ms, total_ms)
         notes = notes_on_words(prompts, drawn.tokens_cut, drawn.words_cut)
         if negative_prompt is not None and not self._guides(plan):
             notes.append(NEGATIVE_DID_NOTHING)
@@ -213,17 +211,12 @@ class Pipeline:
         words = self._encode(prompts)
         against = self._encode_negatives(negatives) if self._guides(plan) else None
         encoded = time.perf_counter()
-        latents = []
-        for first in range(0, len(prompts), TOGETHER):
-            part = slice(first, first + TOGETHER)
-            latents.append(
-                self._walk(plan, words[part], None if against is None else against[part], start, seeds[part], pause)
-            )
-        if not all(np.isfinite(some).all() for some in latents):
+        latents = self._walk(plan, words, against, start, seeds, pause)
+        if not np.isfinite(latents).all():
             raise NotFiniteError.of("the latents", self.engine.dtype)
         denoised = time.perf_counter()
         pause()
-        pictures = np.concatenate([self.engine.decode(some) for some in latents])
+        pictures = self.engine.decode(latents)
         ended = time.perf_counter()
         spent = (encoded - started, denoised - encoded, ended - denoised)
         return Drawn(pictures, words.tokens_cut, words.words_cut, *(1000 * seconds for seconds in spent))
@@ -295,24 +288,21 @@ class Pipeline:
         seeds: Sequence[int],
         pause: Callable[[], None],
     ) -> Drawn:
-        found: list[Drawn] = []
-        for first in range(0, len(prompts), TOGETHER):
-            pause()
-            part = slice(first, first + TOGETHER)
-            draw = noise_source(seeds[part], self._latent_shape(plan))
-            calls = len(plan.timesteps) if plan.sampler in DRAWING else 1
-            job = Job(
-                prompts[part],
-                negatives[part] if self._guides(plan) else None,
-                np.stack([draw(step) for step in range(calls)]),
-                start,
-                _time_ids(plan, len(prompts[part])),
-                plan.sampler,
-                plan.timesteps,
-                plan.guidance_scale,
-            )
-            found.append(self.engine.draw(job))  # type: ignore[attr-defined] # asked for before
-        return Drawn.joined(found)
+        pause()
+        draw = noise_source(seeds, self._latent_shape(plan))
+        calls = len(plan.timesteps) if plan.sampler in DRAWING else 1
+        job = Job(
+            prompts,
+            negatives if self._guides(plan) else None,
+            np.stack([draw(step) for step in range(calls)]),
+            start,
+            _time_ids(plan, len(prompts)),
+            plan.sampler,
+            plan.timesteps,
+            plan.guidance_scale,
+        )
+        drawn: Drawn = self.engine.draw(job)  # type: ignore[attr-defined] # asked for before
+        return drawn
 
 
 def _time_ids(plan: _Plan, count: int) -> NDArray[np.float32] | None:
