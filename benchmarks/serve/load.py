@@ -19,6 +19,7 @@ from typing import Any
 
 from websockets.asyncio.client import connect
 
+from benchmarks.serve import rival
 from benchmarks.serve.server import Process, lag_quantile, quantiles, running
 
 SENTENCES = (
@@ -174,6 +175,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rival", action="store_true", help="also Gradio with diffusers, which must be installed")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with running(["--batch", str(options.batch)]) as process:
@@ -183,6 +185,14 @@ def main() -> None:
         }
         status, seconds = process.stop()
         report["exit"] = {"status": status, "seconds": round(seconds, 2)}
+    if options.rival:
+        with rival.running() as port:
+            report["gradio alone"] = asyncio.run(
+                rival.load(port, 1, options.keys, min(15.0, options.seconds), SENTENCES, PAUSE_S)
+            )
+            report["gradio crowd"] = asyncio.run(
+                rival.load(port, options.typists, options.keys, options.seconds, SENTENCES, PAUSE_S)
+            )
     text = json.dumps(report, indent=2)
     print(text)
     if options.out:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -33,16 +36,29 @@ def test_sigterm_closes_the_sockets_and_answers_what_runs(tiny_folder: Path) -> 
     with running(["--model", str(tiny_folder), "--threads", "1"]) as process:
         answers: list[object] = []
         thread = threading.Thread(target=lambda: answers.append(process.draw(n=8, num_inference_steps=20)))
-        with connect(process.socket_url, compression=None, proxy=None) as socket:
-            assert json.loads(socket.recv(timeout=60))["type"] == "ready"
+        with connect(process.socket_url, compression=None, proxy=None) as live:
+            assert json.loads(live.recv(timeout=60))["type"] == "ready"
             thread.start()
             time.sleep(0.3)
             status, seconds = process.stop(signal.SIGTERM)
             with pytest.raises(ConnectionClosed) as closed:
-                socket.recv(timeout=20)
+                live.recv(timeout=20)
         thread.join(60)
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1012  # service restart: the page connects again
         assert len(answers) == 1
         assert (status, process.errors()) == (0, "")
         assert seconds < 10
+
+
+def test_a_thousand_idle_connections_keep_nobody_out(tiny_folder: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    try:
+        with running(["--model", str(tiny_folder), "--threads", "1"]) as process, contextlib.ExitStack() as open_ones:
+            for _ in range(1000):
+                open_ones.enter_context(socket.create_connection((process.host, process.port), timeout=20))
+            assert process.draw(seed=1)["data"]
+            assert process.stop(signal.SIGTERM)[0] == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -22,6 +22,16 @@ __all__ = ["doctor"]
 
 PACKAGES = {
     "base": ("numpy", "openvino", "Pillow", "rich", "safetensors", "typer"),
+    "serve": (
+        "fastapi",
+        "python-multipart",
+        "uvicorn",
+        "websockets",
+        "sqlalchemy",
+        "alembic",
+        "psycopg",
+        "c2pa-python",
+    ),
     "torch": ("accelerate", "diffusers", "peft", "torch", "transformers"),
     "train": ("tensorboard",),
 }

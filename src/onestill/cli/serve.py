@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from onestill.serve.access import Access
     from onestill.serve.provenance import Stamp
     from onestill.serve.safety import ImageFilter, PromptFilter
+    from onestill.serve.state import Server, Settings
 
 __all__ = ["Database", "KeysFile", "serve"]
 
@@ -70,43 +73,83 @@ def serve(
         Path | None, typer.Option("--sign-with", metavar="PEM", help="Sign pictures with this C2PA certificate chain.")
     ] = None,
     sign_key: Annotated[Path | None, typer.Option("--sign-key", metavar="PEM", help="The certificate's key.")] = None,
+    ray: Annotated[int, typer.Option("--ray", min=0, metavar="N", help="Run N replicas under Ray Serve.")] = 0,
+    ray_gpus: Annotated[float, typer.Option("--ray-gpus", min=0, metavar="X", help="GPUs of each replica.")] = 0.0,
     metrics_for_all: Annotated[
         bool, typer.Option("--metrics-for-all", help="Tell /metrics to every address, not only to this machine's.")
     ] = False,
 ) -> None:
     """Serve the page, the realtime socket and the images API, until Ctrl-C."""
-    daily = parse_daily(trial_limit)
-    from onestill.checkpoint import describe, resolve
-    from onestill.pipeline import load
     from onestill.serve.run import listen, run
     from onestill.serve.scheduler import Limits
-    from onestill.serve.state import Server, Settings
+    from onestill.serve.state import Settings
 
-    info = describe(resolve(model))
-    words, looks = filters(info, blocked, image_filter, no_filter)
+    daily = parse_daily(trial_limit)
     settings = Settings(
         hosts=tuple(allow_host or ()),
         origins=tuple(allow_origin or ()),
         limits=Limits(waiting=queue, waiting_each=max(10, queue // 2), batch=batch),
         metrics_for_all=metrics_for_all,
-        prompt_filter=words,
-        image_filter=looks,
-        stamp=stamp(sign_with, sign_key),
     )
+    hooks = Hooks(blocked, image_filter, no_filter, sign_with, sign_key)
+    build = partial(
+        built,
+        settings,
+        hooks,
+        {"model": model, "engine": engine, "device": device, "dtype": dtype, "threads": threads},
+        {"database": database, "keys": keys, "daily": daily},
+    )
+    check(settings, hooks, model)
     with listen(host, port) as bound:
-        access = opened_access(database, keys, daily)
-        if access.trial is None and not is_loopback(host):
+        found_host, found_port = bound.getsockname()[:2]
+        shown = f"[{found_host}]" if ":" in found_host else found_host
+
+        def ready() -> None:
+            print(f"onestill draws at http://{shown}:{found_port}/ (Ctrl-C ends it)", flush=True)
+
+        opened_access(database, keys, daily).close()
+        if daily is None and keys is None and database is None and not is_loopback(host):
             note("anyone who reaches this address can draw; --trial-limit and --keys set limits")
-        pipe = load(model, engine=engine, device=device, dtype=dtype, threads=threads)
-        pipe("a red apple", num_images_per_prompt=2 * batch)  # compiles or loads what the first users would wait for
-        at, found_port = bound.getsockname()[:2]
-        shown = f"[{at}]" if ":" in at else at
-        run(
-            Server(pipe, settings, access),
-            bound,
-            trusted_proxies=trust_proxy,
-            ready=lambda: print(f"onestill draws at http://{shown}:{found_port}/ (Ctrl-C ends it)", flush=True),
-        )
+        if not ray:
+            run(build(), bound, trusted_proxies=trust_proxy, ready=ready)
+            return
+    if trust_proxy is not None:
+        raise OnestillError("--trust-proxy cannot be used with --ray: Ray's own proxy stands in between.")
+    require("ray.serve", "ray")
+    from onestill.serve.ray import run_on_ray
+
+    run_on_ray(build, settings, replicas=ray, gpus=ray_gpus, host=host, port=found_port, ready=ready)
+
+
+class Hooks(NamedTuple):
+    """What else decides on a picture: the options of these names."""
+
+    blocked: Path | None
+    image_filter: str | None
+    no_filter: bool
+    sign_with: Path | None
+    sign_key: Path | None
+
+
+def check(settings: Settings, hooks: Hooks, model: str) -> Settings:
+    """The settings with the hooks in them; what is wrong with the model or a hook is said before anything starts."""
+    from onestill.checkpoint import describe, resolve
+
+    words, looks = filters(describe(resolve(model)), hooks.blocked, hooks.image_filter, hooks.no_filter)
+    signs = stamp(hooks.sign_with, hooks.sign_key)
+    return replace(settings, prompt_filter=words, image_filter=looks, stamp=signs)
+
+
+def built(settings: Settings, hooks: Hooks, model: dict[str, Any], access: dict[str, Any]) -> Server:
+    """A server, its model loaded and warm. Under Ray this runs in each replica, so its arguments can be pickled."""
+    from onestill.pipeline import load
+    from onestill.serve.state import Server
+
+    settings = check(settings, hooks, model["model"])
+    pipe = load(**model)
+    # Compiles or loads what the first users would wait for.
+    pipe("a red apple", num_images_per_prompt=2 * settings.limits.batch)
+    return Server(pipe, settings, opened_access(**access))
 
 
 def parse_daily(text: str | None) -> int | None:

@@ -17,6 +17,11 @@ from onestill.errors import OnestillError
 from onestill.serve.app import create_app
 from onestill.serve.state import Server
 
+try:
+    import resource
+except ImportError:  # Windows, where there is no such limit
+    resource = None  # type: ignore[assignment]
+
 __all__ = ["listen", "make_server", "run"]
 
 HEADERS_S = 10.0  # a connection that has not asked anything by then is closed
@@ -54,6 +59,7 @@ def run(
         trusted_proxies: addresses, with commas, whose word on who the client is counts.
         ready: called when connections are accepted.
     """
+    _allow_connections()
     make_server(server, trusted_proxies=trusted_proxies, ready=ready).run(sockets=[bound])
 
 
@@ -80,6 +86,18 @@ def make_server(
         timeout_graceful_shutdown=GRACE_S,
     )
     return _Running(config, server, ready)
+
+
+def _allow_connections() -> None:
+    """Raise the number of open files to what the bound on connections needs, as far as the system lets."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTIONS + 200
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class _BoundedHttp(H11Protocol):

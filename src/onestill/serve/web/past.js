@@ -50,11 +50,11 @@ export class Past {
     const [item, button, image, words] = ["li", "button", "img", "span"].map((name) => document.createElement(name));
     button.type = "button";
     image.src = entry.picture;
-    image.alt = t("restore", entry);
+    image.alt = t("restore", { prompt: [entry.prompt, entry.style].filter(Boolean).join(", "), seed: entry.seed });
     image.loading = "lazy";
     button.append(image);
     button.addEventListener("click", () => this.restore(entry));
-    words.textContent = entry.prompt;
+    words.textContent = [entry.prompt, entry.style].filter(Boolean).join(", ");
     words.setAttribute("aria-hidden", "true"); // the button says it
     item.append(button, words);
     return item;

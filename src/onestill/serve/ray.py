@@ -1,0 +1,102 @@
+"""Several replicas of one server under Ray Serve, on one machine or many. Needs `[ray]`.
+
+Each replica is the whole server, with its own model and scheduler; what they share is the database. Ray's proxy sends a
+request to the replica with the fewest, and a socket stays where it was accepted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+
+from onestill.errors import OnestillError, require
+from onestill.serve.app import create_app
+from onestill.serve.state import Server, Settings
+
+__all__ = ["run_on_ray"]
+
+NAME = "onestill"
+DRAIN_S = 4.0  # for what a replica was asked before it goes
+DEAD = ("the model's thread ended", "the engine does not answer")  # what only a new replica puts right
+
+_servers: list[Server] = []  # of this process, when it is a replica
+
+
+def run_on_ray(
+    build: Callable[[], Server],
+    settings: Settings,
+    *,
+    replicas: int,
+    gpus: float,
+    host: str,
+    port: int,
+    ready: Callable[[], None],
+) -> None:
+    """Deploy and serve until SIGTERM or Ctrl-C; then drain the replicas and take them down.
+
+    Joins the Ray cluster that `RAY_ADDRESS` names, else starts one on this machine, without its dashboard.
+
+    Args:
+        build: makes a replica's server, in the replica's process; it must be possible to pickle it.
+        settings: its bounds say how much a replica is given at once.
+        replicas: how many.
+        gpus: of each, such as 0.5; 0 for none.
+        host, port: where Ray's proxy listens.
+        ready: called when all replicas answer.
+
+    Raises:
+        OnestillError: Ray is not installed, or a replica does not start.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray: Any = require("ray", "ray")
+    serve: Any = require("ray.serve", "ray")
+    stop = threading.Event()
+    try:
+        ray.init(include_dashboard=None if "RAY_ADDRESS" in os.environ else False, log_to_driver=False)
+        # After Ray, which has handlers of its own that end the process at once.
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, lambda *_: stop.set())
+        serve.start(http_options={"host": host, "port": port})
+        try:
+            serve.run(_deployment(serve, build, settings, replicas, gpus), name=NAME, route_prefix="/")
+        except RuntimeError as error:
+            raise OnestillError("Ray could not start the replicas; 'ray status' and its logs say why.") from error
+        if not stop.is_set():
+            ready()
+            stop.wait()
+    finally:
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
+
+
+def _deployment(serve: Any, build: Callable[[], Server], settings: Settings, replicas: int, gpus: float) -> Any:
+    def app() -> FastAPI:
+        server = build()
+        _servers.append(server)
+        return create_app(server)
+
+    class Replica:
+        def check_health(self) -> None:
+            """Raise where only a new replica helps; Ray then replaces this one."""
+            for server in _servers:
+                if server.scheduler.why_not_ready() in DEAD:
+                    raise RuntimeError("the replica is stuck")
+
+    options = {
+        "name": NAME,
+        "num_replicas": replicas,
+        # A socket is an ongoing request for as long as it is open.
+        "max_ongoing_requests": settings.bounds.live + settings.limits.waiting,
+        "max_queued_requests": settings.limits.waiting,
+        "graceful_shutdown_timeout_s": DRAIN_S,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "health_check_period_s": 2,
+        "ray_actor_options": {"num_cpus": 1 / replicas, "num_gpus": gpus},
+    }
+    return serve.deployment(**options)(serve.ingress(app)(Replica)).bind()
