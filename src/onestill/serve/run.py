@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,11 +17,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from onestill.errors import OnestillError
 from onestill.serve.app import create_app
 from onestill.serve.state import Server
-
-try:
-    import resource
-except ImportError:  # Windows, where there is no such limit
-    resource = None  # type: ignore[assignment]
 
 __all__ = ["listen", "make_server", "run"]
 
@@ -90,8 +86,10 @@ def make_server(
 
 def _allow_connections() -> None:
     """Raise the number of open files to what the bound on connections needs, as far as the system lets."""
-    if resource is None:
+    if sys.platform == "win32":  # which has no such limit
         return
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = CONNECTIONS + 200
     if hard != resource.RLIM_INFINITY:
