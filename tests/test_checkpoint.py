@@ -170,7 +170,9 @@ def test_weights_with_something_behind_them_are_refused(folder: Path) -> None:
         verify(folder)
 
 
-@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "openvino/unet.xml", "unet/config.json"])
+@pytest.mark.parametrize(
+    "name", ["unet/diffusion_pytorch_model.safetensors", "openvino/unet.xml.gz", "unet/config.json"]
+)
 def test_one_changed_byte_is_found(folder: Path, name: str) -> None:
     verify(folder, contents=True)
     content = bytearray((folder / name).read_bytes())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_weights_that_the_graphs_were_not_made_from_are_refused(folder: Path, ow
         OpenVinoEngine(describe(folder))
 
 
-@pytest.mark.parametrize("name", ["index.json", "unet.xml", "decoder.bin"])
+@pytest.mark.parametrize("name", ["index.json", "unet.xml.gz", "decoder.bin"])
 def test_a_missing_part_is_named(folder: Path, own_place: Path, name: str) -> None:
     (folder / "openvino" / name).unlink()
     with pytest.raises(CheckpointError, match=name):
@@ -89,12 +90,14 @@ def test_a_missing_part_is_named(folder: Path, own_place: Path, name: str) -> No
 
 
 def test_a_spoilt_graph_or_index_is_refused(folder: Path, own_place: Path) -> None:
-    graph = folder / "openvino" / "unet.xml"
-    content = graph.read_text()
-    graph.write_text(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match=r"unet\.xml"):
-        OpenVinoEngine(describe(folder))
-    graph.write_text(content)
+    graph = folder / "openvino" / "unet.xml.gz"
+    content = graph.read_bytes()
+    half = gzip.compress(gzip.decompress(content)[: len(content)])
+    for spoilt in (content[: len(content) // 2], b"no gzip", half):
+        graph.write_bytes(spoilt)
+        with pytest.raises(CheckpointError, match=r"unet\.xml"):
+            OpenVinoEngine(describe(folder))
+    graph.write_bytes(content)
     index = folder / "openvino" / "index.json"
     index.write_text(index.read_text().replace('"format": 2', '"format": 99'))
     with pytest.raises(CheckpointError, match="another version"):

@@ -12,6 +12,7 @@ Write the model card and notices before the manifest, which lists every file.
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 import shutil
 import tempfile
@@ -276,7 +277,7 @@ def _write_part(module: torch.nn.Module, examples: dict[str, torch.Tensor], path
         whole = Path(scratch) / "whole.xml"
         openvino.serialize(model, str(whole), str(whole.with_suffix(".bin")))
         graph, rest = point_into_weights(whole.read_text(), whole.with_suffix(".bin").read_bytes(), weights)
-    path.with_suffix(".xml").write_text(graph)
+    path.with_suffix(".xml.gz").write_bytes(gzip.compress(graph.encode(), mtime=0))
     path.with_suffix(".bin").write_bytes(rest)
 
 

@@ -1,8 +1,8 @@
 """OpenVINO's form of a model, kept without a second copy of the weights.
 
 OpenVINO stores a network as an `.xml` graph whose constants point, by offset and size, into one file of raw bytes. A
-safetensors file is a header and then raw bytes too, and the network's weights are the same ones. So the graphs here
-point into a space that is never stored as one file:
+safetensors file is a header and then raw bytes too, and the network's weights are the same ones. So the graphs here,
+gzipped to a twentieth, point into a space that is never stored as one file:
 
     [ the component's safetensors file | zeros up to a multiple of 64 | part.bin, the few constants not found in it ]
 
@@ -12,10 +12,12 @@ offsets and the constants in `part.bin` hold for no other file.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
 import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +54,7 @@ class PartFiles:
     """Where one part of a model lies.
 
     Attributes:
-        graph: the `.xml`.
+        graph: the gzipped `.xml`.
         rest: the `.bin` with what is not among the weights.
         weights: the component's safetensors file.
         weights_bytes: the size that file must have.
@@ -85,11 +87,13 @@ class PartFiles:
             CheckpointError: a file is missing, or the weights are not those that the graph was made from.
         """
         try:
-            graph, rest = self.graph.read_bytes(), self.rest.read_bytes()
+            graph, rest = gzip.decompress(self.graph.read_bytes()), self.rest.read_bytes()
             start = _aligned(self.weights_bytes)
             space = np.zeros(start + len(rest), dtype=np.uint8)
             with self.weights.open("rb") as file:
                 found = file.readinto(space[: self.weights_bytes].data) + len(file.read(1))
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise CheckpointError(f"'{self.graph}' is damaged; copy the whole model again.") from error
         except OSError as error:
             raise CheckpointError(f"'{error.filename}' cannot be read; copy the whole model again.") from error
         if found != self.weights_bytes or sha256(self.weights) != self.weights_sha256:
@@ -113,7 +117,7 @@ def read_index(folder: Path) -> dict[str, PartFiles]:
     try:
         return {
             part: PartFiles(
-                graph=folder / FOLDER / f"{part}.xml",
+                graph=folder / FOLDER / f"{part}.xml.gz",
                 rest=folder / FOLDER / f"{part}.bin",
                 weights=folder / component / Path(str(index["parts"][part]["weights"])).name,
                 weights_bytes=int(index["parts"][part]["size"]),
