@@ -7,7 +7,6 @@ the same database. Every picture that arrived must have been counted, and nothin
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import tempfile
 import threading
@@ -16,7 +15,7 @@ import urllib.error
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serve.server import Process, running
+from benchmarks.serve.server import Process, running, tell
 from onestill.serve.ledger import Ledger
 
 CLIENTS = 6
@@ -104,10 +103,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report = rounds(f"sqlite:///{folder}/serve.db", options.times, options.seconds, [])
-    text = json.dumps(report, indent=2)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    tell(report, options.out)
 
 
 if __name__ == "__main__":

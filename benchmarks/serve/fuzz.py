@@ -24,7 +24,7 @@ import PIL.Image
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
-from benchmarks.serve.server import Process, running
+from benchmarks.serve.server import Process, running, tell
 
 HANG_S = 60.0
 VALUES: tuple[Any, ...] = (
@@ -209,10 +209,7 @@ def main() -> None:
     with running(["--model", options.model]) as process:
         report = fuzz(process, options.messages, options.seed)
         report["exit_status"] = process.stop()[0]
-    text = json.dumps(report, indent=2)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    tell(report, options.out)
 
 
 if __name__ == "__main__":

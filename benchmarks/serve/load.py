@@ -20,7 +20,7 @@ from typing import Any
 from websockets.asyncio.client import connect
 
 from benchmarks.serve import rival
-from benchmarks.serve.server import Process, lag_quantile, quantiles, running
+from benchmarks.serve.server import Process, lag_quantile, quantiles, running, tell
 
 SENTENCES = (
     "a red apple, fluent 3d emoji",
@@ -193,10 +193,7 @@ def main() -> None:
             report["gradio crowd"] = asyncio.run(
                 rival.load(port, options.typists, options.keys, options.seconds, SENTENCES, PAUSE_S)
             )
-    text = json.dumps(report, indent=2)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    tell(report, options.out)
 
 
 if __name__ == "__main__":

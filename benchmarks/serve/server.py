@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 START_S = 300
@@ -98,3 +99,11 @@ def lag_quantile(metrics: dict[str, float], before: dict[str, float], share: flo
             found[float(match[1])] = value - before.get(name, 0)
     total = max(found.values())
     return min(bound for bound, n in found.items() if n >= share * total)
+
+
+def tell(report: dict[str, Any], out: Path | None) -> None:
+    """Print a report as JSON, and write it to `out` where that is given."""
+    text = json.dumps(report, indent=2)
+    print(text)
+    if out:
+        out.write_text(text + "\n")

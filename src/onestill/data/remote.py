@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import urllib.error
@@ -11,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from onestill.checkpoint import sha256
 from onestill.errors import DataError, require
 
 CHUNK = 1 << 20
@@ -55,7 +55,7 @@ def fetch(url: str, folder: Path, hashes: Mapping[str, str] | None = None) -> Pa
         raise DataError(f"'{url}' cannot be had: the server says {error.code} {error.reason}.") from error
     except (urllib.error.URLError, ConnectionError, TimeoutError, FileNotFoundError, PermissionError) as error:
         raise DataError(f"'{url}' cannot be had ({error}): try again, and it goes on where it stopped.") from error
-    if hashes is not None and _sha256(partial) != hashes[name]:
+    if hashes is not None and sha256(partial) != hashes[name]:
         partial.unlink()
         raise DataError(f"'{name}' is not what its SHA-256 says: the copy is deleted; look at where it comes from.")
     os.replace(partial, path)
@@ -103,11 +103,3 @@ def _from_store(url: str, partial: Path) -> None:
 def _copy(source: IO[bytes] | Any, into: IO[bytes]) -> None:
     while chunk := source.read(CHUNK):
         into.write(chunk)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

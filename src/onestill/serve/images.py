@@ -23,12 +23,11 @@ from onestill.errors import OnestillError
 from onestill.serve.access import Visitor
 from onestill.serve.envelope import ApiError, ErrorBody, error_object, from_validation, to_api_error
 from onestill.serve.jobs import Job, Picture
-from onestill.serve.requests import Edit, Generation, job_of, read_upload
+from onestill.serve.requests import KINDS, Edit, Generation, job_of, read_upload
 from onestill.serve.state import Server
 
 __all__ = ["router_for"]
 
-KINDS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "Something in the request is wrong; the message names it."},
     401: {"model": ErrorBody, "description": "A key is needed, or the one that was sent is not valid."},

@@ -23,7 +23,7 @@ from onestill.errors import OnestillError
 from onestill.serve.access import Visitor
 from onestill.serve.envelope import ApiError, error_object, from_validation, to_api_error
 from onestill.serve.jobs import Job, Picture, Superseded
-from onestill.serve.requests import LARGEST_SEED, Bounds, Live, job_of, read_upload
+from onestill.serve.requests import KINDS, LARGEST_SEED, Bounds, Live, job_of, read_upload
 from onestill.serve.state import Server
 
 __all__ = ["converse", "packed", "unpacked"]
@@ -33,7 +33,6 @@ KEY_PROTOCOL = "onestill.key."
 UNANSWERED = 32  # messages whose answers are not sent yet; beyond that no more are read
 SEND_S = 20.0  # a client that takes nothing for so long is cut off
 DEFAULT_QUALITY = 85
-KINDS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 
 
 def packed(header: Mapping[str, Any], data: bytes) -> bytes:

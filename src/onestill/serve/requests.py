@@ -16,10 +16,10 @@ from onestill.checkpoint import ModelInfo
 from onestill.serve.envelope import ApiError
 from onestill.serve.jobs import Job
 
-__all__ = ["Bounds", "Edit", "Forms", "Generation", "Live", "forms_for", "job_of", "read_upload"]
+__all__ = ["KINDS", "Bounds", "Edit", "Forms", "Generation", "Live", "forms_for", "job_of", "read_upload"]
 
 LARGEST_SEED = 2**53 - 1  # what JavaScript can count to
-UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP")
+KINDS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}  # a picture's formats, in and out, by their names in requests
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def read_upload(data: bytes, most_px: int) -> Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of sizes that are checked here
-            with PIL.Image.open(io.BytesIO(data), formats=UPLOAD_FORMATS) as picture:
+            with PIL.Image.open(io.BytesIO(data), formats=tuple(KINDS.values())) as picture:
                 width, height = picture.size
                 if width * height > most_px or max(width, height) > 64 * min(width, height):
                     raise PIL.Image.DecompressionBombError
