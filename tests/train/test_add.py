@@ -59,6 +59,7 @@ KINDS: list[dict[str, Any]] = [
     {"feature_network": "both"},
     {"feature_network": "tower", "weighting": "sds", "teacher_guidance": 3.0},
     {"feature_network": "teacher", "condition_on_text": False, "condition_on_image": False},
+    {"feature_network": "teacher", "latents_too": True, "head_blocks": 2},
     {"feature_network": "tower", "adversarial_space": "pixels", "tower": "pixels", "distillation_space": "pixels"},
     {"feature_network": "vit", "distillation_space": "pixels", "crop": 2, "weighting": "nfsd", "misaligned": 1.0,
      "augment": ["colour", "translation", "cutout"], "condition_on_image": True, "vit_size": 8},

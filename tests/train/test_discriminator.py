@@ -99,7 +99,7 @@ def test_spectral_norm_holds_every_layer() -> None:
     for _ in range(30):
         network(taps(), HeadCondition(*conditions()))  # power iterations
     for head in network.heads:
-        for layer in (head.enter, head.mix, head.judge, head.text, head.image):
+        for layer in (head.enter, *head.mix, head.judge, head.text, head.image):
             norm = torch.linalg.matrix_norm(layer.weight.flatten(1), 2)  # type: ignore[union-attr, operator]
             assert norm.item() == pytest.approx(1, abs=0.05)
 
@@ -121,3 +121,15 @@ def test_the_noise_level_is_a_condition_of_its_own() -> None:
     embedded = level_embedding(torch.tensor([0, 999]))
     assert embedded.shape == (2, LEVEL_WIDTH)
     torch.testing.assert_close(embedded[0], torch.cat([torch.ones(32), torch.zeros(32)]))
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_each_block_lets_a_logit_see_one_place_further(blocks: int) -> None:
+    torch.manual_seed(0)
+    head = Discriminator((6,), 16, 0, 0, blocks=blocks).heads[0].eval()
+    head.norm = torch.nn.Identity()  # its statistics are those of the whole grid
+    feature = torch.randn(1, 81, 6, requires_grad=True)
+    head(feature, HeadCondition())[0, 40].backward()  # the middle of 9 x 9
+    assert feature.grad is not None
+    seen = feature.grad.abs().sum(2).view(9, 9).nonzero()
+    assert (seen.max(0).values - seen.min(0).values).tolist() == [2 * blocks, 2 * blocks]

@@ -12,6 +12,7 @@ from onestill.train.conditioning import Condition, pool
 from onestill.train.denoiser import Denoiser, load_unet, training_schedule
 from onestill.train.features import (
     FeatureNetwork,
+    LatentFeatures,
     TeacherFeatures,
     Tower,
     TowerFeatures,
@@ -51,6 +52,7 @@ def networks(parts: Path) -> list[tuple[FeatureNetwork, torch.Tensor]]:
         (TowerFeatures(parts / "latents", (0, 1, 3)), latents),
         (TowerFeatures(parts / "pixels", (0, 2, 4)), torch.randn(3, 3, 32, 32)),
         (teacher_features(parts), latents),
+        (LatentFeatures(CHANNELS), latents),
         (ViTFeatures(parts / "dinov2", (0, 1, 2), 24), torch.rand(3, 3, 32, 32) * 2 - 1),
         (ViTFeatures(parts / "vit", (2,), 16, add_class_token=False), torch.rand(3, 3, 12, 12) * 2 - 1),
         (ViTFeatures(parts / "clip", (0, 2), 32), torch.rand(3, 3, 32, 32) * 2 - 1),
@@ -69,6 +71,8 @@ def test_taps_are_tokens_on_a_square_grid_of_the_widths_told(parts: Path) -> Non
 
 def test_gradients_flow_through_to_the_input_and_stay_out_of_the_weights(parts: Path) -> None:
     for network, x in networks(parts):
+        if isinstance(network, LatentFeatures):
+            continue  # it has no weights
         inner = next(getattr(network, name) for name in ("tower", "model", "denoiser") if hasattr(network, name))
         inner = getattr(inner, "unet", inner)
         before = {name: value.clone() for name, value in inner.state_dict().items()}
@@ -178,3 +182,12 @@ def test_what_is_no_vit(parts: Path) -> None:
         ViTFeatures(parts / "dinov2", (5,), 16)
     with pytest.raises(CheckpointError, match="is no multiple"):
         ViTFeatures(parts / "dinov2", (0,), 18)
+
+
+def test_each_of_the_teachers_levels_is_tapped_before_the_grid_is_halved(parts: Path) -> None:
+    network = teacher_features(parts)
+    blocks = network.denoiser.unet.down_blocks
+    fine = [SIZE // 2 ** sum(block.downsamplers is not None for block in blocks[:k]) for k in range(len(blocks))]
+    counts = [tap.shape[1] for tap in network.taps(torch.randn(1, CHANNELS, SIZE, SIZE))]
+    assert counts == [side * side for side in (*fine, fine[-1])]
+    assert counts[0] == SIZE * SIZE > counts[-1]

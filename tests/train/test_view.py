@@ -62,6 +62,14 @@ def test_latents_are_rolled_and_pictures_decoded(parts: Path) -> None:
     assert view._seen(latents).shape == (4, 3, 8 * SIZE, 8 * SIZE)
 
 
+def test_one_more_head_sees_the_latents_as_they_are(parts: Path) -> None:
+    plain, _, _ = new(parts, feature_network="teacher")
+    method, view, latents = new(parts, feature_network="teacher", latents_too=True)
+    assert method.views.widths == [*plain.views.widths, CHANNELS]
+    last = view(latents, condition(latents_batch()))[-1]
+    assert torch.equal(last, torch.roll(latents, view._shift, (2, 3)).flatten(2).transpose(1, 2))
+
+
 def test_noise_levels_lie_where_the_recipe_says(parts: Path) -> None:
     method, view, latents = new(parts, feature_network="teacher", feature_low=100, feature_high=110)
     assert view.at.min() >= 100

@@ -34,12 +34,18 @@ class HeadCondition:
 
 
 class Head(nn.Module):
-    """Tokens [B, N, D] and a condition -> logits [B, N]. A width of 0 leaves that part of the condition out."""
+    """Tokens [B, N, D] and a condition -> logits [B, N]. A width of 0 leaves that part of the condition out.
 
-    def __init__(self, width: int, hidden: int, text_width: int, image_width: int, level_width: int = 0) -> None:
+    `blocks` residual convolutions of 3x3 stand between the tokens and the logits: each lets a logit see one place more
+    in every direction.
+    """
+
+    def __init__(
+        self, width: int, hidden: int, text_width: int, image_width: int, level_width: int = 0, blocks: int = 1
+    ) -> None:
         super().__init__()
         self.enter = spectral_norm(nn.Conv2d(width, hidden, 1))
-        self.mix = spectral_norm(nn.Conv2d(hidden, hidden, 3, padding=1))
+        self.mix = nn.ModuleList(spectral_norm(nn.Conv2d(hidden, hidden, 3, padding=1)) for _ in range(blocks))
         self.norm = nn.GroupNorm(8, hidden)
         self.judge = spectral_norm(nn.Conv2d(hidden, 1, 1))
         self.text = spectral_norm(nn.Linear(text_width, hidden)) if text_width else None
@@ -51,7 +57,8 @@ class Head(nn.Module):
         side = int(count**0.5)
         x = feature.transpose(1, 2).reshape(batch, width, side, side)
         x = F.leaky_relu(self.norm(self.enter(x)), 0.2)
-        x = (x + F.leaky_relu(self.mix(x), 0.2)) * 0.5**0.5  # [B, hidden, side, side]
+        for mix in self.mix:
+            x = (x + F.leaky_relu(mix(x), 0.2)) * 0.5**0.5  # [B, hidden, side, side]
         logits = self.judge(x).flatten(1)  # [B, N]
         told = ((self.text, condition.text), (self.image, condition.image), (self.level, condition.level))
         for project, part in told:
@@ -65,10 +72,18 @@ class Discriminator(nn.Module):
     """A head for each tap. `text_width`, `image_width` or `level_width` 0 leaves that part of the condition out."""
 
     def __init__(
-        self, widths: Sequence[int], hidden: int, text_width: int, image_width: int, level_width: int = 0
+        self,
+        widths: Sequence[int],
+        hidden: int,
+        text_width: int,
+        image_width: int,
+        level_width: int = 0,
+        blocks: int = 1,
     ) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(Head(width, hidden, text_width, image_width, level_width) for width in widths)
+        self.heads = nn.ModuleList(
+            Head(width, hidden, text_width, image_width, level_width, blocks) for width in widths
+        )
 
     def forward(self, taps: Sequence[Tensor], condition: HeadCondition) -> list[Tensor]:
         """Taps [B, N_k, D_k] -> logits [B, N_k] for each head."""

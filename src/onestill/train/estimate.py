@@ -94,7 +94,7 @@ def _uses(options: Any, beside: Path) -> tuple[list[Use], dict[str, int]]:
     asks = {"nfsd": 3.0}.get(options.weighting, options.teacher_steps * (2.0 if options.teacher_guidance > 1 else 1.0))
     uses.append(Use("teacher", size, asks if options.lambda_distill else 0, 0, forward))
     seen, widths = _features(options, unet, x, told, beside, recompute)
-    heads = Discriminator(widths, options.head_width, unet.config["cross_attention_dim"], 0)
+    heads = Discriminator(widths, options.head_width, unet.config["cross_attention_dim"], 0, blocks=options.head_blocks)
     trained["discriminator"] = _size(heads)
     return [*uses, *seen, Use("discriminator", _size(heads), 0, 0, 0)], trained
 
@@ -113,6 +113,8 @@ def _features(
 
         uses.append(Use("teacher features", 0, 2, 1 + recompute, _operations(look), _kept(look, unet)))
         widths += features.widths
+    if options.latents_too:
+        widths.append(x.shape[1])
     pixels = options.feature_network == "vit" or "pixels" in (options.adversarial_space, options.distillation_space)
     if pixels:
         vae = _vae(

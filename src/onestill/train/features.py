@@ -240,8 +240,25 @@ def _normalisation(folder: Path) -> tuple[Tensor, Tensor]:
     return torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(deviation).view(1, 3, 1, 1)
 
 
+class LatentFeatures:
+    """Nothing between the heads and the latents: one tap, the latents themselves, with every edge as sharp as it is."""
+
+    def __init__(self, channels: int) -> None:
+        self.widths = (channels,)
+        self.embedding_width = channels
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LatentFeatures:
+        return self  # there are no weights
+
+    def taps(self, x: Tensor) -> list[Tensor]:
+        return [tokens(x)]
+
+    def embed(self, x: Tensor) -> Tensor:
+        return tokens(x).mean(1)
+
+
 class TeacherFeatures:
-    """The teacher's own encoder on re-noised latents: after each of its down blocks and its middle block.
+    """The teacher's own encoder on re-noised latents: each down block before it halves the grid, and the middle block.
 
     Args:
         denoiser: the frozen teacher with its schedule.
@@ -284,7 +301,8 @@ class TeacherFeatures:
         hidden, taps = unet.conv_in(x), []
         for block in unet.down_blocks:
             text = {"encoder_hidden_states": told.text} if getattr(block, "has_cross_attention", False) else {}
-            hidden, _ = block(hidden_states=hidden, temb=emb, **text)
-            taps.append(tokens(hidden).float())
+            hidden, states = block(hidden_states=hidden, temb=emb, **text)
+            # The last state of a block that halves the grid is what it hands on; the one before is as fine as its input.
+            taps.append(tokens(states[-1 if block.downsamplers is None else -2]).float())
         taps.append(tokens(unet.mid_block(hidden, emb, encoder_hidden_states=told.text)).float())
         return taps

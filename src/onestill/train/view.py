@@ -20,7 +20,7 @@ from onestill.train.augment import KINDS, Augmentation
 from onestill.train.conditioning import Condition, LatentSpace
 from onestill.train.denoiser import Denoiser
 from onestill.train.draw import Draw
-from onestill.train.features import FeatureNetwork, TeacherFeatures, TowerFeatures, ViTFeatures
+from onestill.train.features import FeatureNetwork, LatentFeatures, TeacherFeatures, TowerFeatures, ViTFeatures
 from onestill.train.recipe import option
 
 
@@ -29,14 +29,15 @@ class ViewOptions:
     """What the heads look through, at what, and how it is changed at random.
 
     `feature_network`: `tower` is our contrastive image tower, `vit` any vision transformer of transformers (DINOv2),
-    `teacher` the teacher's own features on noised latents, `both` is tower and teacher. `adversarial_space` is what
-    towers see: "latents", or "pixels" decoded from them with gradient; a ViT always sees pixels. `crop` decodes a
+    `teacher` the teacher's own features on noised latents, `both` is tower and teacher. `latents_too` gives one more
+    head the latents themselves, which no network has made coarser. `adversarial_space` is what towers see: "latents", or "pixels" decoded from them with gradient; a ViT always sees pixels. `crop` decodes a
     window of so many latents a side, at random (0: all). `feature_low` and `feature_high` bound the noise under the
     teacher's features. `shift` rolls by up to so many places, `augment` lists DiffAugment's parts, `vit_crop` is how
     often a ViT is shown a window of its own size instead of all, made smaller.
     """
 
     feature_network: str = option("tower", choices=("tower", "teacher", "both", "vit"))
+    latents_too: bool = option(False)
     tower: str = option("runs/tower/export")
     tower_layers: list[int] = option([2, 4, 6], low=0)
     vit: str = option("")
@@ -82,6 +83,8 @@ class Views:
         if options.feature_network in ("teacher", "both"):
             self.networks.append(TeacherFeatures(teacher))
         self.image_encoder: FeatureNetwork = self.networks[0]
+        if options.latents_too:
+            self.networks.append(LatentFeatures(space.channels))
         if options.image_encoder:
             self.image_encoder = ViTFeatures(Path(options.image_encoder), (), options.image_encoder_size)
         self._levels = levels or (lambda count, draw: draw.integers(options.feature_low, options.feature_high, count))
@@ -146,6 +149,8 @@ class View:
         for network in self._views.networks:
             if isinstance(network, TeacherFeatures):
                 taps += network.noised_taps(latents, self.at, self._noise, condition)
+            elif isinstance(network, LatentFeatures):
+                taps += network.taps(torch.roll(self._cut(latents), self._shift, (2, 3)))
             else:
                 taps += network.taps(self._seen(latents))
         return taps

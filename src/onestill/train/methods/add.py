@@ -70,6 +70,7 @@ class Options(DistilOptions, ViewOptions):
     teacher_high: int = option(980, low=0, high=999)
     distillation_space: str = option("latents", choices=("latents", "pixels"))
     head_width: int = option(128, low=8)
+    head_blocks: int = option(1, low=1, high=8)
     student_every: int = option(1, low=1)
     discriminator_lr: float = option(2e-4, low=0.0, high=1.0)
     beta1: float = option(0.0, low=0.0, high=0.999)
@@ -91,6 +92,7 @@ class Method(Distiller):
             text_width if options.condition_on_text else 0,
             self.views.image_encoder.embedding_width if options.condition_on_image else 0,
             LEVEL_WIDTH if options.condition_on_level else 0,
+            options.head_blocks,
         )
         self.networks["discriminator"] = self.discriminator
         self.optimizers["student"] = self.adam(self.student, options.lr, options.beta1)
