@@ -60,7 +60,7 @@ def export(
         # Beside the result, so that it appears whole by a rename, or not at all.
         copy = Path(scratch) / out.name
         shutil.copytree(folder, copy)
-        export_openvino(copy)
+        export_openvino(copy, int8=True)
         if (copy / MANIFEST).is_file():
             facts = read_json(copy, MANIFEST)
             write_manifest(copy, **{name: facts[name] for name in facts.keys() - {"files", "format", "onestill"}})
