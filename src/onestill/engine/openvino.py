@@ -64,7 +64,7 @@ class OpenVinoEngine:
         if (device or "cpu").lower() != "cpu":
             raise OnestillError(f"The engine 'openvino' runs on 'cpu'; for '{device}' choose the engine 'torch'.")
         if (dtype or "float32") not in PRECISIONS:
-            raise OnestillError(f"The engine 'openvino' computes in {' or '.join(PRECISIONS)}, not '{dtype}'.")
+            raise OnestillError(f"The engine 'openvino' computes in {', '.join(PRECISIONS)}, not '{dtype}'.")
         core = openvino.Core()
         int8 = read_int8(info.path)
         if dtype == "int8" and (int8 is None or not int8.parts):

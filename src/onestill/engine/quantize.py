@@ -28,7 +28,7 @@ from onestill.checkpoint import read_json
 from onestill.engine.ir import FOLDER, PARTS
 from onestill.errors import CheckpointError
 
-__all__ = ["DYNAMIC", "INT8", "Int8", "Layers", "layer_nodes", "quantize", "read_int8"]
+__all__ = ["DYNAMIC", "INT8", "Int8", "Layers", "has_int8", "layer_nodes", "quantize", "read_int8"]
 
 INT8 = "int8.json"
 FORMAT = 1
@@ -54,13 +54,18 @@ class Int8:
     pictures: int = 0
 
 
+def has_int8(folder: Path) -> bool:
+    """Whether the model in `folder` was ever measured in int8."""
+    return (folder / FOLDER / INT8).is_file()
+
+
 def read_int8(folder: Path) -> Int8 | None:
     """What the model in `folder` computes in int8, or None where it has no such form.
 
     Raises:
         CheckpointError: the file is damaged.
     """
-    if not (folder / FOLDER / INT8).is_file():
+    if not has_int8(folder):
         return None
     found = read_json(folder, f"{FOLDER}/{INT8}")
     try:
