@@ -1,5 +1,5 @@
-"""How long words take to become a picture: onestill on OpenVINO in each of its dtypes, onestill on torch, diffusers, and
-from a cold shell, which draws in the default dtype: the first in the table.
+"""How long words take to become a picture: onestill on OpenVINO in each of its dtypes, on torch, diffusers, and from a
+cold shell, which draws in the default dtype, the first in the table.
 
     python benchmarks/generate.py --out benchmarks/results/generate.json
 

@@ -69,7 +69,7 @@ def export(
         export_openvino(copy, int8=int8 or has_int8(folder))
         if (copy / MANIFEST).is_file():
             facts = read_json(copy, MANIFEST)
-            write_manifest(copy, **{name: facts[name] for name in facts.keys() - {"files", "format", "onestill"}})
+            write_manifest(copy, **{name: facts[name] for name in facts if name not in ("files", "format", "onestill")})
         copy.rename(out)
     print(out)
 
