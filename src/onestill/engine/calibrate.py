@@ -59,7 +59,7 @@ def write_int8(info: ModelInfo) -> Int8:
         What was written: networks that int8 draws too badly have no layers in it, and it may have no network at all.
     """
     exact = _Recorder(info)
-    captions = _captions(2 * CALIBRATION + MEASURED)
+    captions = _captions(CALIBRATION + MEASURED)
     for i, caption in enumerate(captions[:CALIBRATION]):
         for steps in STEPS if i % 4 == 0 else STEPS[:1]:
             _draw(exact, caption, seed=i, steps=steps)
