@@ -192,7 +192,8 @@ def _moved(info: ModelInfo, calls: Sequence[Arrays]) -> dict[str, float]:
 
     exact = states({})
     names = layer_nodes(read_graph(openvino.Core(), files, 1)[0])
-    return {name: float(np.sqrt(((states({name: None}) - exact) ** 2).sum() / (exact**2).sum())) for name in names}
+    whole = np.linalg.norm(exact).item()
+    return {name: np.linalg.norm(states({name: None}) - exact).item() / whole for name in names}
 
 
 # --- quality --------------------------------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def _quality(info: ModelInfo, captions: Sequence[str], expected: Sequence[NDArra
 
 
 def _psnr(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float:
-    error = np.mean((found.astype(np.float64) - expected) ** 2)
+    error = float(np.mean((found.astype(np.float64) - expected) ** 2))
     return float(10 * np.log10(255**2 / max(error, 0.01)))  # equal pictures count 68 dB, not infinity
 
 
