@@ -15,7 +15,7 @@ from onestill.checkpoint import describe
 from onestill.engine import Conditioning, load_engine
 from onestill.engine.calibrate import write_int8
 from onestill.engine.ir import read_index
-from onestill.engine.openvino import OpenVinoEngine, read_graph
+from onestill.engine.openvino import OpenVinoEngine, _multiplies_bytes, read_graph
 from onestill.engine.quantize import layer_nodes, quantize, read_int8
 from onestill.errors import CheckpointError, OnestillError
 from onestill.pipeline import Pipeline
@@ -92,12 +92,15 @@ def test_a_batch_draws_what_each_draws_alone(folder: Path) -> None:
 
 def test_float32_stays_and_is_the_default_without_instructions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert OpenVinoEngine(describe(folder), dtype="float32").dtype == "float32"
-    capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    monkeypatch.setattr("onestill.engine.openvino._has_vnni", lambda: True)
+    monkeypatch.setattr("onestill.engine.openvino._multiplies_bytes", lambda has_bfloat16: True)
     assert OpenVinoEngine(describe(folder)).dtype == "int8"
-    monkeypatch.setattr("onestill.engine.openvino._has_vnni", lambda: False)
-    if "BF16" not in capabilities:
-        assert OpenVinoEngine(describe(folder)).dtype == "float32"
+    monkeypatch.setattr("onestill.engine.openvino._multiplies_bytes", lambda has_bfloat16: False)
+    assert OpenVinoEngine(describe(folder)).dtype != "int8"
+
+
+def test_int8_is_not_for_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert not _multiplies_bytes(has_bfloat16=True)
 
 
 def test_a_model_without_the_form_says_so(copy: Path) -> None:

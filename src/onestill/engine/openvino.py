@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
+from onestill import __version__
 from onestill.checkpoint import ModelInfo, cache_folder, written_whole
 from onestill.engine import Conditioning, to_images, to_pictures
 from onestill.engine.ir import PARTS, PartFiles, read_index
@@ -177,6 +179,7 @@ class _Part:
         key = "\n".join(
             [
                 str(openvino.__version__),
+                __version__,  # of what rewrites the graph
                 str(self._core.get_property("CPU", "FULL_DEVICE_NAME")),
                 repr(sorted(self._config.items())),
                 repr(sorted(self._layers.items())),
@@ -222,16 +225,20 @@ def read_graph(core: Any, files: PartFiles, size: int) -> tuple[Any, NDArray[np.
 
 def _fastest_dtype(core: Any, int8: Int8 | None) -> str:
     has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    # Every CPU that has the one has the other. OpenVINO names int8 on any CPU; without instructions it gains little.
-    if int8 is not None and int8.parts and (has_bfloat16 or _has_vnni()):
+    if int8 is not None and int8.parts and _multiplies_bytes(has_bfloat16):
         return "int8"
     return "bfloat16" if has_bfloat16 else "float32"
 
 
-def _has_vnni() -> bool:
-    """Whether the CPU multiplies bytes; False where the system does not say."""
+def _multiplies_bytes(has_bfloat16: bool) -> bool:
+    """Whether int8 pays: OpenVINO names it on any CPU, but without VNNI it gains little, and on Arm it loses.
+
+    An x86 CPU with bfloat16 has VNNI too. Of the others only Linux says; elsewhere the answer is no.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
     with suppress(OSError):
-        return "vnni" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+        return has_bfloat16 or "vnni" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     return False
 
 
