@@ -1,4 +1,5 @@
-"""How long words take to become a picture: onestill on OpenVINO, onestill on torch, diffusers, and from a cold shell.
+"""How long words take to become a picture: onestill on OpenVINO in each of its dtypes, on torch, diffusers, and from a
+cold shell, which draws in the default dtype, the first in the table.
 
     python benchmarks/generate.py --out benchmarks/results/generate.json
 
@@ -23,10 +24,12 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onestill
+from onestill.engine.quantize import read_int8
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black", "pink", "brown")
 THINGS = ("apple", "bicycle", "heart", "house", "star", "cat", "key", "cloud", "boat", "book", "bell", "tree")
@@ -38,8 +41,8 @@ PACKAGES = ("openvino", "torch", "diffusers", "transformers", "tokenizers", "num
 Draw = Callable[[str, int], Any]  # (prompt, seed) -> uint8 [H, W, 3] or a PIL image
 
 
-def onestill_openvino(model: str, steps: int, threads: int | None) -> Draw:
-    pipe = onestill.load(model, engine="openvino", threads=threads)
+def openvino_in(dtype: str, model: str, steps: int, threads: int | None) -> Draw:
+    pipe = onestill.load(model, engine="openvino", dtype=dtype, threads=threads)
     return lambda prompt, seed: pipe(prompt, seed=seed, num_inference_steps=steps).images[0]
 
 
@@ -68,11 +71,25 @@ def diffusers_pipeline(model: str, steps: int, threads: int | None) -> Draw:
     return draw
 
 
+OPENVINO = "onestill openvino "
 CONTENDERS: dict[str, Callable[[str, int, int | None], Draw]] = {
-    "onestill openvino": onestill_openvino,
+    **{OPENVINO + dtype: partial(openvino_in, dtype) for dtype in ("int8", "bfloat16", "float32")},
     "onestill torch": onestill_torch,
     "diffusers": diffusers_pipeline,
 }
+
+
+def contenders(model: str) -> list[str]:
+    """The ones that there are for this model on this CPU, with OpenVINO's default first."""
+    import openvino
+
+    pipe = onestill.load(model, engine="openvino")
+    default = OPENVINO + pipe.engine.dtype
+    int8 = read_int8(pipe.info.path)
+    absent = set() if int8 is not None and int8.parts else {OPENVINO + "int8"}
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        absent.add(OPENVINO + "bfloat16")  # computed in float32, and slower
+    return sorted(CONTENDERS.keys() - absent, key=lambda name: (name != default, list(CONTENDERS).index(name)))
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -142,7 +159,7 @@ def summary(times: list[float]) -> dict[str, float]:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every contender in turn, `rounds` times, then the cold starts."""
     before = machine()
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders(arguments.model)}
     for turn in range(arguments.rounds):
         for name, results in found.items():
             print(f"round {turn + 1} of {arguments.rounds}: {name}", file=sys.stderr)
@@ -171,11 +188,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def table(report: dict[str, Any]) -> str:
     lines = [f"{report['model']}, {report['num_inference_steps']} step(s), {report['machine']['cpu']}, "]
     lines[0] += f"{report['machine']['cores']} cores"
-    lines += ["", f"{'words to pixels':<20}{'median':>10}{'p10':>10}{'p90':>10}{'load':>12}   faster than diffusers"]
+    lines += ["", f"{'words to pixels':<28}{'median':>10}{'p10':>10}{'p90':>10}{'load':>12}   faster than diffusers"]
     for name, value in report["words_to_pixels"].items():
         figures = f"{value['median_ms']:>7.1f} ms{value['p10_ms']:>7.1f} ms{value['p90_ms']:>7.1f} ms"
         ratio = value["times_faster_than_diffusers"]
-        lines.append(f"{name:<20}{figures}{report['load_ms'][name]:>9.0f} ms   {ratio:.1f}x")
+        lines.append(f"{name:<28}{figures}{report['load_ms'][name]:>9.0f} ms   {ratio:.1f}x")
     if report["cold_shell"]:
         parts = ", ".join(f"{part.removesuffix('_ms')} {ms:.0f} ms" for part, ms in report["cold_shell"].items())
         lines += ["", f"onestill generate from a cold shell (medians): {parts}"]

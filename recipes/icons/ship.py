@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder=folder,
         force=options.force,
     )
-    export_openvino(folder)
+    export_openvino(folder, int8=True)
     for source, name in ((options.card, "README.md"), (options.notice, "NOTICE")):
         if source:
             shutil.copyfile(source, folder / name)

@@ -78,16 +78,20 @@ def test_engines_draw_what_diffusers_draws(
 
 @pytest.mark.parametrize("name", list_models())
 @pytest.mark.parametrize("steps", [1, 4])
-def test_a_shipped_model_in_bfloat16_draws_nearly_the_same(name: str, steps: int) -> None:
-    exact, half = (
+@pytest.mark.parametrize(("dtype", "least_db"), [("bfloat16", 35), ("int8", 30)])
+def test_a_shipped_model_in_less_than_float32_draws_nearly_the_same(
+    name: str, steps: int, dtype: str, least_db: int
+) -> None:
+    exact, rounded = (
         levels(
             Pipeline(load_engine("openvino", model_path(name), dtype=dtype))(
                 PROMPTS, seed=7, num_inference_steps=steps
             ).images
         )
-        for dtype in ("float32", "bfloat16")
+        for dtype in ("float32", dtype)
     )
-    assert psnr(exact, half) >= 35
+    for one, other in zip(exact, rounded, strict=True):
+        assert psnr(one, other) >= least_db
 
 
 def test_image_to_image_is_the_same_on_both_engines(slow: Pipeline, fast: Pipeline) -> None:
@@ -159,7 +163,7 @@ def test_what_is_not_to_be_had_is_one_sentence(tiny_folder: Path, monkeypatch: p
         load_engine("openvino", "nothing-like-it")
     with pytest.raises(OnestillError, match="runs on 'cpu'"):
         load_engine("openvino", tiny_folder, device="cuda")
-    with pytest.raises(OnestillError, match="float32 or bfloat16"):
+    with pytest.raises(OnestillError, match="float32, bfloat16, int8, not"):
         load_engine("openvino", tiny_folder, dtype="float16")
     with pytest.raises(OnestillError, match="no device 'nonsense'"):
         load_engine("torch", tiny_folder, device="nonsense")

@@ -29,6 +29,9 @@ def export(
     weights: Annotated[
         str | None, typer.Option("--weights", metavar="TYPE", help="Of SD and SDXL: float16, or int8, half as large.")
     ] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Of small models: measure int8 too and keep what draws well in it; minutes.")
+    ] = False,
     unet: Unet = None,
     lora: Loras = None,
     tiny_vae: TinyVae = None,
@@ -49,21 +52,24 @@ def export(
     info = describe(folder, additions)
     verify(folder, contents=True)
     if info.size_multiple:
+        if int8:
+            raise OnestillError("Models of this kind take int8 weights by --weights int8; leave out --int8.")
         export_large(info, out, weights or WEIGHTS[0])
         return
     if weights is not None or additions != Additions():
         raise OnestillError(f"The model '{info.name}' is exported as it is; leave out --weights and what goes on top.")
     from onestill.engine.export import export_openvino, write_manifest
+    from onestill.engine.quantize import has_int8
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         # Beside the result, so that it appears whole by a rename, or not at all.
         copy = Path(scratch) / out.name
         shutil.copytree(folder, copy)
-        export_openvino(copy)
+        export_openvino(copy, int8=int8 or has_int8(folder))
         if (copy / MANIFEST).is_file():
             facts = read_json(copy, MANIFEST)
-            write_manifest(copy, **{name: facts[name] for name in facts.keys() - {"files", "format", "onestill"}})
+            write_manifest(copy, **{name: facts[name] for name in facts if name not in ("files", "format", "onestill")})
         copy.rename(out)
     print(out)
 

@@ -32,6 +32,7 @@ from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
 from onestill import __version__
 from onestill.checkpoint import MANIFEST, ModelInfo, describe, sha256, verify, weights_file, written_whole
+from onestill.engine.calibrate import write_int8
 from onestill.engine.ir import FOLDER, PARTS, point_into_weights, write_index
 from onestill.engine.openvino import OpenVinoEngine
 from onestill.engine.torch import TorchEngine, load_components, most_likely_latents, quiet_libraries
@@ -200,10 +201,14 @@ _WRAPPERS = {
 }
 
 
-def export_openvino(folder: Path) -> Path:
+def export_openvino(folder: Path, *, int8: bool = False) -> Path:
     """Add OpenVINO's form to a model's folder, sharing its weights, and check it against torch.
 
     What was there before is replaced once the new form draws as torch does. Write the manifest after this.
+
+    Args:
+        folder: the model, in diffusers' format.
+        int8: also measure which networks draw well in int8; a minute or two. See `onestill.engine.calibrate`.
 
     Returns:
         `folder/openvino`.
@@ -224,6 +229,8 @@ def export_openvino(folder: Path) -> Path:
         write_index(unfinished, weights, str(openvino.__version__))
     try:
         _check_openvino(info)
+        if int8:
+            write_int8(info)
     except Exception:
         shutil.rmtree(target)
         raise

@@ -1,13 +1,15 @@
 """The engine of the base install: OpenVINO on the CPU, without torch.
 
 Two things make a cold start short. Compiled networks are kept in the cache folder, where loading one takes a fifth of
-compiling it; and the parts load side by side, each in a thread of its own.
+compiling it; and the parts load side by side, each in a thread of its own. What computes in int8, and how that is made
+from the float16 weights, is in `onestill.engine.quantize`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +21,18 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
+from onestill import __version__
 from onestill.checkpoint import ModelInfo, cache_folder, written_whole
 from onestill.engine import Conditioning, to_images, to_pictures
 from onestill.engine.ir import PARTS, PartFiles, read_index
+from onestill.engine.quantize import DYNAMIC, Int8, Layers, quantize, read_int8
 from onestill.engine.text import PromptTokenizer
 from onestill.errors import CheckpointError, OnestillError
 
-__all__ = ["OpenVinoEngine"]
+__all__ = ["OpenVinoEngine", "read_graph"]
 
-PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+# What int8 leaves out computes in float32 on every CPU, so that the quality measured once is every machine's.
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 EXACT = {"time": {"INFERENCE_PRECISION_HINT": "f32"}}
 MANY = 4  # images to a call of the larger batch; each size is compiled for itself, as static shapes run fastest
 WORTH_COMPILING = 8  # images asked for at once; fewer are done one by one before a larger batch would have compiled
@@ -43,12 +48,13 @@ class OpenVinoEngine:
     Args:
         info: the model; its folder must have the `openvino` form.
         device: only "cpu".
-        dtype: "float32" or "bfloat16"; None is the second on a CPU that has instructions for it, where it is faster
-            and changes pictures a little (docs/generate.md says how much).
+        dtype: "float32", "bfloat16" or "int8"; None is the fastest that the CPU has instructions for, int8 where the
+            model's quality in it was measured and found good. It changes pictures a little: docs/generate.md says how
+            much.
         threads: how many to compute with; None lets OpenVINO choose.
 
     Raises:
-        OnestillError: another device or dtype was asked for.
+        OnestillError: another device or dtype was asked for, or the model has no int8 form.
         CheckpointError: the OpenVINO form is incomplete, or was made from other weights.
     """
 
@@ -60,16 +66,22 @@ class OpenVinoEngine:
         if (device or "cpu").lower() != "cpu":
             raise OnestillError(f"The engine 'openvino' runs on 'cpu'; for '{device}' choose the engine 'torch'.")
         if (dtype or "float32") not in PRECISIONS:
-            raise OnestillError(f"The engine 'openvino' computes in {' or '.join(PRECISIONS)}, not '{dtype}'.")
+            raise OnestillError(f"The engine 'openvino' computes in {', '.join(PRECISIONS)}, not '{dtype}'.")
         core = openvino.Core()
+        int8 = read_int8(info.path)
+        if dtype == "int8" and (int8 is None or not int8.parts):
+            raise OnestillError(f"The model '{info.name}' has no int8 form; leave out the dtype, or ask for float32.")
         self.info = info
         self.device = "cpu"
-        self.dtype = dtype or _fastest_dtype(core)
+        self.dtype = dtype or _fastest_dtype(core, int8)
+        layers = int8.parts if int8 is not None and self.dtype == "int8" else {}
         config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": PRECISIONS[self.dtype]}
         if threads is not None:
             config["INFERENCE_NUM_THREADS"] = threads
         files = read_index(info.path)
-        self._parts = {part: _Part(part, core, files[part], config | EXACT.get(part, {})) for part in PARTS}
+        self._parts = {
+            part: _Part(part, core, files[part], config | EXACT.get(part, {}), layers.get(part, {})) for part in PARTS
+        }
         self._time_states: dict[int, NDArray[np.float32]] = {}  # filled as timesteps come up; there are few
         # The largest first, as the others fit beside it. The encoder waits until there is an image to encode.
         with ThreadPoolExecutor(max_workers=3) as pool:
@@ -88,10 +100,14 @@ class OpenVinoEngine:
 
     def denoise(self, latents: NDArray[np.float32], timestep: int, conditioning: Conditioning) -> NDArray[np.float32]:
         """Latents [B, C, h, w] -> the network's output, of the same shape."""
+        inputs = {"sample": latents, "encoder_hidden_states": conditioning.states}
+        return self._parts["unet"](inputs, time=self.time_state(timestep))
+
+    def time_state(self, timestep: int) -> NDArray[np.float32]:
+        """The UNet's embedding [1, E] of a timestep."""
         if timestep not in self._time_states:
             self._time_states[timestep] = self._parts["time"]({"timestep": np.array([timestep], dtype=np.float32)})
-        inputs = {"sample": latents, "encoder_hidden_states": conditioning.states}
-        return self._parts["unet"](inputs, time=self._time_states[timestep])
+        return self._time_states[timestep]
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Latents [B, C, h, w] -> pictures [B, H, W, 3]."""
@@ -105,11 +121,12 @@ class OpenVinoEngine:
 class _Part:
     """One network, compiled for each batch size when that is first needed. Safe to call from many threads."""
 
-    def __init__(self, name: str, core: Any, files: PartFiles, config: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, core: Any, files: PartFiles, config: Mapping[str, Any], layers: Layers) -> None:
         self._name = name
         self._core = core
         self._files = files
-        self._config = dict(config)
+        self._layers = layers
+        self._config = {**config, **DYNAMIC} if None in layers.values() else dict(config)
         self._lock = threading.Lock()  # held while compiling
         self._compiled: dict[int, Any] = {}
         self._memory: list[NDArray[np.uint8]] = []  # what compiled networks may point into; OpenVINO does not own it
@@ -162,8 +179,10 @@ class _Part:
         key = "\n".join(
             [
                 str(openvino.__version__),
+                __version__,  # of what rewrites the graph
                 str(self._core.get_property("CPU", "FULL_DEVICE_NAME")),
                 repr(sorted(self._config.items())),
+                repr(sorted(self._layers.items())),
                 str(size),
                 self._files.fingerprint(),
             ]
@@ -182,11 +201,10 @@ class _Part:
         return None
 
     def _compile(self, path: Path, size: int) -> Any:
-        graph, space = self._files.read()
-        self._memory.append(space)
         try:
-            model = self._core.read_model(graph, openvino.Tensor(space, shared_memory=True))
-            model.reshape({port.any_name: _static(port.partial_shape, size) for port in model.inputs})
+            model, space = read_graph(self._core, self._files, size)
+            self._memory.append(space)
+            quantize(model, self._layers)
             compiled = self._core.compile_model(model, "CPU", self._config)
         except RuntimeError as error:
             raise CheckpointError(f"OpenVINO cannot load '{self._files.graph}'; copy the model again.") from error
@@ -197,8 +215,31 @@ class _Part:
         return compiled
 
 
-def _fastest_dtype(core: Any) -> str:
-    return "bfloat16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"
+def read_graph(core: Any, files: PartFiles, size: int) -> tuple[Any, NDArray[np.uint8]]:
+    """A network for batches of `size`, and the memory that its constants point into, which must outlive it."""
+    graph, space = files.read()
+    model = core.read_model(graph, openvino.Tensor(space, shared_memory=True))
+    model.reshape({port.any_name: _static(port.partial_shape, size) for port in model.inputs})
+    return model, space
+
+
+def _fastest_dtype(core: Any, int8: Int8 | None) -> str:
+    has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if int8 is not None and int8.parts and _multiplies_bytes(has_bfloat16):
+        return "int8"
+    return "bfloat16" if has_bfloat16 else "float32"
+
+
+def _multiplies_bytes(has_bfloat16: bool) -> bool:
+    """Whether int8 pays: OpenVINO names it on any CPU, but without VNNI it gains little, and on Arm it loses.
+
+    An x86 CPU with bfloat16 has VNNI too. Of the others only Linux says; elsewhere the answer is no.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    with suppress(OSError):
+        return has_bfloat16 or "vnni" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    return False
 
 
 def _static(shape: Any, size: int) -> list[int]:

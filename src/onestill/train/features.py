@@ -302,7 +302,7 @@ class TeacherFeatures:
         for block in unet.down_blocks:
             text = {"encoder_hidden_states": told.text} if getattr(block, "has_cross_attention", False) else {}
             hidden, states = block(hidden_states=hidden, temb=emb, **text)
-            # The last state of a block that halves the grid is what it hands on; the one before is as fine as its input.
+            # The last state of a block that halves the grid is the halved one; the one before is as fine as its input.
             taps.append(tokens(states[-1 if block.downsamplers is None else -2]).float())
         taps.append(tokens(unet.mid_block(hidden, emb, encoder_hidden_states=told.text)).float())
         return taps

@@ -30,10 +30,11 @@ class ViewOptions:
 
     `feature_network`: `tower` is our contrastive image tower, `vit` any vision transformer of transformers (DINOv2),
     `teacher` the teacher's own features on noised latents, `both` is tower and teacher. `latents_too` gives one more
-    head the latents themselves, which no network has made coarser. `adversarial_space` is what towers see: "latents", or "pixels" decoded from them with gradient; a ViT always sees pixels. `crop` decodes a
-    window of so many latents a side, at random (0: all). `feature_low` and `feature_high` bound the noise under the
-    teacher's features. `shift` rolls by up to so many places, `augment` lists DiffAugment's parts, `vit_crop` is how
-    often a ViT is shown a window of its own size instead of all, made smaller.
+    head the latents themselves, which no network has made coarser. `adversarial_space` is what towers see: "latents",
+    or "pixels" decoded from them with gradient; a ViT always sees pixels. `crop` decodes a window of so many latents a
+    side, at random (0: all). `feature_low` and `feature_high` bound the noise under the teacher's features. `shift`
+    rolls by up to so many places, `augment` lists DiffAugment's parts, `vit_crop` is how often a ViT is shown a window
+    of its own size instead of all, made smaller.
     """
 
     feature_network: str = option("tower", choices=("tower", "teacher", "both", "vit"))
