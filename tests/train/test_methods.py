@@ -34,6 +34,6 @@ def blocks(text: str) -> set[tuple[str, ...]]:
     return {tuple(code[i : i + 6]) for i in range(len(code) - 5)}
 
 
-@pytest.mark.parametrize(("one", "other"), combinations(METHODS, 2))
+@pytest.mark.parametrize(("one", "other"), list(combinations(METHODS, 2)))
 def test_two_methods_share_no_block(one: str, other: str) -> None:
     assert blocks(METHODS[one]) & blocks(METHODS[other]) == set()
