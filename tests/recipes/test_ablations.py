@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from onestill.errors import RecipeError
-from onestill.train.recipe import read_recipe
 from recipes.ablations import run
+from recipes.ablations.block import read_block, row_recipe
 from tests.evaluate.test_networks import contrastive
 from tests.recipes.test_evaluate import data  # noqa: F401 - a fixture
 from tests.train.parts import write_parts
@@ -19,46 +19,98 @@ BLOCKS = sorted(path for path in Path("recipes/ablations").glob("*.toml") if "[[
 
 @pytest.mark.parametrize("path", BLOCKS, ids=lambda path: path.stem)
 def test_every_row_is_a_recipe(path: Path) -> None:
-    block = run.read_block(path)
-    names = [run.slug(row["name"]) for row in block["row"]]
-    assert len(set(names)) == len(names) >= 4
-    assert all(row["paper"] for row in block["row"])
+    block = read_block(path)
+    assert len(block.row) >= 4
+    assert all(row.paper for row in block.row)
 
 
-def test_rows_that_name_no_setting_are_refused(tmp_path: Path) -> None:
-    block = 'title = "x"\npaper = "y"\nbase = "recipes/icons/cpu/4-student.toml"\n'
-    (tmp_path / "x.toml").write_text(block + '[[row]]\nname = "a"\npaper = "b"\nset = ["add.lambda=1.0"]\n')
-    with pytest.raises(RecipeError, match="lambda_distill"):
-        run.read_block(tmp_path / "x.toml")
+def test_the_short_block_holds_the_loss_terms_apart_and_all_else_alike() -> None:
+    path = Path("recipes/ablations/cpu.toml")
+    block = read_block(path)
+    recipes = {row.name: row_recipe(path, block, row) for row in block.row}
+    assert len({recipe.options.teacher for recipe in recipes.values()}) == 1
+    assert len({(r.loop.iterations, r.loop.batch_size, r.loop.seed, r.data.seed) for r in recipes.values()}) == 1
+    terms = {
+        name: (recipes[name].options.adversarial, recipes[name].options.lambda_distill) for name in list(recipes)[:3]
+    }
+    assert terms == {"ADD": (1.0, 2.5), "adversarial only": (1.0, 0.0), "distillation only": (0.0, 2.5)}
+    assert [row.steps for row in block.row if row.name == "LCM"] == [[1, 2, 4]]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("add.lambda_distill", "add.lambda"), "Did you mean 'lambda_distill'"),
+        (("paper =", "papre ="), "Did you mean 'paper'"),
+        (('name = "LCM"', 'name = "add"'), "differ by more than punctuation"),
+        (('claim = "ADD"', 'claim = "GAN"'), "a row 'GAN' that it does not have"),
+    ],
+)
+def test_blocks_with_mistakes_are_refused(tmp_path: Path, change: tuple[str, str], sentence: str) -> None:
+    text = Path("recipes/ablations/cpu.toml").read_text().replace("../icons", str(Path("recipes/icons").resolve()))
+    shutil.copytree("recipes/ablations", tmp_path / "x")
+    (tmp_path / "x/cpu.toml").write_text(text.replace(*change))
+    with pytest.raises(RecipeError, match=sentence):
+        read_block(tmp_path / "x/cpu.toml")
+
+
+def test_no_row_is_begun_that_would_end_too_late() -> None:
+    budget = run.Budget(10)
+    assert budget.fits()
+    budget.slowest_s = 10 * 60 * run.TRAINING_SHARE - 1
+    assert budget.fits()
+    budget.slowest_s += 2
+    assert not budget.fits()
+    endless = run.Budget(0)
+    endless.slowest_s = 1e9
+    assert endless.fits()
 
 
 @pytest.mark.slow
 def test_a_block_is_trained_and_measured(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     torch.set_num_threads(1)
     parts = write_parts(tmp_path / "parts")
-    words = tmp_path / "words"
+    model, words, shards = parts / "model", tmp_path / "words", tmp_path / "cached"
     for part in ("text_encoder", "tokenizer"):
-        shutil.copytree(parts / "model" / part, words, dirs_exist_ok=True)
-    shards = tmp_path / "cached"
+        shutil.copytree(model / part, words, dirs_exist_ok=True)
     from onestill.cli import main
 
-    assert main(["data", "cache", str(data / "val"), "--model", str(parts / "model"), "--out", str(shards)]) == 0
-    block = tmp_path / "two.toml"
-    text = Path("recipes/ablations/losses.toml").read_text().split("[[row]]")
-    block.write_text("[[row]]".join(text[:1] + text[3:4]) + "\n[[row]]" + text[1])
-    base = read_recipe(Path("recipes/icons/cpu/4-student.toml"))
-    assert base.options.feature_network == "teacher"
-    model = parts / "model"
-    sets = [f'data.shards=["{shards}"]', "loop.iterations=2", "loop.batch_size=4", "loop.threads=1", "add.head_width=8"]
-    sets += [f'add.teacher="{model}/unet"', f'add.autoencoder="{model}/vae"', f'add.text_encoder="{words}"']
+    assert main(["data", "cache", str(data / "val"), "--model", str(model), "--out", str(shards)]) == 0
+    text = Path("recipes/ablations/cpu.toml").read_text().split("[[row]]")
+    base = Path("recipes/ablations").resolve()
+    block = tmp_path / "three.toml"
+    rows = "[[row]]".join([text[0], *text[1:3], text[4]])
+    rows = rows.replace("loop.iterations=150", "loop.iterations=2").replace("loop.batch_size=16", "loop.batch_size=4")
+    rows = rows.replace("[1, 4, 25]", "[1, 2]").replace(
+        'beats = ["adversarial only", "distillation only"]', 'beats = ["adversarial only"]'
+    )
+    block.write_text(rows.replace('"../', f'"{base}/../').replace('"lcm.toml"', f'"{base}/lcm.toml"'))
     arguments = [str(block), "--data", str(data), "--network", str(contrastive(tmp_path / "n")), "--captions", "12"]
-    arguments += ["--out", str(tmp_path / "out"), *(part for one in sets for part in ("--set", one))]
+    arguments += ["--teacher", str(model / "unet"), "--autoencoder", str(model / "vae"), "--text-encoder", str(words)]
+    arguments += ["--shards", str(shards), "--set", "loop.threads=1", "--set", "loop.log_every=1"]
+    arguments += ["--out", str(tmp_path / "out"), "--report", str(tmp_path / "report")]
     run.main(arguments)
-    rows = json.loads((tmp_path / "out/two/results.json").read_text())["rows"]
-    assert [row["row"] for row in rows] == ["both, exponential", "adversarial only"]
-    assert all(row["fid"] > 0 for row in rows)
-    assert "| adversarial only | 1 |" in (tmp_path / "out/two/results.md").read_text()
-    kept = tmp_path / "out/two/adversarial-only/model/onestill.json"
+    report = json.loads((tmp_path / "report/three/report.json").read_text())
+    measured = [(one["group"], one["num_inference_steps"]) for one in report["results"]]
+    assert measured == [
+        ("ADD", 1), ("adversarial only", 1), ("LCM", 1), ("LCM", 2), ("LCM", 4), ("teacher", 1), ("teacher", 2),
+    ]  # fmt: skip
+    assert all(one["fid"]["value"] > 0 for one in report["results"])
+    (target,) = report["targets"]
+    assert "against" in target["note"]
+    page, table = ((tmp_path / "report/three" / name).read_text() for name in ("index.html", "README.md"))
+    assert "hinge at the end" in page
+    assert str(tmp_path) not in page + table + json.dumps(report)
+    assert "| adversarial only | 1 |" in table
+    assert "ADD: 2 iterations in" in capsys.readouterr().out
+
+    kept = tmp_path / "out/three/adversarial-only/model/onestill.json"
     before = kept.stat().st_mtime_ns
     run.main(arguments)  # everything is there
     assert kept.stat().st_mtime_ns == before
+    assert "iterations in" not in capsys.readouterr().out
+
+    with pytest.raises(SystemExit) as stopped:  # other weights in the teacher's place
+        run.main([*arguments, "--teacher", str(tmp_path / "out/three/lcm/run/export/unet")])
+    assert stopped.value.code == 2
+    assert "begun with another teacher" in capsys.readouterr().err

@@ -130,6 +130,8 @@ def test_batches_that_cannot_be_divided() -> None:
         rows_at_once(LoopOptions(batch_size=8), 3)
     with pytest.raises(RecipeError, match=r"one sample of 8.*at least two"):
         rows_at_once(LoopOptions(batch_size=8, accumulate=2), 4)
+    with pytest.raises(RecipeError, match=r"one sample of 1.*at least two"):
+        rows_at_once(LoopOptions(batch_size=1), 1)
 
 
 def test_networks_that_are_not_called_by_their_forward_are_not_split(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from onestill.cli.console import note
 from onestill.cli.data import open_shards
 from onestill.errors import RecipeError, require
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from onestill.train.recipe import DataOptions
 
 __all__ = ["RecipeReader", "train"]
+
+MOST_NAMED = 10  # of the samples that could not be used
 
 
 class RecipeReader:
@@ -63,4 +66,16 @@ def train(
         require(package, "train")
     from onestill.train.run import train_recipe
 
-    train_recipe(recipe, overrides or [], reader=RecipeReader, resume=resume, dry_run=dry_run, devices=devices)
+    readers: list[RecipeReader] = []
+
+    def reader(options: DataOptions, part: tuple[int, int]) -> RecipeReader:
+        readers.append(RecipeReader(options, part))
+        return readers[-1]
+
+    train_recipe(recipe, overrides or [], reader=reader, resume=resume, dry_run=dry_run, devices=devices)
+    for one in readers:
+        left_out = dict(one.shards.skipped)  # a copy, as its thread still reads ahead
+        for name, why in list(left_out.items())[:MOST_NAMED]:
+            note(f"left out {name}: {why}")
+        if len(left_out) > MOST_NAMED:
+            note(f"and {len(left_out) - MOST_NAMED} more: 'onestill data count' names all of them.")

@@ -66,7 +66,7 @@ class LoopOptions:
     """
 
     iterations: int = option(1000, low=1)
-    batch_size: int = option(32, low=2, high=65536)
+    batch_size: int = option(32, low=1, high=65536)
     seed: int = option(0, low=0)
     accumulate: int = option(1, low=1, high=4096)
     parallel: str = option("ddp", choices=("ddp", "fsdp"))

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +60,9 @@ class Method(Distiller):
         if options.lora_rank and options.guidance_low != options.guidance_high:
             raise RecipeError("a LoRA is not told the guidance scale: set guidance_low and guidance_high to one value.")
         super().__init__(options, loop)
+        mine, its = self.student_denoiser.schedule, self.teacher_denoiser.schedule
+        if len(mine.alpha) != len(its.alpha) or not np.allclose(mine.alpha, its.alpha, rtol=0, atol=1e-6):
+            raise RecipeError("lcm follows the teacher's path: the student's noise schedule must be the teacher's.")
         if options.embed_guidance:
             self.guidance_told = f"the guidance scale that you like (`guidance_scale={options.sheet_guidance:g}`)"
         self.optimizers["student"] = self.adam(self.student, options.lr, options.beta1)

@@ -1,0 +1,59 @@
+"""The page for newcomers: its commands are commands of ours, and what follows it runs them in order."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from docs import follow
+from onestill.cli.app import app
+from onestill.train.recipe import read_recipe
+
+PAGE = Path(__file__).parents[1] / "docs/distil-your-own.md"
+
+
+def test_blocks_without_a_language_are_commands_in_order() -> None:
+    page = "# One\n\n```\necho a\n# b\n```\n\n    echo read only\n\n## Two\n\n```toml\n# x\n```\n\n```\necho c\n```\n"
+    assert follow.blocks(page) == [("One", "echo a\n# b\n"), ("Two", "echo c\n")]
+
+
+def test_one_shell_runs_them_until_the_first_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    commands = [
+        ("a", "x=\"${PYTHONPATH-none}\"\ncat > file <<'END'\n$x\nEND\n"),
+        ("b", 'test "$x" = none && test "$(cat file)" = \'$x\'\n'),
+        ("c", "false | true\n"),
+        ("d", "touch too-far\n"),
+    ]
+    seconds, status = follow.follow(commands, tmp_path)
+    assert len(seconds) == 2
+    assert status == 1
+    assert not (tmp_path / "too-far").exists()
+    assert follow.follow(commands[:2], tmp_path)[1] == 0
+
+
+def test_every_onestill_line_of_the_page_is_one_that_the_command_takes() -> None:
+    commands = "".join(block for _, block in follow.blocks(PAGE.read_text(encoding="utf-8")))
+    lines = [shlex.split(line.rstrip("& "))[1:] for line in commands.splitlines() if line.startswith("onestill ")]
+    for line in lines:
+        command, name = typer.main.get_command(app), "onestill"
+        while hasattr(command, "commands"):
+            name, *line = line
+            command = command.commands[name]
+        command.make_context(name, list(line))  # raises for an option that is not there
+    asked = [line[0] for line in lines]
+    assert asked == ["data", "data", "data", "train", "train", "train", "generate", "export", "serve"]
+
+
+def test_the_pages_recipe_is_one(tmp_path: Path) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    (toml,) = re.findall(r"cat > mine\.toml <<'END'\n(.*?)^END$", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "mine.toml").write_text(toml, encoding="utf-8")
+    recipe = read_recipe(tmp_path / "mine.toml")
+    assert recipe.data.shards == ["data/cached"]
+    assert recipe.out == "runs/mine"
+    assert recipe.options.teacher == "models/teacher"
