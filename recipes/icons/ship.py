@@ -2,7 +2,7 @@ r"""Turn trained stages into a model folder: diffusers' format, OpenVINO's form,
 
     python -m recipes.icons.ship --unet runs/icons-cpu/student/export/unet \
         --autoencoder runs/icons-cpu/autoencoder/export/vae \
-        --card recipes/icons/card.md --out src/onestill/models/icons --version 1
+        --card recipes/icons/card.md --out src/onestill/models/icons --version 1 --int8
 
 The teacher is put into a folder of the same kind (`--name icons-teacher --steps 25 --guidance 3`) for evaluation.
 """
@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--card", help="the model card, copied as README.md")
     parser.add_argument("--notice", help="licences and authors of the data, copied as NOTICE")
     parser.add_argument("--made", help="a JSON file: how it was made, with numbers")
+    parser.add_argument("--int8", action="store_true", help="also measure which networks draw well in int8")
     parser.add_argument("--force", action="store_true")
     options = parser.parse_args(arguments)
 
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder=folder,
         force=options.force,
     )
-    export_openvino(folder, int8=True)
+    export_openvino(folder, int8=options.int8)
     for source, name in ((options.card, "README.md"), (options.notice, "NOTICE")):
         if source:
             shutil.copyfile(source, folder / name)
