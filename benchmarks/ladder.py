@@ -17,12 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
-
-from onestill.cli.bench import found_model, machine, with_floor
+from onestill.cli.bench import found_model, with_floor
 from onestill.errors import OnestillError
-from onestill.evaluate.latency import Setting, measure_elsewhere
+from onestill.evaluate.latency import Setting, measure_elsewhere, psnr
+from onestill.evaluate.machine import machine
 
 PLAIN = {"graphs": False, "channels_last": False, "fuse": False}
 # name -> options, and whether the tiny decoder is used; each is added to those before it
@@ -54,13 +52,6 @@ def settings(base: Setting, tiny: str | None) -> dict[str, dict[str, Setting]]:
             "together": replace(base, options=dict(together), tiny_vae=tiny if wants_tiny else None),
         }
     return found
-
-
-def psnr(first: Path, second: Path) -> float | None:
-    """Decibels between two pictures; None where they are equal."""
-    a, b = (np.asarray(PIL.Image.open(path), dtype=np.float64) for path in (first, second))
-    error = float(((a - b) ** 2).mean())
-    return None if error == 0 else round(float(10 * np.log10(255**2 / error)), 1)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -90,11 +90,17 @@ def matrix_tflops(device: str, dtype: str) -> float:
     torch = require("torch", "torch")
     side = SIDES[torch.device(device).type]
     on_gpu = device.startswith("cuda")
-    a, b = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    kind = getattr(torch, dtype)
+    if dtype == "int8":
+        a, b = (torch.randint(-127, 128, (side, side), device=device, dtype=kind) for _ in range(2))
+        multiply = torch._int_mm  # what torch's own quantised layers call
+    else:
+        a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
+        multiply = torch.matmul
     best = float("inf")
     for _ in range(TRIES):
         started = time.perf_counter()
-        a @ b
+        multiply(a, b)
         if on_gpu:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)
