@@ -97,7 +97,7 @@ class Engine(Protocol):
 
     @property
     def dtype(self) -> str:
-        """What it computes in: "float32", "bfloat16" or "float16"."""
+        """What it computes in: "float32", "bfloat16", "float16" or "int8"."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode B prompts; an empty one gives the states that guidance steers away from."""
@@ -214,8 +214,8 @@ def load_engine(
         name: one of `ENGINES`; None takes OpenVINO on the CPU where the model has that form, else torch.
         path: a model's name, folder, single file or Hub id.
         device: "cpu", or for torch also "cuda" and the like; None is "cpu".
-        dtype: "float32", "bfloat16" or "float16"; None is what is fastest there: on OpenVINO bfloat16 where the CPU
-            has it, else float32; on torch float32 on a CPU and float16 elsewhere.
+        dtype: "float32", "bfloat16", "float16" or "int8"; None is what is fastest there: on OpenVINO int8 where the form
+            has it, else bfloat16 where the CPU has it, else float32; on torch float32 on a CPU and float16 elsewhere.
         threads: how many threads to compute with; None lets the runtime choose.
         additions: what is put on top of the model; torch only.
         options: how torch computes.
