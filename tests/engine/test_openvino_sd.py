@@ -16,7 +16,7 @@ from openvino import opset13
 from onestill.checkpoint import describe, verify
 from onestill.cli import main
 from onestill.engine.export_sd import export_sd
-from onestill.engine.openvino_sd import _round_convolutions
+from onestill.engine.openvino_sd import _round_products
 from onestill.errors import CheckpointError, NotEnoughMemoryError, OnestillError
 from onestill.pipeline import Pipeline, load
 from tests.tiny import tiny_autoencoder
@@ -94,7 +94,7 @@ def test_int8_is_computed_in_int8_and_near(small: tuple[Path, Path], exported: P
         load(exported, dtype="int8")
 
 
-def test_convolutions_are_multiplied_in_int8(small: tuple[Path, Path]) -> None:
+def test_convolutions_and_matrices_are_multiplied_in_int8(small: tuple[Path, Path]) -> None:
     # What the compiled network says of itself, as speed is nothing that a test can see.
     engine: Any = load(small[1], dtype="int8").engine
     compiled = engine._parts["unet"]._request.get_compiled_model().get_runtime_model()
@@ -103,6 +103,7 @@ def test_convolutions_are_multiplied_in_int8(small: tuple[Path, Path]) -> None:
         told = node.get_rt_info()
         kinds.setdefault(told["layerType"].astype(str), set()).add(told["primitiveType"].astype(str))
     assert any(kind.lower().endswith("i8") for kind in kinds["Convolution"]), kinds
+    assert any(kind.lower().endswith("i8") for kind in kinds["FullyConnected"]), kinds
 
 
 @pytest.mark.parametrize("source", ["relu", "swish", "tanh"])
@@ -114,7 +115,7 @@ def test_rounding_a_convolution_is_what_it_is_by_hand(source: str) -> None:
     kept = opset13.multiply(opset13.convert(opset13.constant(weight), "f32"), opset13.constant(unit))
     x = getattr(opset13, source)(given)
     model = openvino.Model([opset13.convolution(x, kept, [1, 1], [1, 1], [1, 1], [1, 1])], [given])
-    _round_convolutions(model)
+    _round_products(model)
     picture = 4 * numbers.standard_normal((1, 16, 8, 8)).astype(np.float32)
     found = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([picture])[0]
 

@@ -214,8 +214,9 @@ def load_engine(
         name: one of `ENGINES`; None takes OpenVINO on the CPU where the model has that form, else torch.
         path: a model's name, folder, single file or Hub id.
         device: "cpu", or for torch also "cuda" and the like; None is "cpu".
-        dtype: "float32", "bfloat16", "float16" or "int8"; None is what is fastest there: on OpenVINO int8 where the form
-            has it, else bfloat16 where the CPU has it, else float32; on torch float32 on a CPU and float16 elsewhere.
+        dtype: "float32", "bfloat16", "float16" or "int8"; None is what is fastest there: on OpenVINO int8 where the
+            model has it, else bfloat16 where the CPU does, else float32; on torch float32 on a CPU and float16
+            elsewhere.
         threads: how many threads to compute with; None lets the runtime choose.
         additions: what is put on top of the model; torch only.
         options: how torch computes.

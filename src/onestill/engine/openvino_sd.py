@@ -4,8 +4,9 @@ Weights are mapped from their files, and each network is compiled for the size t
 shapes run fastest, and compiling takes seconds where drawing does too. One image at a time, as one fills a CPU.
 
 A form whose weights are int8 is computed in int8 too, unless another type is asked for. What goes into a product is
-then rounded to int8 as it comes, by its own largest number, so that nothing has to be calibrated: OpenVINO does so for
-matrices, by groups of a row; for convolutions the graph is changed here, by images.
+then rounded to int8 as it comes, by its own largest number, so that nothing has to be calibrated: in text encoders by
+OpenVINO, by groups of a token's numbers, as a few of those are a hundred times the others; elsewhere by tokens and, for
+convolutions, by images, in the graph, which is faster.
 """
 
 from __future__ import annotations
@@ -27,25 +28,20 @@ from onestill.engine.memory import check_memory_left, is_memory_error, memory_to
 from onestill.engine.text import PromptTokenizer
 from onestill.errors import CheckpointError, NotFiniteError, OnestillError
 
-__all__ = ["FOLDER", "FORM", "OpenVinoSdEngine", "has_sd_form"]
+__all__ = ["FOLDER", "FORM", "OpenVinoSdEngine"]
 
 FOLDER = "openvino"
 FORM = "sd-1"  # of the index; others are of other versions, or the shipped model's
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}  # of what is not a product of int8 weights
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a weight in memory
-GROUP = 128  # numbers of a row that are rounded to int8 together; 32, OpenVINO's own choice, is a third slower
+GROUP = 128  # numbers of a row that OpenVINO rounds to int8 together; 32, its own choice, is a third slower
+TOGETHER = {"Convolution": (1, 2, 3), "MatMul": (-1,)}  # axes of the numbers that are rounded by one scale here
 # By what x comes from: the lowest that x / s gets, and the least s for which that holds. Of the 256 steps from there to
 # 1, one must be 0, which pads pictures; and SiLU, never under -0.2785, leaves most of them to what is above 0.
 LIMITS = {"Relu": (0.0, 1e-12), "Swish": (-0.25, 1.12)}
 ANY = (-128 / 127, 1e-12)
 
 Float = NDArray[np.float32]
-
-
-def has_sd_form(folder: Path) -> bool:
-    """Whether a folder holds this form."""
-    index = folder / FOLDER / "index.json"
-    return index.is_file() and read_json(index.parent, index.name).get("format") == FORM
 
 
 class OpenVinoSdEngine:
@@ -94,8 +90,10 @@ class OpenVinoSdEngine:
         texts = ("text_encoder", "text_encoder_2") if info.is_xl else ("text_encoder",)
         self._decoder_scale = np.float32(index["decoder_scale"])
         parts = (*texts, "unet", "decoder", "encoder")
-        in_int8 = self.dtype == "int8"
-        self._parts = {part: _Part(core, folder / f"{part}.xml", config, in_int8=in_int8) for part in parts}
+        self._parts = {
+            part: _Part(core, folder / f"{part}.xml", config, in_int8=self.dtype == "int8" and part not in texts)
+            for part in parts
+        }
         self._parts["time"] = _Part(core, folder / "time.xml", exact)
         self._texts = [self._parts[name] for name in texts]
         self._tokenizers = [
@@ -213,7 +211,7 @@ class _Part:
             if wanted:
                 model.reshape(wanted)
             if self._in_int8:
-                _round_convolutions(model)
+                _round_products(model)
             self._request = self._core.compile_model(model, "CPU", self._config).create_infer_request()
         except RuntimeError as error:
             if is_memory_error(error):
@@ -224,22 +222,27 @@ class _Part:
         self._shapes = {name: tuple(shape) for name, shape in wanted.items()}
 
 
-def _round_convolutions(model: Any) -> None:
-    """Round what goes into each convolution of int8 weights to int8, by the largest number of the image.
+def _round_products(model: Any) -> None:
+    """Round what goes into each product with int8 weights to int8, by the largest number of the image or of the row.
 
-    A convolution is linear: that of x / s, times s, is that of x. Written so, the rounding has fixed limits, which is
-    what OpenVINO computes in int8.
+    A product is linear: that of x / s, times s, is that of x. Written so, the rounding has fixed limits, which is what
+    OpenVINO computes in int8.
     """
+    known: dict[tuple[str, int, str], tuple[Any, Any]] = {}  # what several products read is rounded once
     for node in model.get_ordered_ops():
-        if node.get_type_name() != "Convolution" or not _is_int8(node.input_value(1).get_node()):
+        kind = node.get_type_name()
+        if kind not in TOGETHER or not _is_int8(node.input_value(1).get_node()):
             continue
         readers = node.output(0).get_target_inputs()
         x = node.input_value(0)
-        low, least = LIMITS.get(x.get_node().get_type_name(), ANY)
-        largest = opset13.reduce_max(opset13.abs(x), opset13.constant(np.array([1, 2, 3])), True)
-        scale = opset13.maximum(largest, opset13.constant(np.float32(least)))
-        limits = [opset13.constant(np.float32(limit)) for limit in (low, 1, low, 1)]
-        rounded = opset13.fake_quantize(opset13.divide(x, scale), *limits, 256)
+        key = (x.get_node().get_friendly_name(), x.get_index(), kind)
+        if key not in known:
+            low, least = LIMITS.get(x.get_node().get_type_name(), ANY)
+            largest = opset13.reduce_max(opset13.abs(x), opset13.constant(np.array(TOGETHER[kind])), True)
+            scale = opset13.maximum(largest, opset13.constant(np.float32(least)))
+            limits = [opset13.constant(np.float32(limit)) for limit in (low, 1, low, 1)]
+            known[key] = scale, opset13.fake_quantize(opset13.divide(x, scale), *limits, 256)
+        scale, rounded = known[key]
         node.input(0).replace_source_output(rounded.output(0))
         scaled = opset13.multiply(node.output(0), scale)
         for reader in readers:
