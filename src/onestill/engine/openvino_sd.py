@@ -235,7 +235,7 @@ def _round_products(model: Any) -> None:
             continue
         readers = node.output(0).get_target_inputs()
         x = node.input_value(0)
-        key = (x.get_node().get_friendly_name(), x.get_index(), kind)
+        key = (x.get_node().get_name(), x.get_index(), kind)
         if key not in known:
             low, least = LIMITS.get(x.get_node().get_type_name(), ANY)
             largest = opset13.reduce_max(opset13.abs(x), opset13.constant(np.array(TOGETHER[kind])), True)
