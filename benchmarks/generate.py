@@ -12,10 +12,7 @@ uint8. Needs the extra `torch`.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -30,13 +27,13 @@ from typing import Any
 
 import onestill
 from onestill.engine.quantize import read_int8
+from onestill.evaluate.machine import machine
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black", "pink", "brown")
 THINGS = ("apple", "bicycle", "heart", "house", "star", "cat", "key", "cloud", "boat", "book", "bell", "tree")
 STYLES = ("fluent 3d emoji", "flat emoji", "line icon", "filled icon", "pixel art")
 PROMPTS = [f"a {colour} {thing}, {style}" for style in STYLES for thing in THINGS for colour in COLOURS]
 COLD_PROMPT = "a red apple, fluent 3d emoji"
-PACKAGES = ("openvino", "torch", "diffusers", "transformers", "tokenizers", "numpy")
 
 Draw = Callable[[str, int], Any]  # (prompt, seed) -> uint8 [H, W, 3] or a PIL image
 
@@ -130,22 +127,6 @@ def cold_start(model: str, seed: int) -> dict[str, float]:
         return {"shell_ms": total_ms, **json.loads(done.stdout)["timings"]}
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "packages": {"onestill": onestill.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-
-
 def summary(times: list[float]) -> dict[str, float]:
     ordered = sorted(times)
     return {
@@ -186,8 +167,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    lines = [f"{report['model']}, {report['num_inference_steps']} step(s), {report['machine']['cpu']}, "]
-    lines[0] += f"{report['machine']['cores']} cores"
+    cpu = report["machine"]["cpu"]
+    lines = [f"{report['model']}, {report['num_inference_steps']} step(s), {cpu['name']}, {cpu['cores']} cores"]
     lines += ["", f"{'words to pixels':<28}{'median':>10}{'p10':>10}{'p90':>10}{'load':>12}   faster than diffusers"]
     for name, value in report["words_to_pixels"].items():
         figures = f"{value['median_ms']:>7.1f} ms{value['p10_ms']:>7.1f} ms{value['p90_ms']:>7.1f} ms"

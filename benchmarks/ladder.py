@@ -13,16 +13,15 @@ import json
 import shlex
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
-
-from onestill.cli.bench import found_model, machine, with_floor
+from onestill.cli.bench import found_model, with_floor
 from onestill.errors import OnestillError
-from onestill.evaluate.latency import Setting, measure_elsewhere
+from onestill.evaluate.latency import Setting, measure_elsewhere, psnr
+from onestill.evaluate.machine import machine
 
 PLAIN = {"graphs": False, "channels_last": False, "fuse": False}
 # name -> options, and whether the tiny decoder is used; each is added to those before it
@@ -56,41 +55,47 @@ def settings(base: Setting, tiny: str | None) -> dict[str, dict[str, Setting]]:
     return found
 
 
-def psnr(first: Path, second: Path) -> float | None:
-    """Decibels between two pictures; None where they are equal."""
-    a, b = (np.asarray(PIL.Image.open(path), dtype=np.float64) for path in (first, second))
-    error = float(((a - b) ** 2).mean())
-    return None if error == 0 else round(float(10 * np.log10(255**2 / error)), 1)
-
-
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every rung that there is time for; the report is written after each, as a lent machine may go."""
+    ends = time.monotonic() + 60 * arguments.minutes
     at, weights = found_model(arguments.model, arguments.random, "torch", "random" if arguments.random else None)
     tiny = weights.get("tiny_vae", arguments.tiny_vae)
     base = Setting(
         "onestill", str(at), engine="torch", device=arguments.device, dtype=arguments.dtype, pictures=arguments.pictures
     )
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        reference = Path(scratch) / "plain-together.png"
-        for name, kinds in settings(base, tiny).items():
-            for kind, setting in kinds.items():
-                if name in arguments.skip or (name == "plain" and kind == "alone"):
-                    continue
-                picture = Path(scratch) / f"{name}-{kind}.png".replace(" ", "-")
-                try:
-                    measured = with_floor(setting, measure_elsewhere(replace(setting, picture=str(picture))))
-                except OnestillError as error:
-                    results.setdefault(name, {})[kind] = {"refused": str(error)}
-                    continue
-                kept = {key: measured[key] for key in KEPT if key in measured}
-                results.setdefault(name, {})[kind] = kept | {"psnr_db": psnr(picture, reference)}
-                print(name, kind, kept["total_ms"]["p50"], "ms", file=sys.stderr, flush=True)
-    return {
+    report = {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "model": f"random-{arguments.random}" if arguments.random else arguments.model,
         "machine": machine(),
         "results": results,
     }
+    with tempfile.TemporaryDirectory() as scratch:
+        reference = Path(scratch) / "plain-together.png"
+        for name, kinds in settings(base, tiny).items():
+            for kind in arguments.kinds if name != "plain" else ["together"]:
+                if name in arguments.skip:
+                    continue
+                picture = Path(scratch) / f"{name}-{kind}.png".replace(" ", "-")
+                try:
+                    setting = replace(kinds[kind], picture=str(picture))
+                    measured = with_floor(setting, measure_elsewhere(setting, most_s=max(ends - time.monotonic(), 1)))
+                except OnestillError as error:
+                    results.setdefault(name, {})[kind] = {"refused": str(error)}
+                    continue
+                kept = {key: measured[key] for key in KEPT if key in measured}
+                close = psnr(picture, reference) if reference.is_file() else None
+                results.setdefault(name, {})[kind] = kept | {"psnr_db": close}
+                print(name, kind, kept["total_ms"]["p50"], "ms", file=sys.stderr, flush=True)
+                write(report, arguments.out)
+    write(report, arguments.out)
+    return report
+
+
+def write(report: dict[str, Any], out: Path | None) -> None:
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 KEPT = (
@@ -108,14 +113,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--pictures", type=int, default=50)
     parser.add_argument("--skip", nargs="*", default=[], choices=list(RUNGS), help="rungs to leave out")
+    parser.add_argument("--kinds", nargs="*", default=["alone", "together"], choices=("alone", "together"))
+    parser.add_argument("--minutes", type=float, default=60, help="rungs that are not done by then are refused")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    report = run(arguments)
-    text = json.dumps(report, indent=2)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n")
-    print(text)
+    print(json.dumps(run(arguments), indent=2))
 
 
 if __name__ == "__main__":

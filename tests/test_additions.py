@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from onestill.checkpoint import Additions, describe, identify
 from onestill.checkpoint.presets import PRESETS
+from onestill.cli import main
 from onestill.engine.weights import load_components
 from onestill.errors import CheckpointError, ModelNotFoundError, OnestillError, UnsafeFormatError
 from onestill.pipeline import Pipeline, load
@@ -193,6 +194,33 @@ def test_what_a_file_is(folder: Path, lora: Path, tmp_path: Path) -> None:
         load(lora)
     with pytest.raises(CheckpointError, match="kind: autoencoder"):
         load(folder / "vae" / "diffusion_pytorch_model.safetensors")
+
+
+def test_the_command_says_what_a_file_is(folder: Path, lora: Path, tmp_path: Path, capsys: Any) -> None:
+    path = single_file(folder, tmp_path / "base.safetensors", "sdxl", notes={"modelspec.resolution": "64x64"})
+    assert main(["models", str(path), "--json"]) == 0
+    (whole,) = json.loads(capsys.readouterr().out)["models"]
+    assert (whole["family"], whole["num_inference_steps"], whole["timestep_spacing"]) == (
+        "stable-diffusion-xl",
+        1,
+        "trailing",
+    )
+    assert (whole["dtypes"], whole["notes"]) == ({"F32": whole["tensors"]}, {"modelspec.resolution": "64x64"})
+    assert main(["models", str(lora), "--json"]) == 0
+    (part,) = json.loads(capsys.readouterr().out)["models"]
+    assert (part["kind"], part["tensors"] > 0) == ("lora", True)
+
+
+def test_a_file_of_mixed_types_draws_as_its_numbers_are(folder: Path, tmp_path: Path) -> None:
+    path = single_file(folder, tmp_path / "model.safetensors", "sdxl", notes={"modelspec.resolution": "64x64"})
+    whole = {name: value.half() for name, value in load_file(path).items()}
+    mixed = {name: value.float() if i % 2 else value for i, (name, value) in enumerate(whole.items())}
+    drawn = []
+    for i, tensors in enumerate((whole, mixed)):
+        save_file(tensors, tmp_path / f"{i}.safetensors", metadata={"modelspec.resolution": "64x64"})
+        drawn.append(levels(load(tmp_path / f"{i}.safetensors")))
+    assert set(identify(tmp_path / "1.safetensors").dtypes) == {"F16", "F32"}
+    np.testing.assert_array_equal(*drawn)
 
 
 def test_a_single_file_that_lacks_something_says_what(folder: Path, tmp_path: Path) -> None:

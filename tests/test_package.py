@@ -84,6 +84,11 @@ def test_the_base_needs_no_torch() -> None:
     assert not modules_after(code) & heavy
 
 
+def test_measuring_on_a_gpu_needs_no_openvino() -> None:
+    code = "import onestill.cli.bench, onestill.evaluate.floor, onestill.evaluate.latency, onestill.engine.cuda"
+    assert "openvino" not in modules_after(code)
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 
+from onestill.errors import SizeError
 from onestill.pipeline import Pipeline, load
 from tests.tiny_sd import FAMILIES, single_file, tiny_sd
 
@@ -90,6 +91,31 @@ def test_other_sizes_are_diffusers_own_and_noted(ours: Pipeline, theirs: Any) ->
     (note,) = ours("a", seed=1, height=72, width=104).notes
     assert "trained to draw" in note
     assert ours("a", seed=1).notes == []
+
+
+def test_sizes_that_sdxl_is_told_are_diffusers_own(ours: Pipeline, theirs: Any, family: str) -> None:
+    told = {"original_size": (512, 96), "crops_coords_top_left": (32, 8), "target_size": (128, 64)}
+    if family != "sdxl":
+        with pytest.raises(SizeError, match=r"original_size is \(1, 2, 3\)"):
+            ours("a", original_size=(1, 2, 3))  # type: ignore[arg-type]
+        return
+    plain, *_ = both(ours, theirs, 1)
+    latents, expected, *_ = both(ours, theirs, 1, **told)
+    assert np.abs(latents - expected).max() <= LATENTS
+    assert np.abs(latents - plain).max() > 10 * LATENTS, "being told must do something for this to mean anything"
+
+
+def test_less_than_one_step_of_a_picture_becomes_one_and_that_is_said(ours: Pipeline) -> None:
+    picture = PIL.Image.new("RGB", (64, 64), "orange")
+    start = np.asarray(picture, dtype=np.int16)
+    far = []
+    for strength in (0.3, 0.9):
+        out = ours("a red apple", image=picture, strength=strength, num_inference_steps=1, seed=1)
+        assert any(f"A strength of {strength:g} is less than one of 1 steps; one was taken" in one for one in out.notes)
+        far.append(np.abs(np.asarray(out.images[0], dtype=np.int16) - start).mean())
+    assert far[0] != far[1], "strength must act below one step too"
+    whole = ours("a red apple", image=picture, strength=0.5, num_inference_steps=2, seed=1)
+    assert not any("less than one" in note for note in whole.notes)
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(2, 0.5), (4, 0.75), (4, 1.0)])

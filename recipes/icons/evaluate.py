@@ -37,8 +37,9 @@ from onestill.evaluate import (
     load_network,
     sheets,
 )
+from onestill.evaluate.machine import machine_in_words, versions
 from onestill.evaluate.protocol import Generate, Pictures
-from onestill.evaluate.report import About, Report, Target, Tried, machine, versions, write_report
+from onestill.evaluate.report import About, Report, Target, Tried, write_report
 from recipes.icons.captions import style_name
 
 SPLITS = ("val", "style", "concept")
@@ -359,7 +360,7 @@ def run(options: argparse.Namespace) -> Path:
         },
         command="python -m recipes.icons.evaluate " + shlex.join(_without_folders(options)),
         seed=options.seed,
-        machine=machine(),
+        machine=machine_in_words(),
         versions=versions(),
         caveats=CAVEATS,
     )

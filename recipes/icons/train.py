@@ -1,7 +1,7 @@
 """Make the shipped model, all stages in order, from the icon table to the report.
 
     python -m recipes.icons.train --parquet icons.parquet                 # the CPU form, about five hours on two cores
-    python -m recipes.icons.train --parquet icons.parquet --form gpu      # 256 px, half an hour of one H200
+    python -m recipes.icons.train --parquet icons.parquet --form gpu      # 256 px, on a GPU; docs/gpu-worklist.md
     python -m recipes.icons.train --parquet icons.parquet --from 3-teacher --to 4-student
 
 A stage whose result exists is passed over; one that was interrupted goes on from its last checkpoint.
@@ -41,7 +41,16 @@ def command(stage: str, form: str, parquet: str, runs: Path, data: Path) -> tupl
         return data / "common.done", module("recipes.icons.common", *arguments, "--done", str(data / "common.done"))
     if stage == "ship":
         made = runs / "icons/onestill.json"
-        arguments = ("--unet", str(student), "--autoencoder", str(vae), "--out", str(runs / "icons"), "--int8", "--force")
+        arguments = (
+            "--unet",
+            str(student),
+            "--autoencoder",
+            str(vae),
+            "--out",
+            str(runs / "icons"),
+            "--int8",
+            "--force",
+        )
         return made, module("recipes.icons.ship", *arguments)
     if stage == "report":
         folders = ("--teacher", str(runs / "icons-teacher"), "--student", str(runs / "icons"))

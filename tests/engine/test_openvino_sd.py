@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino
 import PIL.Image
 import pytest
 import torch
+from openvino import opset13
 
 from onestill.checkpoint import describe, verify
 from onestill.cli import main
 from onestill.engine.export_sd import export_sd
-from onestill.errors import CheckpointError, OnestillError
+from onestill.engine.openvino_sd import _round_products
+from onestill.errors import CheckpointError, NotEnoughMemoryError, OnestillError
 from onestill.pipeline import Pipeline, load
 from tests.tiny import tiny_autoencoder
 from tests.tiny_sd import FAMILIES, single_file, tiny_sd
@@ -57,16 +61,115 @@ def test_bfloat16_is_near(folder: Path, exported: Path) -> None:
     assert difference.mean() < 4
 
 
-def test_int8_weights_are_half_as_large_and_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tiny_sd(tmp_path / "xl", "sdxl", dtype=torch.float16)
-    monkeypatch.setattr("onestill.engine.export_sd.SMALLEST_INT8", 2**10)
-    small = export_sd(describe(folder), tmp_path / "int8", weights="int8")
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """SDXL at tiny width, and its form in int8."""
+    folder = tiny_sd(tmp_path_factory.mktemp("models") / "xl", "sdxl", dtype=torch.float16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onestill.engine.export_sd.SMALLEST_INT8", 2**10)
+        return folder, export_sd(describe(folder), folder.parent / "int8", weights="int8")
+
+
+def test_int8_weights_are_half_as_large_and_near(small: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, form = small
     (half,) = (folder / "unet").glob("*.safetensors")
-    assert (small / "openvino" / "unet.bin").stat().st_size < 0.65 * half.stat().st_size
-    difference = np.abs(levels(load(folder)) - levels(load(small, dtype="float32")))
+    assert (form / "openvino" / "unet.bin").stat().st_size < 0.65 * half.stat().st_size
+    difference = np.abs(levels(load(folder)) - levels(load(form, dtype="float32")))
     assert 0 < difference.mean() < 4
     with pytest.raises(OnestillError, match="choose from float16, int8"):
         export_sd(describe(folder), tmp_path / "x", weights="int3")
+
+
+def test_int8_is_computed_in_int8_and_near(small: tuple[Path, Path], exported: Path) -> None:
+    folder, form = small
+    fast = "INT8" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    quick = load(form, dtype="int8" if not fast else None)
+    assert quick.engine.dtype == "int8"
+    exact, found = (levels(load(form, dtype="float32")), levels(quick))
+    assert 0 < np.abs(exact - found).mean() < 4
+    image = PIL.Image.new("RGB", (64, 64), "orange")
+    settings: dict[str, Any] = {"num_inference_steps": 2, "image": image, "strength": 0.5}
+    assert np.abs(levels(load(folder), **settings) - levels(quick, **settings)).mean() < 5
+    with pytest.raises(OnestillError, match="computed in float32 or bfloat16, not 'int8'"):
+        load(exported, dtype="int8")
+
+
+def test_convolutions_and_matrices_are_multiplied_in_int8(small: tuple[Path, Path]) -> None:
+    # What the compiled network says of itself, as speed is nothing that a test can see.
+    engine: Any = load(small[1], dtype="int8").engine
+    compiled = engine._parts["unet"]._request.get_compiled_model().get_runtime_model()
+    told = [node.get_rt_info() for node in compiled.get_ordered_ops()]
+    kinds = {(one["layerType"].astype(str), one["primitiveType"].astype(str).lower()) for one in told}
+    for layer in ("Convolution", "FullyConnected"):
+        assert any(name.startswith(layer) and kind.endswith("i8") for name, kind in kinds), kinds
+
+
+@pytest.mark.parametrize("source", ["relu", "swish", "tanh"])
+def test_rounding_a_convolution_is_what_it_is_by_hand(source: str) -> None:
+    numbers = np.random.default_rng(0)
+    weight = numbers.integers(-127, 128, (16, 16, 3, 3)).astype(np.int8)
+    unit = np.full((16, 1, 1, 1), 0.001, np.float32)
+    given = opset13.parameter([1, 16, 8, 8], openvino.Type.f32, name="x")
+    kept = opset13.multiply(opset13.convert(opset13.constant(weight), "f32"), opset13.constant(unit))
+    x = getattr(opset13, source)(given)
+    model = openvino.Model([opset13.convolution(x, kept, [1, 1], [1, 1], [1, 1], [1, 1])], [given])
+    _round_products(model)
+    picture = 4 * numbers.standard_normal((1, 16, 8, 8)).astype(np.float32)
+    found = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([picture])[0]
+
+    act = {"relu": torch.relu, "swish": torch.nn.functional.silu, "tanh": torch.tanh}[source]
+    value = act(torch.from_numpy(picture)).double()
+    low = {"relu": 0.0, "swish": -0.25, "tanh": -128 / 127}[source]
+    step = (1 - low) / 255
+    rounded = torch.round(value / value.abs().max() / step) * step * value.abs().max()
+    expected = torch.nn.functional.conv2d(rounded, torch.from_numpy(weight * unit).double(), padding=1).numpy()
+    exact = torch.nn.functional.conv2d(value, torch.from_numpy(weight * unit).double(), padding=1).numpy()
+    assert np.abs(found - expected).mean() < 1e-3 * expected.std()  # a number half way between steps may go either way
+    assert 0 < np.abs(found - exact).std() < 0.02 * exact.std()
+
+
+def test_eight_threads_draw_what_each_would_alone(small: tuple[Path, Path]) -> None:
+    pipe = load(small[1])
+    alone = {seed: np.asarray(pipe("a red apple", seed=seed).images[0]) for seed in range(4)}
+
+    def draw(seed: int) -> bool:
+        return bool((np.asarray(pipe("a red apple", seed=seed % 4).images[0]) == alone[seed % 4]).all())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(draw, range(24)))
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(
+    small: tuple[Path, Path], exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onestill.engine.memory._available", lambda: 2**16)
+    with pytest.raises(NotEnoughMemoryError, match=r"in float32 .* export it with --weights int8"):
+        load(exported, dtype="float32")
+    with pytest.raises(NotEnoughMemoryError, match="load it with dtype 'int8'"):
+        load(small[1], dtype="float32")
+
+
+def test_a_size_that_cannot_be_compiled_leaves_the_engine_working(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = load(exported)
+    expected = levels(pipe)
+    core: Any = pipe.engine._parts["unet"]._core  # type: ignore[attr-defined]
+
+    class Full:
+        """OpenVINO's core on a machine without memory: compiling says what it says there."""
+
+        def read_model(self, path: str) -> Any:
+            return core.read_model(path)
+
+        def compile_model(self, *asked: Any) -> Any:
+            raise RuntimeError("Exception from src/plugins: std::bad_alloc")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.engine._parts["unet"], "_core", Full())  # type: ignore[attr-defined]
+        with pytest.raises(NotEnoughMemoryError, match="run 'unet' at this size; draw fewer or smaller"):
+            levels(pipe, height=96)
+    np.testing.assert_array_equal(levels(pipe), expected)
 
 
 def test_a_single_file_with_a_tiny_decoder_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

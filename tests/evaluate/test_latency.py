@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,8 +13,8 @@ from onestill.checkpoint import describe, model_path
 from onestill.cli import main
 from onestill.engine.random_weights import CONFIGS, meta_module, random_model
 from onestill.errors import OnestillError
-from onestill.evaluate.floor import count_gflop
-from onestill.evaluate.latency import Setting, measure, measure_elsewhere, percentile, prompts
+from onestill.evaluate.floor import count_gflop, matrix_tflops
+from onestill.evaluate.latency import Setting, measure, measure_elsewhere, percentile, prompts, psnr, with_contender
 from onestill.evaluate.latency_chart import bars
 from onestill.pipeline import load
 
@@ -75,6 +76,20 @@ def test_a_random_model_draws_and_says_what_it_is(small: Path) -> None:
     assert tiny.std() > 1
 
 
+def test_contenders_draw_the_same_picture(small: Path, tmp_path: Path) -> None:
+    setting = Setting("onestill", str(small), engine="torch", pictures=1, warm_up=0, repeats=0)
+    pictures = {name: tmp_path / f"{name}.png" for name in ("onestill", "diffusers")}
+    for name, picture in pictures.items():
+        measure(with_contender(replace(setting, picture=str(picture)), name))
+    difference = psnr(*pictures.values())
+    assert difference is None or difference > 50
+    assert with_contender(replace(setting, dtype="int8"), "diffusers").dtype is None
+
+
+def test_int8_has_a_rate_too() -> None:
+    assert matrix_tflops("cpu", "int8") > 0
+
+
 def test_operations_are_the_ones_counted_by_hand(small: Path) -> None:
     info = describe(small)
     once = count_gflop(info, batch=1, height=64, width=64)
@@ -98,6 +113,8 @@ def test_every_contender_tells_where_the_time_went(small: Path, contender: str) 
 
 
 def test_a_failure_elsewhere_is_one_sentence() -> None:
+    with pytest.raises(OnestillError, match="took more than 0 s and was ended"):
+        measure_elsewhere(Setting("onestill", "icons"), most_s=0.01)
     with pytest.raises(OnestillError, match="no model named 'nothing'"):
         measure_elsewhere(Setting("onestill", "nothing"))
     with pytest.raises(OnestillError, match="no contender"):

@@ -16,7 +16,8 @@ from PIL import Image
 from onestill.errors import DataError, OutputError
 from onestill.evaluate import Contender, Evaluation, Protocol, evaluate, sheets
 from onestill.evaluate.charts import Point, Series, line_chart
-from onestill.evaluate.report import About, Report, Target, Tried, machine, versions, write_report
+from onestill.evaluate.machine import machine_in_words, versions
+from onestill.evaluate.report import About, Report, Target, Tried, write_report
 from tests.evaluate.shapes import KINDS, NAMES, Painter, colour_network
 
 VOID = {"meta", "link", "img", "line", "polyline", "circle", "br"}
@@ -76,7 +77,7 @@ def report(evaluation: Evaluation) -> Report:
         {"prompts": "40"},
         "python -m it --x 'a b'",
         7,
-        machine(),
+        machine_in_words(),
         versions(),
         ("A caveat.",),
     )

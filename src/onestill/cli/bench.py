@@ -59,9 +59,10 @@ def bench(
     if compare not in (None, "diffusers"):
         raise OnestillError(f"There is no '{compare}' to compare with; the one there is: diffusers.")
     from onestill.evaluate.latency import Setting, measure_elsewhere, with_contender
+    from onestill.evaluate.machine import machine
 
     height, width = parse_size(size)
-    at, weights = found_model(model, random, engine, tiny_vae)
+    at, weights = found_model(model, random, engine, tiny_vae, in_int8=dtype == "int8")
     options = {name: value for name, value in (("compile", compiling), ("quantize", quantizing)) if value is not None}
     asked = Setting(
         contender="onestill",
@@ -113,7 +114,7 @@ def bench(
 
 
 def found_model(
-    model: str, random: str | None, engine: str | None, tiny_vae: str | None
+    model: str, random: str | None, engine: str | None, tiny_vae: str | None, *, in_int8: bool = False
 ) -> tuple[Path, dict[str, str]]:
     """Where what we draw with lies; and the weights that diffusers draws with, made first where they are random."""
     from onestill.checkpoint import Additions, cache_folder, describe, resolve
@@ -136,8 +137,9 @@ def found_model(
     from onestill.engine.export_sd import export_sd
 
     info = describe(folder, Additions(tiny_vae=Path(tiny) if tiny else None))
-    form = cache_folder() / "random" / f"{random}-openvino{'-tiny' if tiny else ''}"
-    return made(form, lambda path: export_sd(info, path)), weights
+    kept = "int8" if in_int8 else "float16"
+    form = cache_folder() / "random" / f"{random}-openvino-{kept}{'-tiny' if tiny else ''}"
+    return made(form, lambda path: export_sd(info, path, weights=kept)), weights
 
 
 def made(folder: Path, make: Any) -> Path:
@@ -183,15 +185,6 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
         for one in results
         if one["contender"] != "onestill"
     }
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    import platform
-
-    from onestill.cli.doctor import cpu, packages, torch
-
-    return {"cpu": cpu(), "torch": torch(), "packages": packages(), "system": platform.platform()}
 
 
 def show(report: dict[str, Any]) -> None:

@@ -7,8 +7,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata, util
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,22 +18,6 @@ from onestill.errors import OnestillError, require
 
 __all__ = ["doctor"]
 
-PACKAGES = {
-    "base": ("numpy", "openvino", "Pillow", "rich", "safetensors", "typer"),
-    "serve": (
-        "fastapi",
-        "python-multipart",
-        "uvicorn",
-        "websockets",
-        "sqlalchemy",
-        "alembic",
-        "psycopg",
-        "c2pa-python",
-    ),
-    "torch": ("accelerate", "diffusers", "peft", "torch", "transformers"),
-    "train": ("tensorboard",),
-}
-CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 PROMPT = "a red apple"
 
 Facts = dict[str, object]
@@ -50,6 +32,8 @@ def doctor(
 
     Exits with 0 when all is well, else with 2.
     """
+    from onestill.evaluate.machine import cpu, torch
+
     problems: list[str] = []
 
     def told(part: Callable[[], Facts]) -> Facts:
@@ -81,34 +65,11 @@ def doctor(
 
 def packages() -> Facts:
     """The version of every package that some part of onestill uses, None where it is not installed."""
-    versions: Facts = {}
-    for name in (name for names in PACKAGES.values() for name in names):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
+    from onestill.evaluate.machine import PACKAGES, versions
 
-
-def cpu() -> Facts:
-    """The processor's name, the cores this process may use, and which fast instructions it has (Linux tells)."""
-    lines = [line.partition(":") for line in read_text("/proc/cpuinfo").splitlines()]
-    told = {key.strip(): value.strip() for key, _, value in lines}
-    flags = set(told.get("flags", "").split())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "name": told.get("model name") or platform.processor() or platform.machine(),
-        "cores": cores,
-        "features": [flag for flag in CPU_FLAGS if flag in flags],
-    }
-
-
-def read_text(path: str) -> str:
-    """The text of a file, "" where there is none."""
-    try:
-        return Path(path).read_text(errors="replace")
-    except OSError:
-        return ""
+    names = [name for names in PACKAGES.values() for name in names]
+    installed = versions(names)
+    return {name: installed.get(name) for name in names}
 
 
 def openvino() -> Facts:
@@ -120,21 +81,6 @@ def openvino() -> Facts:
             "fast": sorted(str(name) for name in core.get_property(device, "OPTIMIZATION_CAPABILITIES")),
         }
         for device in core.available_devices
-    }
-
-
-def torch() -> Facts | None:
-    """What torch sees, None where it is not installed. Imports it, which takes seconds."""
-    if util.find_spec("torch") is None:
-        return None
-    module = require("torch", "torch")
-    cuda = module.cuda
-    names = [cuda.get_device_name(i) for i in range(cuda.device_count())] if cuda.is_available() else []
-    return {
-        "version": module.__version__,
-        "cuda": module.version.cuda,
-        "gpus": names,
-        "threads": module.get_num_threads(),
     }
 
 

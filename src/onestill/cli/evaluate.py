@@ -161,7 +161,8 @@ def in_batches(samples: Sequence[Sample]) -> Iterator[Pictures]:
 
 def report(result: Evaluation, out: Path, number: int, seed: int) -> Path:
     """Write the page and its JSON, and return the page."""
-    from onestill.evaluate.report import About, Report, machine, versions, write_report
+    from onestill.evaluate.machine import machine_in_words, versions
+    from onestill.evaluate.report import About, Report, write_report
     from onestill.evaluate.sheets import failures, side_by_side
 
     last = result.results[-1].name
@@ -174,7 +175,7 @@ def report(result: Evaluation, out: Path, number: int, seed: int) -> Path:
         },
         command=shlex.join(["onestill", *sys.argv[1:]]),
         seed=seed,
-        machine=machine(),
+        machine=machine_in_words(),
         versions=versions(),
         caveats=CAVEATS,
     )

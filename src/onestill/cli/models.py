@@ -11,7 +11,7 @@ from onestill.cli.console import print_json, stdout_console
 from onestill.cli.options import Json, Preset
 
 if TYPE_CHECKING:
-    from onestill.checkpoint import ModelInfo
+    from onestill.checkpoint import Found, ModelInfo
 
 __all__ = ["models"]
 
@@ -58,6 +58,13 @@ def part_of_a_model(name: str) -> dict[str, object] | None:
         "path": name,
         "kind": found.kind,
         "family": found.family or "unknown",
+        **counted(found),
+    }
+
+
+def counted(found: Found) -> dict[str, object]:
+    """What a safetensors file holds, in numbers, and what its maker wrote into it."""
+    return {
         "tensors": found.tensors,
         "parameters": found.parameters,
         "dtypes": dict(found.dtypes),
@@ -67,6 +74,8 @@ def part_of_a_model(name: str) -> dict[str, object] | None:
 
 def facts(info: ModelInfo) -> dict[str, object]:
     """What is worth telling about a model, in words and numbers that JSON can hold."""
+    from onestill.checkpoint import identify
+
     return {
         "name": info.name,
         "path": str(info.path),
@@ -86,6 +95,7 @@ def facts(info: ModelInfo) -> dict[str, object]:
         "version": info.version,
         "made": info.made,
         "networks": {name: kind for name, (_, kind) in info.classes.items() if name in NETWORKS},
+        **(counted(identify(info.path)) if info.path.is_file() else {}),
     }
 
 

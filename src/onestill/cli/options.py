@@ -64,7 +64,7 @@ Quantize = Annotated[
 Engine = Annotated[str | None, typer.Option("--engine", metavar="NAME", help="What runs the model: openvino or torch.")]
 Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="Where it runs: cpu, cuda, ...")]
 Dtype = Annotated[
-    str | None, typer.Option("--dtype", metavar="NAME", help="What it computes in: float32, bfloat16, float16 or int8.")
+    str | None, typer.Option("--dtype", metavar="NAME", help="What it computes in: float32, bfloat16, float16, int8.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 

@@ -1,4 +1,4 @@
-"""Whether a model and its pictures fit into memory, said before or after it was tried. `[torch]`."""
+"""Whether a model and its pictures fit into memory, said before or after it was tried."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
-import torch
-
 from onestill.checkpoint import ModelInfo, read_json, weights_file
 from onestill.checkpoint.files import NETWORKS
 from onestill.checkpoint.header import read_header
-from onestill.errors import NotEnoughMemoryError
+from onestill.errors import NotEnoughMemoryError, require
 
-__all__ = ["check_memory", "memory_told", "parameters"]
+__all__ = ["check_memory", "check_memory_left", "is_memory_error", "memory_told", "parameters"]
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-CPU_MESSAGES = ("can't allocate memory", "not enough memory", "bad_alloc", "could not create a memory object")
+MESSAGES = (
+    "out of memory",  # a GPU's
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "could not create a memory object",
+)
 
 
 def parameters(info: ModelInfo) -> int:
@@ -42,13 +46,23 @@ def check_memory(info: ModelInfo, dtype: str) -> None:
         NotEnoughMemoryError: the sentence says in what type it would fit.
     """
     count, left = parameters(info), _available()
-    if left is None or count * BYTES[dtype] < left:
-        return
-    smaller = "dtype 'bfloat16'" if dtype == "float32" and count * 2 < left else "quantize 'int8', or a smaller model"
-    raise NotEnoughMemoryError(
-        f"The weights of '{info.name}' take {count * BYTES[dtype] / 1e9:.1f} GB in {dtype} and {left / 1e9:.1f} GB of "
-        f"memory are left; load it with {smaller}."
-    )
+    fits_halved = dtype == "float32" and left is not None and count * 2 < left
+    smaller = "dtype 'bfloat16'" if fits_halved else "quantize 'int8', or a smaller model"
+    check_memory_left(info.name, count * BYTES[dtype], dtype, f"load it with {smaller}")
+
+
+def check_memory_left(name: str, needed: int, dtype: str, smaller: str) -> None:
+    """Refuse weights of `needed` bytes where less memory is left; `smaller` says what to do then.
+
+    Raises:
+        NotEnoughMemoryError: they are too large.
+    """
+    left = _available()
+    if left is not None and needed >= left:
+        raise NotEnoughMemoryError(
+            f"The weights of '{name}' take {needed / 1e9:.1f} GB in {dtype} and {left / 1e9:.1f} GB of memory are "
+            f"left; {smaller}."
+        )
 
 
 def _available() -> int | None:
@@ -59,28 +73,29 @@ def _available() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
+def is_memory_error(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: torch and OpenVINO say so in words only."""
+    return isinstance(error, MemoryError) or any(message in str(error).lower() for message in MESSAGES)
+
+
 @contextmanager
-def memory_told(device: torch.device, doing: str) -> Iterator[None]:
+def memory_told(device: object, doing: str) -> Iterator[None]:
     """Turn running out of memory in the body into one sentence, and give back what was taken.
 
     Args:
-        device: where the body computes.
+        device: where the body computes; its text is its name.
         doing: what it does, as in "There is not enough memory on 'cuda' to draw 4 pictures".
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        found: BaseException | None = error
-    except RuntimeError as error:  # what torch raises on a CPU
-        if not any(message in str(error).lower() for message in CPU_MESSAGES):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, NotEnoughMemoryError) or not is_memory_error(error):
             raise
-        found = error
     else:
         return
-    # Outside the handlers and without the cause: its frames would keep the tensors that memory is short of.
-    del found
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    # Outside the handler and without the cause: its frames would keep the tensors that memory is short of.
+    if str(device).startswith("cuda"):
+        require("torch", "torch").cuda.empty_cache()
     raise NotEnoughMemoryError(
         f"There is not enough memory on '{device}' to {doing}; draw fewer or smaller pictures at once, or load the "
         "model with a tiny VAE or in int8."

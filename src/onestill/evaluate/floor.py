@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 from onestill.checkpoint import ModelInfo, read_json
-from onestill.engine.openvino_sd import has_sd_form
 from onestill.errors import require
 
 __all__ = ["count_gflop", "floor", "matrix_tflops"]
@@ -80,7 +79,7 @@ def _configs(info: ModelInfo) -> dict[str, tuple[str, dict[str, Any]]]:
             found[name] = (network.kind, dict(network.config))
         elif name in info.classes:
             found[name] = (info.classes[name][1], read_json(info.path, f"{name}/config.json"))
-        elif name == "tiny_vae" and info.path.is_dir() and has_sd_form(info.path) and (info.path / name).is_dir():
+        elif name == "tiny_vae" and (info.path / "openvino").is_dir() and (info.path / name).is_dir():
             found[name] = ("AutoencoderTiny", read_json(info.path, f"{name}/config.json"))  # part of what was exported
     return found
 
@@ -90,11 +89,17 @@ def matrix_tflops(device: str, dtype: str) -> float:
     torch = require("torch", "torch")
     side = SIDES[torch.device(device).type]
     on_gpu = device.startswith("cuda")
-    a, b = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    kind = getattr(torch, dtype)
+    if dtype == "int8":
+        a, b = (torch.randint(-127, 128, (side, side), device=device, dtype=kind) for _ in range(2))
+        multiply = torch._int_mm  # what torch's own quantised layers call
+    else:
+        a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
+        multiply = torch.matmul
     best = float("inf")
     for _ in range(TRIES):
         started = time.perf_counter()
-        a @ b
+        multiply(a, b)
         if on_gpu:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)

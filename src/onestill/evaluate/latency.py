@@ -18,9 +18,12 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
+
 from onestill.errors import OnestillError, require
 
-__all__ = ["CONTENDERS", "Setting", "measure", "measure_elsewhere", "percentile", "prompts"]
+__all__ = ["CONTENDERS", "Setting", "measure", "measure_elsewhere", "percentile", "prompts", "psnr"]
 
 CONTENDERS = ("onestill", "diffusers", "diffusers compiled")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black", "pink", "brown")
@@ -75,14 +78,17 @@ def prompts(count: int) -> list[str]:
     return [f"{whole[i % len(whole)]} {i // len(whole) or ''}".strip() for i in range(count)]
 
 
-def measure_elsewhere(setting: Setting) -> dict[str, Any]:
-    """`measure` in a process of its own.
+def measure_elsewhere(setting: Setting, *, most_s: float | None = None) -> dict[str, Any]:
+    """`measure` in a process of its own, which is ended after `most_s` seconds.
 
     Raises:
-        OnestillError: it failed; the sentence is the process's own.
+        OnestillError: it failed, or took longer; the sentence is the process's own.
     """
     command = [sys.executable, "-m", "onestill.evaluate.latency", json.dumps(asdict(setting))]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=most_s)
+    except subprocess.TimeoutExpired:
+        raise OnestillError(f"Measuring {setting.contender} took more than {most_s:.0f} s and was ended.") from None
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         said = done.stderr.strip().splitlines()
@@ -125,6 +131,13 @@ def measure(setting: Setting) -> dict[str, Any]:
         "images_per_second": round(1000 * setting.batch / total, 3),
         "peak_memory_mb": round(_peak_memory(setting.device) / 1e6, 1),
     }
+
+
+def psnr(first: Path, second: Path) -> float | None:
+    """Decibels between two pictures; None where they are equal."""
+    a, b = (np.asarray(PIL.Image.open(path), dtype=np.float64) for path in (first, second))
+    error = float(((a - b) ** 2).mean())
+    return None if error == 0 else round(float(10 * np.log10(255**2 / error)), 1)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -230,10 +243,12 @@ def _diffusers(setting: Setting) -> tuple[Draw, dict[str, Any]]:
         if upcast:
             pipe.vae.float()
         z = (latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)
-        pipe.image_processor.postprocess(pipe.vae.decode(z, return_dict=False)[0], output_type="pil")
+        images = pipe.image_processor.postprocess(pipe.vae.decode(z, return_dict=False)[0], output_type="pil")
         if upcast:
             pipe.vae.half()
         mark()
+        if setting.picture is not None and not Path(setting.picture).exists():
+            images[0].save(setting.picture)
         spent = [1000 * (second - first) for first, second in pairwise(marks)]
         return dict(zip(PARTS, [*spent, sum(spent)], strict=True))
 
@@ -242,11 +257,10 @@ def _diffusers(setting: Setting) -> tuple[Draw, dict[str, Any]]:
 
 def with_contender(setting: Setting, contender: str) -> Setting:
     """The same, asked of another: what only ours understands is left out."""
-    return (
-        setting
-        if contender == "onestill"
-        else replace(setting, contender=contender, engine=None, options=None, picture=None)
-    )
+    if contender == "onestill":
+        return setting
+    dtype = None if setting.dtype == "int8" else setting.dtype
+    return replace(setting, contender=contender, engine=None, options=None, dtype=dtype)
 
 
 if __name__ == "__main__":

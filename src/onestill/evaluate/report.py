@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +18,7 @@ from onestill.evaluate.page import render
 from onestill.evaluate.run import Evaluation
 from onestill.evaluate.sheets import Sheet
 
-__all__ = ["About", "Report", "Target", "Tried", "machine", "versions", "write_report"]
-
-_PACKAGES = (
-    "onestill",
-    "numpy",
-    "openvino",
-    "torch",
-    "diffusers",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "Pillow",
-)
+__all__ = ["About", "Report", "Target", "Tried", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -74,8 +60,8 @@ class About:
         sets: name -> where the prompts, pictures and networks come from and how many there are.
         command: the line that makes the report again.
         seed: the first of the prompts' seeds.
-        machine: see `machine`.
-        versions: see `versions`.
+        machine: see `onestill.evaluate.machine.machine_in_words`.
+        versions: see `onestill.evaluate.machine.versions`.
         caveats: what the figures do not say.
     """
 
@@ -108,35 +94,6 @@ class Report:
     sheets: Mapping[str, Sheet] = field(default_factory=dict)
     tried: Sequence[Tried] = ()
     hero: str = ""
-
-
-def machine() -> dict[str, str]:
-    """The machine in words: processor, cores it may use, memory, system; no name and no path."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = {"processor": _processor(), "cores": str(cores)}
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"
-    return found | {"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version()}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide the figures, those installed."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def write_report(report: Report, folder: Path | str) -> Path:

@@ -328,7 +328,7 @@ def load(
         model: the name of a shipped model, a folder in diffusers' format, a single safetensors file, or a Hub id.
         engine: "openvino" or "torch"; None takes OpenVINO where it can.
         device: "cpu"; with torch also "cuda" and the like.
-        dtype: "float32", "bfloat16", "float16" or "int8"; None is what the engine is fastest in.
+        dtype: "float32", "bfloat16", "float16", or "int8" on OpenVINO; None is what the engine is fastest in.
         threads: how many CPU threads to use; None lets the engine choose.
         unet: another UNet in the model's place, a safetensors file or a folder with one.
         lora: a LoRA's safetensors file to add to the weights, or several, each with what it is multiplied by.
