@@ -169,6 +169,17 @@ def test_history_survives_and_restores(browser: Any, served: Served) -> None:
     assert not page.query_selector_all("#history li")
 
 
+def test_a_picture_that_takes_longer_than_the_pause_is_kept_too(browser: Any, gated: Gated) -> None:
+    with serving(Pipeline(gated)) as served:
+        gated.hold()
+        page = opened(browser, served)
+        page.type("#prompt", "a star")
+        page.wait_for_timeout(1500)
+        gated.gate.set()
+        page.wait_for_selector("#history li")
+        until(page, "document.getElementById('spoken').textContent.includes('a star')")
+
+
 def test_a_key_is_asked_for_and_kept(browser: Any, tiny_pipe: Pipeline) -> None:
     from onestill.serve.access import Key, hash_of, new_key
 

@@ -11,7 +11,7 @@ const PARTS = ["queue", "encode", "denoise", "decode", "compress", "network"];
 const KEY = "onestill.key";
 
 const shown = { id: 0, urls: [], seeds: [], request: null, blobs: [] };
-let model, live, past, gallery, sketch, pauseTimer, frameAsked = false;
+let model, live, past, gallery, sketch, pauseTimer, frameAsked = false, paused = false;
 
 const anySeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
 const words = () => [$("prompt").value.trim(), chosenStyle()].filter(Boolean).join(", ");
@@ -50,7 +50,8 @@ function ask() {
     if (image && request.num_inference_steps < 2) request.num_inference_steps = 2; // one step would not see the picture
     live.ask(request, image);
     clearTimeout(pauseTimer);
-    pauseTimer = setTimeout(settle, PAUSE_MS);
+    paused = false;
+    pauseTimer = setTimeout(() => { paused = true; settle(); }, PAUSE_MS);
   });
 }
 
@@ -91,6 +92,7 @@ async function show(header, blobs, request, took) {
   gallery?.offer({ ...request.fields, seed: seeds[0] }, urls[0], Boolean(request.image));
   showTimes(header.timings, took);
   say(header.left === undefined ? (header.notes ?? []).join(" ") : t("left", { n: header.left }));
+  if (paused) await settle(); // a model that takes longer than the pause
 }
 
 function choice(image, own, prompt) {
