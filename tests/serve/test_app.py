@@ -178,9 +178,7 @@ def test_an_answer_that_nobody_reads_is_not_kept(monkeypatch: Any) -> None:
             while not ended and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert ended == ["http.disconnect"]
-        with socket.create_connection(
-            ("127.0.0.1", port), timeout=20
-        ) as slow:  # who reads has all
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as slow:  # who reads has all
             slow.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
             total = 0
             while data := slow.recv(2**20):
