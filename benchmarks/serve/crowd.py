@@ -179,6 +179,7 @@ class Crowd:
             f"{method} {path} HTTP/1.1\r\nhost: {place.hostname}\r\ncontent-type: application/json\r\n{more}"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
+        writer = None
         try:
             reader, writer = await asyncio.open_connection(
                 place.hostname, place.port, local_addr=(f"127.0.0.{source + 2}", 0)
@@ -186,9 +187,11 @@ class Crowd:
             writer.write(head.encode() + body)
             status = (await reader.readline()).split()[1].decode()
             whole = await reader.read()
-            writer.close()
         except (*GONE, IndexError):
             return LOST
+        finally:
+            if writer is not None:
+                writer.close()
         length = next((line for line in whole.split(b"\r\n") if line.lower().startswith(b"content-length:")), b": 0")
         return status if len(whole.partition(b"\r\n\r\n")[2]) >= int(length.partition(b":")[2]) else LOST
 

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import logging
 import os
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -204,6 +205,15 @@ def _resident_bytes() -> float:
         return 0.0
 
 
+def _allowed(app: FastAPI, path: str) -> str:
+    """The methods of all routes of a path; Starlette would tell those of the first."""
+    methods: set[str] = set()
+    for template, operations in app.openapi()["paths"].items():
+        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path):
+            methods |= {method.upper() for method in operations}
+    return ", ".join(sorted(methods))
+
+
 def _add_refusals(app: FastAPI) -> None:
     @app.exception_handler(OnestillError)
     async def told(request: Request, error: OnestillError) -> JSONResponse:
@@ -215,6 +225,8 @@ def _add_refusals(app: FastAPI) -> None:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
         response = response_of(ApiError(error.status_code, said.get(error.status_code, "Not possible."), code))
         response.headers.update(error.headers or {})
+        if error.status_code == 405 and (allowed := _allowed(app, request.url.path)):
+            response.headers["allow"] = allowed
         return response
 
     @app.exception_handler(Exception)

@@ -119,7 +119,11 @@ class Shown(_Common):
     model: str | None = None
     size: str | None = None
     num_inference_steps: int | None = None
-    consent: bool = Field(strict=True, description="Must be true: everyone who may look will see the picture.")
+    consent: bool = Field(
+        strict=True,
+        description="Must be true: everyone who may look will see the picture.",
+        json_schema_extra={"const": True},
+    )
     show_prompt: bool = Field(False, strict=True, description="Show its words too; else they are not kept.")
 
 
