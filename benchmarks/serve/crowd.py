@@ -29,7 +29,7 @@ SENTENCES = (
     "a small house under a cloud, pixel art icon",
 )
 PAUSE_S = 0.7  # after a sentence, in which its picture is looked at
-DRAIN_S = 20.0
+DRAIN_S = 60.0  # for the last answers; only waited for where one is missing
 LOST = "lost"  # no answer came
 GONE = (OSError, WebSocketException, asyncio.IncompleteReadError)
 
@@ -39,6 +39,7 @@ class Typist:
 
     def __init__(self, seed: int, keys: float) -> None:
         self.random = random.Random(seed)
+        self.address = (f"127.0.0.{seed + 120}", 0)
         self.keys = keys
         self.asked: dict[int, float] = {}
         self.answers: Counter[int] = Counter()
@@ -66,7 +67,14 @@ class Typist:
                 await asyncio.sleep(0.2)
 
     async def _type(self, url: str, until: float, headers: dict[str, str]) -> None:
-        async with connect(url, max_size=2**24, compression=None, proxy=None, additional_headers=headers) as socket:
+        async with connect(
+            url,
+            max_size=2**24,
+            compression=None,
+            proxy=None,
+            additional_headers=headers,
+            local_addr=self.address,
+        ) as socket:
             await socket.recv()
             reader = asyncio.create_task(self._read(socket))
             try:
