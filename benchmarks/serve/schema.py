@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.serve.server import running
+from onestill.serve.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,12 +22,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", default="icons")
     options = parser.parse_args()
-    with running(["--model", options.model]) as process, tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as opened:
+        folder = opened.enter_context(tempfile.TemporaryDirectory())
+        url = f"sqlite:///{folder}/serve.db"
+        ledger = Ledger(url)
+        key = ledger.add_key("schemathesis", None)[1]
+        ledger.close()
+        process = opened.enter_context(running(["--model", options.model, "--gallery", "--database", url]))
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "schemathesis.cli", "run", f"{process.url}/openapi.json", "--checks", "all"),
                 *("--max-examples", str(options.examples), "--phases", "examples,coverage,fuzzing,stateful"),
-                *("--seed", str(options.seed), "--no-color"),
+                *("--seed", str(options.seed), "--no-color", "--header", f"Authorization: Bearer {key}"),
             ],
             cwd=folder,
             env=os.environ

@@ -59,7 +59,7 @@ def test_who_may_draw(tmp_path: Path) -> None:
         (url, None, 20, 20),
         (None, None, 0, 0),
     ]:
-        access = opened_access(database, keys, daily)
+        access, _ = opened_access(database, keys, daily, gallery=False)
         assert access.trial == trial
         access.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from typing import Any
 from websockets.sync.client import ClientConnection, connect
 
 from onestill.pipeline import Pipeline
-from onestill.serve.access import Access
+from onestill.serve.access import COOKIE, Access
+from onestill.serve.gallery import Gallery
 from onestill.serve.realtime import unpacked
 from onestill.serve.run import listen, make_server
 from onestill.serve.state import Server, Settings
@@ -88,6 +90,13 @@ class Served:
             yield socket
 
 
+def cookie_of(answer: Answer) -> str:
+    """The signed cookie that the page came with."""
+    found = re.match(rf"{COOKIE}=([^;]+); ", answer.headers["set-cookie"])
+    assert found is not None
+    return found[1]
+
+
 def answer_on(socket: ClientConnection, timeout: float = 60) -> tuple[dict[str, Any], bytes]:
     """The next answer: its object, and the bytes of its pictures."""
     message = socket.recv(timeout=timeout)
@@ -98,10 +107,12 @@ def answer_on(socket: ClientConnection, timeout: float = 60) -> tuple[dict[str, 
 
 
 @contextmanager
-def serving(pipe: Pipeline, settings: Settings | None = None, access: Access | None = None) -> Iterator[Served]:
+def serving(
+    pipe: Pipeline, settings: Settings | None = None, access: Access | None = None, gallery: Gallery | None = None
+) -> Iterator[Served]:
     bound = listen("127.0.0.1", 0)
     port = bound.getsockname()[1]
-    server = Server(pipe, settings or Settings(), access)
+    server = Server(pipe, settings or Settings(), access, gallery)
     started = threading.Event()
     running = make_server(server, ready=started.set)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]})

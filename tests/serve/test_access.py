@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from onestill.serve.app import create_app
 from onestill.serve.ledger import Ledger
 from onestill.serve.state import Server, Settings
 
-from .client import Answer, Served, answer_on, serving
+from .client import Answer, Served, answer_on, cookie_of, serving
 from .test_images import png
 
 OPEN = {"/", "/web/{name}", "/v1/models", "/v1/models/{name}", "/healthz", "/readyz", "/metrics", "/openapi.json"}
@@ -131,12 +130,6 @@ def test_every_drawing_route_over_its_limit(tiny_pipe: Pipeline, ledger: Ledger)
 
 
 # --- the free trial ---------------------------------------------------------------------------------------------------
-
-
-def cookie_of(answer: Answer) -> str:
-    found = re.match(rf"{COOKIE}=([^;]+); ", answer.headers["set-cookie"])
-    assert found is not None
-    return found[1]
 
 
 def test_a_visitor_has_a_trial_by_cookie_and_by_address(tiny_pipe: Pipeline, ledger: Ledger) -> None:

@@ -15,7 +15,12 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from .client import Served
+from onestill.pipeline import Pipeline
+from onestill.serve.access import Access
+from onestill.serve.gallery import Gallery, Rules
+from onestill.serve.ledger import Ledger
+
+from .client import Served, serving
 from .test_images import png
 
 PATHS = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
@@ -77,20 +82,34 @@ def test_models(client: Any) -> None:
     assert client.models.retrieve("tiny").owned_by == "onestill"
 
 
-@pytest.mark.slow
-def test_schemathesis_finds_nothing(served: Served, tmp_path: Path) -> None:
+def schemathesis(served: Served, folder: Path, *more: str) -> None:
     pytest.importorskip("schemathesis")
     run = subprocess.run(
         [
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{served.url}/openapi.json"),
             *("--checks", "all", "--max-examples", "15", "--phases", "examples,coverage,fuzzing"),
-            *("--seed", "1", "--workers", "1", "--no-color"),
+            *("--seed", "1", "--workers", "1", "--no-color", *more),
         ],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=folder,
         env=os.environ | {"SCHEMATHESIS_HOOKS": "tests.serve.schemathesis_hooks", "PYTHONPATH": PATHS},
         timeout=300,
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert re.search(r"[1-9]\d* (generated|passed)", run.stdout), run.stdout[-2000:]
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_nothing(served: Served, tmp_path: Path) -> None:
+    schemathesis(served, tmp_path)
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_nothing_in_the_gallery(tiny_pipe: Pipeline, tmp_path: Path) -> None:
+    ledger = Ledger(f"sqlite:///{tmp_path / 'serve.db'}")
+    key = ledger.add_key("schemathesis", None)[1]
+    gallery = Gallery(ledger, Rules(each=10_000, saves_a_minute=60_000, looks_a_second=1000))
+    with serving(tiny_pipe, access=Access(ledger=ledger), gallery=gallery) as served:
+        schemathesis(served, tmp_path, "--include-path-regex", "gallery", "--header", f"Authorization: Bearer {key}")
+        assert gallery.page(1)

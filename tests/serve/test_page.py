@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from onestill.pipeline import Pipeline
-from onestill.serve.access import Access
+from onestill.serve.access import COOKIE, Access
+from onestill.serve.gallery import Gallery, Rules
+from onestill.serve.ledger import Ledger
 
-from .client import Served, serving
+from .client import Served, cookie_of, serving
 from .conftest import Gated
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser's driver is not installed")
@@ -167,6 +169,17 @@ def test_history_survives_and_restores(browser: Any, served: Served) -> None:
     assert not page.query_selector_all("#history li")
 
 
+def test_a_picture_that_takes_longer_than_the_pause_is_kept_too(browser: Any, gated: Gated) -> None:
+    with serving(Pipeline(gated)) as served:
+        gated.hold()
+        page = opened(browser, served)
+        page.type("#prompt", "a star")
+        page.wait_for_timeout(1500)
+        gated.gate.set()
+        page.wait_for_selector("#history li")
+        until(page, "document.getElementById('spoken').textContent.includes('a star')")
+
+
 def test_a_key_is_asked_for_and_kept(browser: Any, tiny_pipe: Pipeline) -> None:
     from onestill.serve.access import Key, hash_of, new_key
 
@@ -188,6 +201,114 @@ def test_a_server_that_goes_is_told_and_come_back_to(browser: Any, gated: Gated,
         page.wait_for_selector('#pictures img[alt="a star"]')
     page.wait_for_selector("#link[data-state=offline]")
     assert "Offline" in page.inner_text("#link")
+
+
+@pytest.fixture(scope="module")
+def with_gallery(tiny_pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    ledger = Ledger(f"sqlite:///{tmp_path_factory.mktemp('gallery') / 'serve.db'}")
+    gallery = Gallery(ledger, Rules(saves_a_minute=6000, each=100))
+    with serving(tiny_pipe, access=Access(ledger=ledger), gallery=gallery) as served:
+        yield served
+
+
+def test_without_a_gallery_there_is_no_trace_of_one(browser: Any, served: Served) -> None:
+    page = opened(browser, served, "#prompt=a%20blue%20star&seed=7")
+    page.wait_for_selector("#pictures img")
+    assert not page.is_visible("#show")
+    assert not page.is_visible("#gallery")
+    assert "allery" not in page.inner_text("body")
+
+
+def save(page: Any, words: bool) -> None:
+    """Save what is drawn, by keyboard alone."""
+    page.wait_for_selector("#show:not([disabled])")
+    page.focus("#show")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#show-dialog[open]")
+    assert not page.is_checked("#show-words")  # the words are shown to nobody unless one says so
+    if words:
+        page.focus("#show-words")
+        page.keyboard.press("Space")
+    page.focus("#show-dialog .primary")
+    page.keyboard.press("Enter")
+
+
+def test_a_picture_is_shown_looked_at_and_deleted_by_keyboard_alone(browser: Any, with_gallery: Served) -> None:
+    page = opened(browser, with_gallery, "#prompt=a%20blue%20star&seed=7")
+    page.wait_for_selector("#none-shown:not([hidden])")
+    save(page, words=True)
+    page.wait_for_selector("#shown li")
+    assert page.inner_text("#notice") == "Saved to the gallery."
+    # Another visitor sees it, may take it up, and may not delete it.
+    other = opened(browser, with_gallery)
+    other.wait_for_selector('#shown img[alt="a blue star, seed 7"]')
+    until(other, "document.querySelector('#shown img').naturalWidth === 32")
+    assert other.query_selector("#shown .delete") is None
+    other.focus("#shown button")
+    other.keyboard.press("Enter")
+    other.wait_for_selector('#pictures img[alt="a blue star"]')
+    assert other.input_value("#seed") == "7"
+    # Of one without words there is nothing to read.
+    page.fill("#prompt", "a secret leaf")
+    page.wait_for_selector('#pictures img[alt="a secret leaf"]')
+    save(page, words=False)
+    page.wait_for_selector("#shown li:nth-child(2)")
+    other.reload()
+    other.wait_for_selector("#shown li:nth-child(2)")
+    assert "secret" not in other.inner_text("#gallery")
+    assert "secret" not in str(other.eval_on_selector_all("#shown img", "all => all.map((one) => one.alt)"))
+    for left in (1, 0):
+        page.focus("#shown .delete")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#delete-dialog[open]")
+        page.focus("#delete-dialog .primary")
+        page.keyboard.press("Enter")
+        until(page, f"document.querySelectorAll('#shown li').length === {left}")
+        assert page.evaluate("document.activeElement !== document.body")
+    other.reload()
+    other.wait_for_selector("#none-shown:not([hidden])")
+    assert page.faults == other.faults == []
+
+
+def test_the_gallery_goes_on_by_pages_and_not_from_uploads(browser: Any, with_gallery: Served) -> None:
+    cookie = {"cookie": f"{COOKIE}={cookie_of(with_gallery.ask('GET', '/'))}"}
+    for seed in range(30):
+        body = {"prompt": "a star", "seed": seed, "consent": True, "show_prompt": True}
+        assert with_gallery.ask("POST", "/v1/gallery", body, cookie).status == 201
+    page = opened(browser, with_gallery, "#prompt=a%20blue%20star&seed=7")
+    page.wait_for_selector("#shown li:nth-child(24)")
+    page.click("#more")
+    page.wait_for_selector("#shown li:nth-child(30)")
+    assert not page.is_visible("#more")
+    assert page.evaluate("document.activeElement.closest('li') === document.querySelector('#shown li:nth-child(25)')")
+    page.click("summary")
+    box = page.locator("#sketch").bounding_box()
+    page.mouse.click(box["x"] + 20, box["y"] + 20)
+    page.wait_for_selector("#show[disabled]")
+    assert "words alone" in page.get_attribute("#show", "title")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [(390, 844), (1280, 900)], ids=["phone", "desktop"])
+def test_axe_finds_nothing_in_the_gallery(
+    browser: Any, with_gallery: Served, scheme: str, size: tuple[int, int]
+) -> None:
+    page = opened(
+        browser,
+        with_gallery,
+        "#prompt=a%20red%20heart&seed=9",
+        viewport={"width": size[0], "height": size[1]},
+        color_scheme=scheme,
+        bypass_csp=True,
+    )
+    save(page, words=True)
+    page.wait_for_selector("#shown .delete")
+    assert axe.Axe().run(page).response["violations"] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    for opener in ("#show", "#shown .delete"):
+        page.click(opener)
+        assert axe.Axe().run(page).response["violations"] == []
+        page.keyboard.press("Escape")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

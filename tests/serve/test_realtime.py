@@ -94,7 +94,8 @@ def test_every_id_is_answered_once_and_the_last_with_a_picture(gated: Gated) -> 
     [
         ("", None, "invalid_body"),
         ("{", None, "invalid_body"),
-        ("[" * 100_000, None, "invalid_body"),
+        ("[" * 60_000, None, "invalid_body"),
+        ("[" * 100_000, None, "too_large"),
         ("[]", None, "invalid_body"),
         ("7", None, "invalid_body"),
         (b"", None, "invalid_body"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -59,6 +61,15 @@ def test_a_picture_is_what_the_pipeline_draws_alone(start: Start, tiny_pipe: Pip
         assert picture.metadata["seed"] == str(picture.seed)
         assert set(picture.timings) == {"queue_ms", "encode_ms", "denoise_ms", "decode_ms"}
         assert min(picture.timings.values()) >= 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a niceness of their own on Linux only")
+def test_the_models_thread_lets_the_others_go_first(start: Start) -> None:
+    scheduler = start()
+    scheduler.submit(job(), "a").result(WAIT)
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert scheduler._thread.native_id is not None
+    assert os.getpriority(os.PRIO_PROCESS, scheduler._thread.native_id) == min(19, own + 5)
 
 
 def test_one_who_waits_alone_is_not_kept_for_company(start: Start) -> None:

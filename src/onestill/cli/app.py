@@ -9,7 +9,7 @@ import typer
 import typer.main
 
 import onestill
-from onestill.cli import bench, data, doctor, evaluate, export, generate, keys, models, serve, train, verify
+from onestill.cli import bench, data, doctor, evaluate, export, gallery, generate, keys, models, serve, train, verify
 from onestill.cli.console import INTERRUPTED, note, say_error, say_interrupted
 from onestill.errors import OnestillError
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("serve")(serve.serve)
 app.add_typer(keys.app, name="keys")
+app.add_typer(gallery.app, name="gallery")
 app.command("verify")(verify.verify)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)

@@ -16,7 +16,9 @@ from onestill.errors import OnestillError, require
 
 if TYPE_CHECKING:
     from onestill.checkpoint import ModelInfo
+    from onestill.pipeline import Pipeline
     from onestill.serve.access import Access
+    from onestill.serve.ledger import Ledger
     from onestill.serve.provenance import Stamp
     from onestill.serve.safety import ImageFilter, PromptFilter
     from onestill.serve.state import Server, Settings
@@ -26,7 +28,10 @@ __all__ = ["Database", "KeysFile", "serve"]
 Database = Annotated[
     str | None,
     typer.Option(
-        "--database", metavar="URL", help="Where counts and keys are kept. (default: SQLite in the user's data folder)"
+        "--database",
+        metavar="URL",
+        envvar="ONESTILL_DATABASE",  # a password in a command line is there for all to see
+        help="Where keys, counts and the gallery are kept. (default: SQLite in the user's data folder)",
     ),
 ]
 KeysFile = Annotated[Path | None, typer.Option("--keys", metavar="FILE", help="Hashed keys that may draw.")]
@@ -58,6 +63,15 @@ def serve(
     trust_proxy: Annotated[
         str | None, typer.Option("--trust-proxy", metavar="ADDRESS", help="Whose X-Forwarded-For is believed.")
     ] = None,
+    gallery: Annotated[
+        bool, typer.Option("--gallery", help="Let visitors show pictures to each other; they may delete their own.")
+    ] = False,
+    gallery_days: Annotated[
+        int, typer.Option("--gallery-days", min=1, max=3650, metavar="N", help="How long a picture is shown.")
+    ] = 30,
+    gallery_most: Annotated[
+        int, typer.Option("--gallery-most", min=1, metavar="N", help="Pictures shown in all.")
+    ] = 1000,
     queue: Annotated[int, typer.Option("--queue", min=1, metavar="N", help="Pictures that may wait.")] = 64,
     batch: Annotated[int, typer.Option("--batch", min=1, max=64, metavar="N", help="Pictures in one call.")] = 4,
     blocked: Annotated[
@@ -98,6 +112,7 @@ def serve(
         hooks,
         {"model": model, "engine": engine, "device": device, "dtype": dtype, "threads": threads},
         {"database": database, "keys": keys, "daily": daily},
+        {"days": gallery_days, "most": gallery_most} if gallery else None,
     )
     check(settings, hooks, model)
     with listen(host, port) as bound:
@@ -107,18 +122,16 @@ def serve(
         def ready() -> None:
             print(f"onestill draws at http://{shown}:{found_port}/ (Ctrl-C ends it)", flush=True)
 
-        opened_access(database, keys, daily).close()
+        opened_access(database, keys, daily, gallery=gallery)[0].close()
         if daily is None and keys is None and database is None and not is_loopback(host):
             note("anyone who reaches this address can draw; --trial-limit and --keys set limits")
         if not ray:
             run(build(), bound, trusted_proxies=trust_proxy, ready=ready)
             return
-    if trust_proxy is not None:
-        raise OnestillError("--trust-proxy cannot be used with --ray: Ray's own proxy stands in between.")
-    require("ray.serve", "ray")
-    from onestill.serve.ray import run_on_ray
+        require("ray.serve", "ray")
+        from onestill.serve.ray import run_on_ray
 
-    run_on_ray(build, settings, replicas=ray, gpus=ray_gpus, host=host, port=found_port, ready=ready)
+        run_on_ray(build, settings, bound, replicas=ray, gpus=ray_gpus, trusted_proxies=trust_proxy, ready=ready)
 
 
 class Hooks(NamedTuple):
@@ -140,16 +153,33 @@ def check(settings: Settings, hooks: Hooks, model: str) -> Settings:
     return replace(settings, prompt_filter=words, image_filter=looks, stamp=signs)
 
 
-def built(settings: Settings, hooks: Hooks, model: dict[str, Any], access: dict[str, Any]) -> Server:
+def built(
+    settings: Settings, hooks: Hooks, model: dict[str, Any], access: dict[str, Any], gallery: dict[str, int] | None
+) -> Server:
     """A server, its model loaded and warm. Under Ray this runs in each replica, so its arguments can be pickled."""
+    from concurrent.futures import ThreadPoolExecutor
+
     from onestill.pipeline import load
+    from onestill.serve.process import step_back
     from onestill.serve.state import Server
 
     settings = check(settings, hooks, model["model"])
-    pipe = load(**model)
-    # Compiles or loads what the first users would wait for.
-    pipe("a red apple", num_images_per_prompt=2 * settings.limits.batch)
-    return Server(pipe, settings, opened_access(**access))
+
+    def loaded() -> Pipeline:
+        pipe = load(**model)
+        # Compiles or loads what the first users would wait for.
+        pipe("a red apple", num_images_per_prompt=2 * settings.limits.batch)
+        return pipe
+
+    # In a thread that steps back, so that the engine's own threads, which it starts here, do so too.
+    with ThreadPoolExecutor(1, initializer=step_back) as pool:
+        pipe = pool.submit(loaded).result()
+    opened, ledger = opened_access(**access, gallery=gallery is not None)
+    if gallery is None or ledger is None:
+        return Server(pipe, settings, opened)
+    from onestill.serve.gallery import Gallery, Rules
+
+    return Server(pipe, settings, opened, Gallery(ledger, Rules(**gallery)))
 
 
 def parse_daily(text: str | None) -> int | None:
@@ -166,23 +196,25 @@ def parse_daily(text: str | None) -> int | None:
     return int(match[1])
 
 
-def opened_access(database: str | None, keys: Path | None, daily: int | None) -> Access:
-    """Who may draw: keys from a file, keys and counts from a database, which a trial limit needs too.
+def opened_access(
+    database: str | None, keys: Path | None, daily: int | None, *, gallery: bool
+) -> tuple[Access, Ledger | None]:
+    """Who may draw: keys from a file, keys and counts from a database, which a trial limit or a gallery needs too.
 
     Where there are keys and no trial limit, everyone needs a key.
     """
     from onestill.serve.access import Access, read_keys
 
     ledger = None
-    if database is not None or daily:
+    if database is not None or daily or gallery:
         require("sqlalchemy", "access")
         require("alembic", "access")
         from onestill.serve.ledger import Ledger
 
         ledger = Ledger(database)
-    if daily is None and (keys is not None or ledger is not None):
+    if daily is None and (keys is not None or database is not None):
         daily = 0
-    return Access(read_keys(keys) if keys is not None else {}, ledger, daily)
+    return Access(read_keys(keys) if keys is not None else {}, ledger, daily), ledger
 
 
 def filters(

@@ -57,11 +57,13 @@ class Visitor:
         name: tells one from another for fair turns; not for display.
         accounts: what is counted, account -> pictures a day.
         owner: who may delete what was saved, "" for nobody.
+        address: where someone without a key asks from, hidden.
     """
 
     name: str
     accounts: tuple[tuple[str, int], ...] = ()
     owner: str = ""
+    address: str = ""
 
 
 def new_key() -> tuple[str, str]:
@@ -159,36 +161,38 @@ class Access:
         at, known = self._known.get(key_id, (-KEY_REMEMBERED_S, None))
         if time.monotonic() - at < KEY_REMEMBERED_S:
             return known
-        found = await self._in_pool(self._ledger.find_key, key_id)
+        found = await self.in_pool(self._ledger.find_key, key_id)
         if len(self._known) > 1000:
             self._known.clear()
         self._known[key_id] = (time.monotonic(), found)
         return found
 
     def _anonymous(self, connection: HTTPConnection) -> Visitor:
-        address = self._hidden(_network(connection.client.host if connection.client else ""))
+        address = self.hidden(_network(connection.client.host if connection.client else ""))
         cookie = self._visitor_of(connection.cookies.get(COOKIE, ""))
         name = f"visitor:{cookie}" if cookie else f"address:{address}"
+        owner = f"visitor:{cookie}" if cookie else ""
         if self.trial is None:
-            return Visitor(name, owner=f"visitor:{cookie}" if cookie else "")
+            return Visitor(name, (), owner, address)
         accounts = [(f"address:{address}", self.trial * OF_ONE_ADDRESS if cookie else self.trial)]
         if cookie:
             accounts.append((f"visitor:{cookie}", self.trial))
-        return Visitor(name, tuple(accounts), f"visitor:{cookie}" if cookie else "")
+        return Visitor(name, tuple(accounts), owner, address)
 
     def cookie_for(self, connection: HTTPConnection) -> str | None:
         """A new signed cookie for a browser that has no valid one, else None."""
         if self._visitor_of(connection.cookies.get(COOKIE, "")):
             return None
         name = secrets.token_hex(12)
-        return f"{name}.{self._hidden('cookie ' + name)}"
+        return f"{name}.{self.hidden('cookie ' + name)}"
 
     def _visitor_of(self, cookie: str) -> str | None:
         name, _, signature = cookie.partition(".")
-        good = hmac.compare_digest(signature.encode(), self._hidden("cookie " + name).encode())
+        good = hmac.compare_digest(signature.encode(), self.hidden("cookie " + name).encode())
         return name if name and good else None
 
-    def _hidden(self, text: str) -> str:
+    def hidden(self, text: str) -> str:
+        """What is kept of a text that must not be known: the same for the same text, and no way back."""
         return hmac.new(self._secret, text.encode("utf-8", "replace"), hashlib.sha256).hexdigest()[:32]
 
     # --- how much ----------------------------------------------------------------------------------------------------
@@ -197,7 +201,7 @@ class Access:
         """How many pictures the visitor may still draw today; None for any number."""
         if self._ledger is None or not visitor.accounts:
             return None
-        used = await self._in_pool(self._ledger.used, [account for account, _ in visitor.accounts], _today())
+        used = await self.in_pool(self._ledger.used, [account for account, _ in visitor.accounts], _today())
         return max(0, min(daily - used.get(account, 0) for account, daily in visitor.accounts))
 
     async def check(self, visitor: Visitor, pictures: int) -> None:
@@ -210,7 +214,7 @@ class Access:
         """Count pictures, all or none, before they are handed out. Raises ApiError (429) when too many."""
         if self._ledger is None or not visitor.accounts:
             return
-        if not await self._in_pool(self._ledger.spend, visitor.accounts, pictures, _today()):
+        if not await self.in_pool(self._ledger.spend, visitor.accounts, pictures, _today()):
             raise self._over(visitor, 0)
 
     def _over(self, visitor: Visitor, left: int) -> ApiError:
@@ -224,7 +228,8 @@ class Access:
             retry_after_s=(midnight - now).total_seconds(),
         )
 
-    async def _in_pool(self, call: Callable[..., T], *arguments: Any) -> T:
+    async def in_pool(self, call: Callable[..., T], *arguments: Any) -> T:
+        """The result of a call made in the database's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import logging
 import os
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -29,6 +30,7 @@ __all__ = ["create_app"]
 
 LOG = logging.getLogger("onestill.serve")
 LAG_EVERY_S = 0.05
+FORGET_EVERY_S = 3600.0
 
 
 def create_app(server: Server) -> FastAPI:
@@ -40,9 +42,10 @@ def create_app(server: Server) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        watching = asyncio.create_task(_watch_loop(server))
+        watching = [asyncio.create_task(task) for task in (_watch_loop(server), _forget_expired(server))]
         yield
-        watching.cancel()
+        for task in watching:
+            task.cancel()
         server.close()
 
     app = FastAPI(
@@ -55,6 +58,10 @@ def create_app(server: Server) -> FastAPI:
     )
     app.state.server = server
     app.include_router(router_for(server))
+    if server.gallery is not None:
+        from onestill.serve.gallery_api import gallery_router
+
+        app.include_router(gallery_router(server, server.gallery))
     _add_page(app, server)
     _add_models(app, server)
     _add_watch(app, server)
@@ -81,7 +88,7 @@ def _add_page(app: FastAPI, server: Server) -> None:
     async def page(request: Request) -> Response:
         response = site.response("index.html", request)
         cookie = server.access.cookie_for(request)
-        if cookie is not None and server.access.trial is not None:
+        if cookie is not None and (server.access.trial is not None or server.gallery is not None):
             response.set_cookie(
                 COOKIE,
                 cookie,
@@ -123,7 +130,9 @@ def _add_models(app: FastAPI, server: Server) -> None:
     @app.get("/v1/models", tags=["models"], responses={403: {"model": ErrorBody}})
     async def models() -> dict[str, Any]:
         """What can be asked for, native sizes, limits."""
-        return {"object": "list", "data": [model]}
+        gallery = server.gallery
+        more = {} if gallery is None else {"gallery": {"days": gallery.rules.days, "each": gallery.rules.each}}
+        return {"object": "list", "data": [model], **more}
 
     @app.get("/v1/models/{name}", tags=["models"], responses={403: {"model": ErrorBody}, 404: {"model": ErrorBody}})
     async def one_model(name: str = Path(json_schema_extra={"enum": [info.name]})) -> dict[str, Any]:
@@ -171,6 +180,16 @@ async def _watch_loop(server: Server) -> None:
         server.metrics.observe("onestill_loop_lag_seconds", max(0.0, time.perf_counter() - due))
 
 
+async def _forget_expired(server: Server) -> None:
+    """Delete what has been in the gallery long enough, now and each hour, also where nobody adds to it."""
+    while server.gallery is not None:
+        try:
+            await server.access.in_pool(server.gallery.forget_expired)
+        except OnestillError:
+            LOG.warning("The gallery's database does not answer.")
+        await asyncio.sleep(FORGET_EVERY_S)
+
+
 def _is_here(request: Request) -> bool:
     try:
         return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
@@ -186,6 +205,15 @@ def _resident_bytes() -> float:
         return 0.0
 
 
+def _allowed(app: FastAPI, path: str) -> str:
+    """The methods of all routes of a path; Starlette would tell those of the first."""
+    methods: set[str] = set()
+    for template, operations in app.openapi()["paths"].items():
+        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path):
+            methods |= {method.upper() for method in operations}
+    return ", ".join(sorted(methods))
+
+
 def _add_refusals(app: FastAPI) -> None:
     @app.exception_handler(OnestillError)
     async def told(request: Request, error: OnestillError) -> JSONResponse:
@@ -197,6 +225,8 @@ def _add_refusals(app: FastAPI) -> None:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
         response = response_of(ApiError(error.status_code, said.get(error.status_code, "Not possible."), code))
         response.headers.update(error.headers or {})
+        if error.status_code == 405 and (allowed := _allowed(app, request.url.path)):
+            response.headers["allow"] = allowed
         return response
 
     @app.exception_handler(Exception)

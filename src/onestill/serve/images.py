@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -23,10 +23,12 @@ from onestill.errors import OnestillError
 from onestill.serve.access import Visitor
 from onestill.serve.envelope import ApiError, ErrorBody, error_object, from_validation, to_api_error
 from onestill.serve.jobs import Job, Picture
-from onestill.serve.requests import KINDS, Edit, Generation, job_of, read_upload
+from onestill.serve.requests import KINDS, Edit, Generation, Shown, job_of, read_upload
 from onestill.serve.state import Server
 
-__all__ = ["router_for"]
+__all__ = ["REFUSALS", "checked", "json_body", "router_for", "unless_gone"]
+
+MOST_JSON = 256 * 1024  # the longest prompt, every letter escaped, is a third of it
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "Something in the request is wrong; the message names it."},
@@ -38,6 +40,8 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     429: {"model": ErrorBody, "description": "The queue is full, or the day's pictures are used up; see Retry-After."},
     503: {"model": ErrorBody, "description": "The server is closing, or the engine fails; see Retry-After."},
 }
+Form = TypeVar("Form", Generation, Edit, Shown)
+QUICK_BYTES = 64 * 1024
 WHOLE_FIELDS = ("seed", "n", "num_inference_steps", "output_compression", "partial_images")
 DRAWN = {
     "description": "The pictures, as JSON or, with `stream`, as server-sent events.",
@@ -88,8 +92,9 @@ def router_for(server: Server) -> APIRouter:
     async def generations(request: Request) -> Response:
         """Draw from words."""
         visitor = await server.access.identify(request)
-        form = _checked(server, server.forms.generation, await _json(request))
-        return await _answer(server, request, visitor, form, job_of(form, server.info), "image_generation")
+        form = checked(server, server.forms.generation, await json_body(request))
+        job = job_of(form, server.info, request_id=request.headers.get("x-request-id"))
+        return await _answer(server, request, visitor, form, job, "image_generation")
 
     async def edits(request: Request) -> Response:
         """Draw from words and a picture to start from: a form with the field `image`."""
@@ -97,9 +102,9 @@ def router_for(server: Server) -> APIRouter:
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise ApiError(400, "The body must be a form: send it as multipart/form-data.", "invalid_body")
         fields, upload = await _form(request)
-        form = _checked(server, server.forms.edit, fields)
+        form = checked(server, server.forms.edit, fields)
         image = await server.in_pool(read_upload, upload, server.bounds.upload_px)
-        job = job_of(form, server.info, image)
+        job = job_of(form, server.info, image, request_id=request.headers.get("x-request-id"))
         return await _answer(server, request, visitor, form, job, "image_edit")
 
     def body(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -127,12 +132,20 @@ def router_for(server: Server) -> APIRouter:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-async def _json(request: Request) -> Any:
+async def json_body(request: Request) -> Any:
+    """The body of a request, read as JSON.
+
+    Raises:
+        ApiError: 400 or 413, it is none, or larger than any request has reason to be.
+    """
     # A page of another site can post text/plain without asking, but not this.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(400, "The body must be JSON: send it as Content-Type: application/json.", "invalid_body")
+    body = await request.body()
+    if len(body) > MOST_JSON:  # reading it would hold up everyone else
+        raise ApiError(413, f"The body is too large; send at most {MOST_JSON // 1024} KB of JSON.", "too_large")
     try:
-        return json.loads(await request.body())
+        return json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "The body is no JSON; check its quotes and commas.", "invalid_body") from error
 
@@ -184,7 +197,8 @@ async def _image_field(form: FormData) -> bytes:
     return await images[0].read()
 
 
-def _checked(server: Server, kind: type[Generation] | type[Edit], fields: Any) -> Generation:
+def checked(server: Server, kind: type[Form], fields: Any) -> Form:
+    """A body as the request it must be; ApiError (400, 404) where it is none."""
     named = fields.get("model") if isinstance(fields, dict) else None
     if isinstance(named, str) and named != server.info.name:
         raise ApiError(
@@ -207,25 +221,26 @@ async def _answer(
     if form.stream:
         return _streamed(server, visitor, form, job, event)
     future = server.scheduler.submit(job, visitor.name)
-    pictures = await _unless_gone(request, future)
+    pictures = await unless_gone(request, future)
     await server.check_pictures(pictures)
     await server.access.spend(visitor, len(pictures))
-    files = [await _file(server, form, picture) for picture in pictures]
+    data = []
     for picture in pictures:
+        file = await _file(server, form, picture)
+        data.append(await _written(server, form, file, {"seed": picture.seed}))
         server.count_picture("images", picture.timings)
-    return JSONResponse(
-        {
-            "created": int(time.time()),
-            "data": [_data(form, file) | {"seed": picture.seed} for file, picture in zip(files, pictures, strict=True)],
-            "size": f"{job.width}x{job.height}",
-            "output_format": form.output_format or "png",
-            "timings": {name: round(value, 2) for name, value in pictures[-1].timings.items()},
-            "notes": list(dict.fromkeys(note for picture in pictures for note in picture.notes)),
-        }
-    )
+    rest = {
+        "created": int(time.time()),
+        "size": f"{job.width}x{job.height}",
+        "output_format": form.output_format or "png",
+        "timings": {name: round(value, 2) for name, value in pictures[-1].timings.items()},
+        "notes": list(dict.fromkeys(note for picture in pictures for note in picture.notes)),
+    }
+    body = b'{"data":[' + b",".join(data) + b"]," + json.dumps(rest).encode()[1:]
+    return Response(body, media_type="application/json")
 
 
-async def _unless_gone(request: Request, future: Future[list[Picture]]) -> list[Picture]:
+async def unless_gone(request: Request, future: Future[list[Picture]]) -> list[Picture]:
     """What a future brings, unless the client goes away before, which withdraws the job."""
 
     async def gone() -> None:
@@ -263,23 +278,21 @@ def _streamed(server: Server, visitor: Visitor, form: Generation, job: Job, even
                 await server.access.spend(visitor, 1)
                 file = await _file(server, form, picture)
                 server.count_picture("images", picture.timings)
-                yield _event(
-                    f"{event}.completed",
-                    {
-                        "type": f"{event}.completed",
-                        **_data(form, file),
-                        "created_at": int(time.time()),
-                        "size": f"{job.width}x{job.height}",
-                        "output_format": form.output_format or "png",
-                        "quality": "auto",
-                        "background": "opaque",
-                        "seed": picture.seed,
-                    },
-                )
+                name = f"{event}.completed"
+                more = {
+                    "type": name,
+                    "created_at": int(time.time()),
+                    "size": f"{job.width}x{job.height}",
+                    "output_format": form.output_format or "png",
+                    "quality": "auto",
+                    "background": "opaque",
+                    "seed": picture.seed,
+                }
+                yield _event(name, await _written(server, form, file, more))
             if not future.cancelled():
                 future.result()
         except OnestillError as error:
-            yield _event("error", {"error": error_object(to_api_error(error))})
+            yield _event("error", json.dumps({"error": error_object(to_api_error(error))}).encode())
         finally:
             future.cancel()
         yield b"data: [DONE]\n\n"
@@ -289,15 +302,19 @@ def _streamed(server: Server, visitor: Visitor, form: Generation, job: Job, even
     )
 
 
-def _event(name: str, data: dict[str, Any]) -> bytes:
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+def _event(name: str, data: bytes) -> bytes:
+    return f"event: {name}\n".encode() + b"data: " + data + b"\n\n"
 
 
-def _data(form: Generation, file: bytes) -> dict[str, str]:
-    text = base64.b64encode(file).decode()
-    if form.response_format == "url":
-        return {"url": f"data:image/{form.output_format or 'png'};base64,{text}"}
-    return {"b64_json": text}
+async def _written(server: Server, form: Generation, file: bytes, more: dict[str, Any]) -> bytes:
+    """The JSON object of one file; each by itself, as a large one would hold up everyone else."""
+
+    def write() -> bytes:
+        text = base64.b64encode(file).decode()
+        url = f"data:image/{form.output_format or 'png'};base64,{text}"
+        return json.dumps(({"url": url} if form.response_format == "url" else {"b64_json": text}) | more).encode()
+
+    return write() if len(file) < QUICK_BYTES else await server.in_pool(write)
 
 
 async def _file(server: Server, form: Generation, picture: Picture) -> bytes:

@@ -17,6 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from alembic.util.exc import CommandError
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
@@ -86,20 +87,22 @@ class Ledger:
             require("psycopg", "postgres")
         elif not found.drivername.startswith("sqlite"):
             raise OnestillError(f"'{found.drivername}' is not supported; use sqlite or postgresql.")
-        self._is_sqlite = found.drivername.startswith("sqlite")
-        options: dict[str, Any] = {} if self._is_sqlite else {"pool_pre_ping": True}
+        self.is_sqlite = found.drivername.startswith("sqlite")
+        options: dict[str, Any] = {} if self.is_sqlite else {"pool_pre_ping": True}
         self._engine = sa.create_engine(found, **options)
-        if self._is_sqlite:
+        if self.is_sqlite:
             _prepare_sqlite(self._engine)
         try:
             self._migrate()
             with self._engine.begin() as connection:
                 oldest = (datetime.now(UTC) - timedelta(days=DAYS_KEPT)).date().isoformat()
                 connection.execute(sa.delete(_COUNTS).where(_COUNTS.c.day < oldest))
+        except CommandError as error:
+            raise OnestillError("The database was made by a newer onestill; update this one.") from error
         except (SQLAlchemyError, OSError) as error:
             reason = str(getattr(error, "orig", None) or error).strip().split("\n")[0]
             raise OnestillError(f"The database cannot be used ({reason}); check --database.") from error
-        if self._is_sqlite and found.database:
+        if self.is_sqlite and found.database:
             with contextlib.suppress(OSError):
                 os.chmod(found.database, 0o600)  # it holds the secret that signs cookies
 
@@ -113,13 +116,13 @@ class Ledger:
         """Make a key; returns its id and the key itself, which is not kept."""
         key_id, key = new_key()
         row = {"id": key_id, "name": name, "hashed": hash_of(key), "daily": daily, "made": _today()}
-        with self._begin() as connection:
+        with self.begin() as connection:
             connection.execute(sa.insert(_KEYS).values(row))
         return key_id, key
 
     def find_key(self, key_id: str) -> Key | None:
         """A key that is not revoked."""
-        with self._begin() as connection:
+        with self.begin() as connection:
             row = connection.execute(
                 sa.select(_KEYS).where(_KEYS.c.id == key_id, _KEYS.c.revoked.is_(None))
             ).one_or_none()
@@ -127,7 +130,7 @@ class Ledger:
 
     def revoke_key(self, key_id: str) -> bool:
         """Have a key refused from now on; False where there is none that is valid."""
-        with self._begin() as connection:
+        with self.begin() as connection:
             found = connection.execute(
                 sa.update(_KEYS).where(_KEYS.c.id == key_id, _KEYS.c.revoked.is_(None)).values(revoked=_today())
             )
@@ -140,7 +143,7 @@ class Ledger:
             _COUNTS, sa.and_(_COUNTS.c.account == sa.literal("key:") + _KEYS.c.id, _COUNTS.c.day == _today())
         )
         wanted = (_KEYS.c.id, _KEYS.c.name, _KEYS.c.daily, _KEYS.c.made, _KEYS.c.revoked, used)
-        with self._begin() as connection:
+        with self.begin() as connection:
             rows = connection.execute(sa.select(*wanted).select_from(counted).order_by(_KEYS.c.made, _KEYS.c.id))
             return [dict(row._mapping) for row in rows]
 
@@ -148,7 +151,7 @@ class Ledger:
 
     def used(self, accounts: Sequence[str], day: str) -> dict[str, int]:
         """Pictures of each account on a day, as `2026-11-24`; those without any are left out."""
-        with self._begin() as connection:
+        with self.begin() as connection:
             rows = connection.execute(
                 sa.select(_COUNTS.c.account, _COUNTS.c.pictures).where(
                     _COUNTS.c.day == day, _COUNTS.c.account.in_(accounts)
@@ -167,8 +170,8 @@ class Ledger:
         Returns:
             Whether they were counted.
         """
-        insert = sqlite.insert if self._is_sqlite else postgresql.insert
-        with self._begin() as connection:
+        insert = sqlite.insert if self.is_sqlite else postgresql.insert
+        with self.begin() as connection:
             # In one order everywhere, so that two transactions cannot wait for each other.
             for account, daily in sorted(accounts):
                 new = insert(_COUNTS).values(account=account, day=day, pictures=pictures)
@@ -184,9 +187,9 @@ class Ledger:
 
     def secret(self) -> bytes:
         """What cookies are signed with: random, made once, the same for every server on this database."""
-        insert = sqlite.insert if self._is_sqlite else postgresql.insert
+        insert = sqlite.insert if self.is_sqlite else postgresql.insert
         mine = insert(_SECRETS).values(name="cookies", value=secrets.token_hex(32)).on_conflict_do_nothing()
-        with self._begin() as connection:
+        with self.begin() as connection:
             connection.execute(mine)
             return bytes.fromhex(
                 connection.execute(sa.select(_SECRETS.c.value).where(_SECRETS.c.name == "cookies")).scalar_one()
@@ -195,18 +198,29 @@ class Ledger:
     # --- the database ------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _begin(self) -> Iterator[sa.Connection]:
+    def begin(self) -> Iterator[sa.Connection]:
+        """A transaction. Raises Unavailable when the database does not answer."""
         try:
             with self._engine.begin() as connection:
                 yield connection
         except SQLAlchemyError as error:
-            raise Unavailable("Counts cannot be kept at present; try again in a moment.", 5) from error
+            raise Unavailable("The database does not answer at present; try again in a moment.", 5) from error
+
+    def wipe(self) -> None:
+        """Leave nothing of what was deleted in SQLite's log either; PostgreSQL's autovacuum sees to its own."""
+        if not self.is_sqlite:
+            return
+        connection = self._engine.raw_connection()  # outside a transaction
+        try:
+            connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
+        finally:
+            connection.close()
 
     def _migrate(self) -> None:
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
         with self._engine.begin() as connection:
-            if not self._is_sqlite:
+            if not self.is_sqlite:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATING)))
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
@@ -217,7 +231,7 @@ def _prepare_sqlite(engine: sa.Engine) -> None:
     def connect(connection: Any, record: Any) -> None:
         # Python's own transaction handling begins too late to be of use to two processes; see "begin".
         connection.isolation_level = None
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=10000"):
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=10000", "secure_delete=ON"):
             connection.execute(f"PRAGMA {pragma}").close()
 
     @sa.event.listens_for(engine, "begin")

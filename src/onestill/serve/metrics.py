@@ -9,7 +9,7 @@ from collections import Counter
 
 __all__ = ["Metrics"]
 
-BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 HELP = {
     "onestill_http_requests_total": "Answered HTTP requests.",
     "onestill_http_request_seconds": "From the first byte of a request to the first of its answer.",

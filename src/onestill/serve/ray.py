@@ -1,14 +1,15 @@
 """Several replicas of one server under Ray Serve, on one machine or many. Needs `[ray]`.
 
 Each replica is the whole server, with its own model and scheduler; what they share is the database. Ray's proxy sends a
-request to the replica with the fewest, and a socket stays where it was accepted.
+request to the replica with the fewest. Before it stands the front, which asks again what a replica had when it died.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import signal
-import threading
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,10 @@ from fastapi import FastAPI
 
 from onestill.errors import OnestillError, require
 from onestill.serve.app import create_app
+from onestill.serve.front import FromFront, Front
+from onestill.serve.guard import Guard
+from onestill.serve.process import settle
+from onestill.serve.run import listen, make_front
 from onestill.serve.state import Server, Settings
 
 __all__ = ["run_on_ray"]
@@ -30,11 +35,11 @@ _servers: list[Server] = []  # of this process, when it is a replica
 def run_on_ray(
     build: Callable[[], Server],
     settings: Settings,
+    bound: socket.socket,
     *,
     replicas: int,
     gpus: float,
-    host: str,
-    port: int,
+    trusted_proxies: str | None,
     ready: Callable[[], None],
 ) -> None:
     """Deploy and serve until SIGTERM or Ctrl-C; then drain the replicas and take them down.
@@ -44,9 +49,10 @@ def run_on_ray(
     Args:
         build: makes a replica's server, in the replica's process; it must be possible to pickle it.
         settings: its bounds say how much a replica is given at once.
+        bound: from `listen`; the front is there, and passes on to Ray's proxy on the cluster's head.
         replicas: how many.
         gpus: of each, such as 0.5; 0 for none.
-        host, port: where Ray's proxy listens.
+        trusted_proxies: as for `run`.
         ready: called when all replicas answer.
 
     Raises:
@@ -55,31 +61,54 @@ def run_on_ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray: Any = require("ray", "ray")
     serve: Any = require("ray.serve", "ray")
-    stop = threading.Event()
+    joins = "RAY_ADDRESS" in os.environ
+    stopped = False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopped
+        stopped = True
+        raise KeyboardInterrupt
+
     try:
-        ray.init(include_dashboard=None if "RAY_ADDRESS" in os.environ else False, log_to_driver=False)
+        ray.init(include_dashboard=None if joins else False, log_to_driver=False)
         # After Ray, which has handlers of its own that end the process at once.
         for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda *_: stop.set())
-        serve.start(http_options={"host": host, "port": port})
+            signal.signal(name, stop)
+        host = ray.get_runtime_context().gcs_address.rpartition(":")[0] if joins else "127.0.0.1"
+        port = _free_port()
+        proof = secrets.token_hex(32)
+        serve.start(http_options={"host": "0.0.0.0" if joins else host, "port": port})
         try:
-            serve.run(_deployment(serve, build, settings, replicas, gpus), name=NAME, route_prefix="/")
+            serve.run(_deployment(serve, build, settings, replicas, gpus, proof), name=NAME, route_prefix="/")
         except RuntimeError as error:
             raise OnestillError("Ray could not start the replicas; 'ray status' and its logs say why.") from error
-        if not stop.is_set():
-            ready()
-            stop.wait()
+        front = Front(host, port, proof=proof, message_bytes=settings.bounds.message)
+        guard = Guard(front, settings.hosts, settings.origins, settings.bounds.body, watch=lambda *told: None)
+        make_front(guard, settings.bounds.message, trusted_proxies=trusted_proxies, ready=ready).run(sockets=[bound])
+    except KeyboardInterrupt:
+        if not stopped:
+            raise
     finally:
         if ray.is_initialized():
             serve.shutdown()
             ray.shutdown()
 
 
-def _deployment(serve: Any, build: Callable[[], Server], settings: Settings, replicas: int, gpus: float) -> Any:
+def _free_port() -> int:
+    with listen("127.0.0.1", 0) as found:
+        return int(found.getsockname()[1])
+
+
+def _deployment(
+    serve: Any, build: Callable[[], Server], settings: Settings, replicas: int, gpus: float, proof: str
+) -> Any:
     def app() -> FastAPI:
         server = build()
         _servers.append(server)
-        return create_app(server)
+        made = create_app(server)
+        made.add_middleware(FromFront, proof=proof)
+        settle()
+        return made
 
     class Replica:
         def check_health(self) -> None:

@@ -23,14 +23,16 @@ from onestill.errors import OnestillError
 from onestill.serve.access import Visitor
 from onestill.serve.envelope import ApiError, error_object, from_validation, to_api_error
 from onestill.serve.jobs import Job, Picture, Superseded
-from onestill.serve.requests import KINDS, LARGEST_SEED, Bounds, Live, job_of, read_upload
+from onestill.serve.pace import Bucket
+from onestill.serve.requests import KINDS, LARGEST_SEED, Live, job_of, read_upload
 from onestill.serve.state import Server
 
-__all__ = ["converse", "packed", "unpacked"]
+__all__ = ["converse", "name_in", "packed", "unpacked"]
 
 PROTOCOL = "onestill.v1"
 KEY_PROTOCOL = "onestill.key."
 UNANSWERED = 32  # messages whose answers are not sent yet; beyond that no more are read
+MOST_JSON = 64 * 1024  # of a message: the longest prompt fits, and reading it holds nobody up
 SEND_S = 20.0  # a client that takes nothing for so long is cut off
 DEFAULT_QUALITY = 85
 
@@ -48,7 +50,7 @@ def unpacked(message: bytes) -> tuple[Any, bytes]:
         ValueError: it is none.
     """
     size = int.from_bytes(message[:4], "big")
-    if len(message) < 4 + size:
+    if len(message) < 4 + size or size > MOST_JSON:
         raise ValueError("the length is wrong")
     return json.loads(message[4 : 4 + size]), message[4 + size :]
 
@@ -101,7 +103,8 @@ class _Connection:
         self._slot = server.scheduler.slot()
         self._answers: asyncio.Queue[Answer | None] = asyncio.Queue()
         self._room = asyncio.Semaphore(UNANSWERED)
-        self._rate = _Rate(server.bounds)
+        each_s = server.bounds.messages_each_s
+        self._rate = Bucket(each_s, 2 * each_s)
         self._quota_used = False
 
     async def run(self) -> None:
@@ -151,10 +154,10 @@ class _Connection:
     async def _take(self, text: str | None, data: bytes | None) -> None:
         name: int | None = None
         try:
-            self._rate.check()
+            self._check_rate()
             fields, image = self._opened(text, data)
             if isinstance(fields, dict):
-                name = _name_in(fields)
+                name = name_in(fields)
             form = self._server.forms.live.model_validate(fields)
             await self._server.check_prompt(form.prompt)
             if self._quota_used:  # it may be another day by now
@@ -167,8 +170,14 @@ class _Connection:
         except OnestillError as error:
             self._answers.put_nowait((name, to_api_error(error), None))
 
+    def _check_rate(self) -> None:
+        if not self._rate.take():
+            each_s = self._server.bounds.messages_each_s
+            raise ApiError(429, f"Send at most {each_s:g} messages a second.", "rate_limit", retry_after_s=1)
+
     def _opened(self, text: str | None, data: bytes | None) -> tuple[Any, bytes]:
-        if len(text or data or "") > self._server.bounds.message:
+        most = self._server.bounds.message if text is None else MOST_JSON
+        if len(text or data or "") > most:
             raise ApiError(413, "The message is too large.", "too_large")
         try:
             return (json.loads(text), b"") if text is not None else unpacked(data or b"")
@@ -246,26 +255,9 @@ class _Connection:
         await asyncio.wait_for(sending, SEND_S)
 
 
-def _name_in(fields: Mapping[str, Any]) -> int | None:
+def name_in(fields: Mapping[str, Any]) -> int | None:
     """The id of a message that may be wrong otherwise, so that its error can name it."""
     name = fields.get("id")
     if isinstance(name, float) and name.is_integer():
         name = int(name)
     return name if isinstance(name, int) and not isinstance(name, bool) and 0 <= name <= LARGEST_SEED else None
-
-
-class _Rate:
-    """A bucket that fills with time; each message takes one drop, and none is left for who sends too many."""
-
-    def __init__(self, bounds: Bounds) -> None:
-        self._per_s = bounds.messages_each_s
-        self._left = self._most = 2 * bounds.messages_each_s
-        self._at = time.monotonic()
-
-    def check(self) -> None:
-        now = time.monotonic()
-        self._left = min(self._most, self._left + (now - self._at) * self._per_s)
-        self._at = now
-        if self._left < 1:
-            raise ApiError(429, f"Send at most {self._per_s:g} messages a second.", "rate_limit", retry_after_s=1)
-        self._left -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import secrets
 import warnings
@@ -16,7 +17,7 @@ from onestill.checkpoint import ModelInfo
 from onestill.serve.envelope import ApiError
 from onestill.serve.jobs import Job
 
-__all__ = ["KINDS", "Bounds", "Edit", "Forms", "Generation", "Live", "forms_for", "job_of", "read_upload"]
+__all__ = ["KINDS", "Bounds", "Edit", "Forms", "Generation", "Live", "Shown", "forms_for", "job_of", "read_upload"]
 
 LARGEST_SEED = 2**53 - 1  # what JavaScript can count to
 KINDS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}  # a picture's formats, in and out, by their names in requests
@@ -111,6 +112,21 @@ class Edit(Generation):
     input_fidelity: Literal["low", "high"] | None = None
 
 
+class Shown(_Common):
+    """The body of `POST /v1/gallery`: what names a picture, and two consents."""
+
+    prompt: str
+    model: str | None = None
+    size: str | None = None
+    num_inference_steps: int | None = None
+    consent: bool = Field(
+        strict=True,
+        description="Must be true: everyone who may look will see the picture.",
+        json_schema_extra={"const": True},
+    )
+    show_prompt: bool = Field(False, strict=True, description="Show its words too; else they are not kept.")
+
+
 class Live(_Common):
     """A message of the socket."""
 
@@ -131,6 +147,7 @@ class Forms:
     generation: type[Generation]
     edit: type[Edit]
     live: type[Live]
+    shown: type[Shown]
 
 
 def forms_for(info: ModelInfo, bounds: Bounds) -> Forms:
@@ -144,18 +161,31 @@ def forms_for(info: ModelInfo, bounds: Bounds) -> Forms:
     steps = (_whole_from(1, bounds.steps), Field(None, description="Null is the model's own."))
     size: Any = (Literal[sizes] | None, Field(None, description="Width x height in pixels."))
 
-    def made(base: type[Any], n: int, **more: Any) -> Any:
-        count = (_whole_from(1, n), Field(None, description="How many pictures."))
-        return create_model(
-            base.__name__, __base__=base, prompt=prompt, n=count, size=size, num_inference_steps=steps, **more
-        )
+    def made(base: type[Any], **more: Any) -> Any:
+        return create_model(base.__name__, __base__=base, prompt=prompt, size=size, num_inference_steps=steps, **more)
+
+    def many(most: int) -> Any:
+        return (_whole_from(1, most), Field(None, description="How many pictures."))
 
     model = (Literal[info.name] | None, Field(None))
-    return Forms(made(Generation, bounds.n, model=model), made(Edit, bounds.n, model=model), made(Live, bounds.live_n))
+    return Forms(
+        made(Generation, n=many(bounds.n), model=model),
+        made(Edit, n=many(bounds.n), model=model),
+        made(Live, n=many(bounds.live_n)),
+        made(Shown, model=model),
+    )
 
 
-def job_of(form: Generation | Live, info: ModelInfo, image: Image | None = None) -> Job:
+def job_of(
+    form: Generation | Live | Shown, info: ModelInfo, image: Image | None = None, *, request_id: str | None = None
+) -> Job:
     """The job that a checked request asks for.
+
+    Args:
+        form: the request.
+        info: the model's.
+        image: a picture to start from.
+        request_id: names the seed where the request has none, so that who asks again gets the same; else it is random.
 
     Raises:
         ApiError: the prompt is no valid Unicode text, or blank.
@@ -166,11 +196,14 @@ def job_of(form: Generation | Live, info: ModelInfo, image: Image | None = None)
         raise ApiError(400, "The prompt is no valid Unicode text.", "invalid_value", param="prompt") from error
     if not form.prompt.strip():
         raise ApiError(400, "The prompt is empty; say what to draw.", "invalid_value", param="prompt")
-    n = form.n or 1
+    n = getattr(form, "n", None) or 1
     height, width = info.height, info.width
     if form.size not in (None, "auto"):
         width, height = (int(part) for part in str(form.size).split("x"))
-    first = secrets.randbelow(2**32) if form.seed is None else form.seed
+    first = form.seed
+    if first is None:
+        named = hashlib.sha256(request_id.encode()).digest() if request_id else secrets.token_bytes(4)
+        first = int.from_bytes(named[:4], "big")
     strength = getattr(form, "strength", None)
     return Job(
         prompt=form.prompt,

@@ -9,18 +9,21 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from onestill.errors import OnestillError
 from onestill.serve.app import create_app
+from onestill.serve.process import settle
 from onestill.serve.state import Server
 
-__all__ = ["listen", "make_server", "run"]
+__all__ = ["listen", "make_front", "make_server", "run"]
 
 HEADERS_S = 10.0  # a connection that has not asked anything by then is closed
+UNREAD_S = 20.0  # a client that reads nothing of its answer for so long is cut off
 CONNECTIONS = 2000
 DRAIN_S = 5.0  # for what was accepted; with what follows, exit comes within ten seconds
 GRACE_S = 7
@@ -56,6 +59,7 @@ def run(
         ready: called when connections are accepted.
     """
     _allow_connections()
+    settle()
     make_server(server, trusted_proxies=trusted_proxies, ready=ready).run(sockets=[bound])
 
 
@@ -63,15 +67,30 @@ def make_server(
     server: Server, *, trusted_proxies: str | None = None, ready: Callable[[], None] | None = None
 ) -> uvicorn.Server:
     """What `run` runs; setting its `should_exit` ends it from another thread."""
+    config = _config(create_app(server), server.bounds.message, trusted_proxies, lifespan="on")
+    return _Running(config, lambda: server.scheduler.close(DRAIN_S), ready)
+
+
+def make_front(
+    app: ASGIApp, message_bytes: int, *, trusted_proxies: str | None = None, ready: Callable[[], None] | None = None
+) -> uvicorn.Server:
+    """As `make_server`, for an application that stands before servers: nothing of its own is drained."""
+    _allow_connections()
+    return _Running(_config(app, message_bytes, trusted_proxies, lifespan="off"), lambda: None, ready)
+
+
+def _config(
+    app: Any, message_bytes: int, trusted_proxies: str | None, lifespan: Literal["on", "off"]
+) -> uvicorn.Config:
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
-    config = uvicorn.Config(
-        create_app(server),
+    return uvicorn.Config(
+        app,
         http=_BoundedHttp,
         ws="websockets-sansio",
-        ws_max_size=server.bounds.message + 1024,
+        ws_max_size=message_bytes + 1024,
         ws_max_queue=32,
         ws_per_message_deflate=False,  # pictures do not shrink, and each would cost time
-        lifespan="on",
+        lifespan=lifespan,
         log_level="error",  # what strangers send wrong is answered, not logged
         access_log=False,  # addresses and what they asked are nobody's business by default
         server_header=False,
@@ -81,7 +100,6 @@ def make_server(
         timeout_keep_alive=30,
         timeout_graceful_shutdown=GRACE_S,
     )
-    return _Running(config, server, ready)
 
 
 def _allow_connections() -> None:
@@ -99,7 +117,7 @@ def _allow_connections() -> None:
 
 
 class _BoundedHttp(H11Protocol):
-    """uvicorn's protocol, which would wait for ever for the first request's headers."""
+    """uvicorn's protocol, which would wait for ever for a request's headers, and for its answer to be read."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -113,13 +131,25 @@ class _BoundedHttp(H11Protocol):
         ):
             self.transport.close()
 
+    def pause_writing(self) -> None:
+        """As uvicorn's: more waits to be read than the system takes."""
+        super().pause_writing()
+        self.loop.call_later(UNREAD_S, self._close_if_unread, self.transport.get_write_buffer_size())
+
+    def _close_if_unread(self, before: int) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left >= before:
+            self.transport.abort()
+        elif left:
+            self.loop.call_later(UNREAD_S, self._close_if_unread, left)
+
 
 class _Running(uvicorn.Server):
-    """uvicorn's server, which drains the scheduler first and ends with status 0 on SIGTERM."""
+    """uvicorn's server, which drains what is behind it first and ends with status 0 on SIGTERM."""
 
-    def __init__(self, config: uvicorn.Config, server: Server, ready: Callable[[], None] | None) -> None:
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], None], ready: Callable[[], None] | None) -> None:
         super().__init__(config)
-        self._server = server
+        self._drain = drain
         self._ready = ready
 
     @contextmanager
@@ -143,6 +173,6 @@ class _Running(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         logging.getLogger("onestill.serve").info("Closing.")
-        draining = asyncio.get_running_loop().run_in_executor(None, self._server.scheduler.close, DRAIN_S)
+        draining = asyncio.get_running_loop().run_in_executor(None, self._drain)
         await super().shutdown(sockets)
         await draining

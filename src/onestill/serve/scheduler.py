@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from onestill.errors import NotEnoughMemoryError, NotFiniteError, OnestillError
 from onestill.serve.jobs import Busy, Closing, EngineFault, Job, Picture, Superseded, TooLate
+from onestill.serve.process import step_back
 from onestill.serve.turns import Client, Task, Turns, Unit
 
 if TYPE_CHECKING:
@@ -242,6 +243,7 @@ class Scheduler:
     # --- drawing, all in the model's thread -------------------------------------------------------------------------
 
     def _run(self) -> None:
+        step_back()
         while True:
             with self._changed:
                 units = self._next()

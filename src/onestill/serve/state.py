@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from onestill.checkpoint import ModelInfo
 from onestill.pipeline import Pipeline
@@ -19,6 +19,9 @@ from onestill.serve.provenance import Stamp
 from onestill.serve.requests import Bounds, Forms, forms_for
 from onestill.serve.safety import ImageFilter, PromptFilter, refused_picture, refused_prompt
 from onestill.serve.scheduler import Limits, Scheduler
+
+if TYPE_CHECKING:
+    from onestill.serve.gallery import Gallery
 
 __all__ = ["Server", "Settings"]
 
@@ -57,13 +60,17 @@ class Server:
         pipe: a loaded model.
         settings: see there.
         access: who may ask; None is everyone.
+        gallery: pictures that visitors show, in the database of `access`; None has none.
     """
 
-    def __init__(self, pipe: Pipeline, settings: Settings, access: Access | None = None) -> None:
+    def __init__(
+        self, pipe: Pipeline, settings: Settings, access: Access | None = None, gallery: Gallery | None = None
+    ) -> None:
         self.pipe = pipe
         self.settings = settings
         self.bounds = settings.bounds
         self.access = access or Access()
+        self.gallery = gallery
         self.forms: Forms = forms_for(pipe.info, settings.bounds)
         self.metrics = Metrics()
         self.scheduler = Scheduler(pipe, settings.limits)

@@ -1,4 +1,5 @@
 // The page: what is typed and chosen goes up, what comes down is shown. See live.js for the connection.
+import { Gallery } from "./gallery.js";
 import { Live } from "./live.js";
 import { Past } from "./past.js";
 import { Sketch } from "./sketch.js";
@@ -10,7 +11,7 @@ const PARTS = ["queue", "encode", "denoise", "decode", "compress", "network"];
 const KEY = "onestill.key";
 
 const shown = { id: 0, urls: [], seeds: [], request: null, blobs: [] };
-let model, live, past, sketch, pauseTimer, frameAsked = false;
+let model, live, past, gallery, sketch, pauseTimer, frameAsked = false, paused = false;
 
 const anySeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
 const words = () => [$("prompt").value.trim(), chosenStyle()].filter(Boolean).join(", ");
@@ -49,7 +50,8 @@ function ask() {
     if (image && request.num_inference_steps < 2) request.num_inference_steps = 2; // one step would not see the picture
     live.ask(request, image);
     clearTimeout(pauseTimer);
-    pauseTimer = setTimeout(settle, PAUSE_MS);
+    paused = false;
+    pauseTimer = setTimeout(() => { paused = true; settle(); }, PAUSE_MS);
   });
 }
 
@@ -69,6 +71,7 @@ function blank() {
   for (const id of ["bar", "parts", "total-of"]) $(id).hidden = true;
   $("total").textContent = "";
   for (const id of ["download", "copy", "share"]) $(id).disabled = true;
+  gallery?.offer(null);
   history.replaceState(null, "", location.pathname);
 }
 
@@ -86,8 +89,10 @@ async function show(header, blobs, request, took) {
   $("pictures").replaceChildren(...(images.length > 1 ? images.map((image, i) => choice(image, seeds[i], alt)) : images));
   $("frame").dataset.count = images.length;
   for (const id of ["download", "copy", "share"]) $(id).disabled = false;
+  gallery?.offer({ ...request.fields, seed: seeds[0] }, urls[0], Boolean(request.image));
   showTimes(header.timings, took);
   say(header.left === undefined ? (header.notes ?? []).join(" ") : t("left", { n: header.left }));
+  if (paused) await settle(); // a model that takes longer than the pause
 }
 
 function choice(image, own, prompt) {
@@ -353,6 +358,7 @@ function wire() {
     store(KEY, $("key-field").value.trim());
     say("");
     live.reopen(store(KEY) || $("key-field").value.trim());
+    gallery?.reload();
   });
   addEventListener("hashchange", fromAddress);
 }
@@ -364,7 +370,8 @@ function fromAddress() {
 
 async function start() {
   translatePage();
-  model = (await (await fetch("/v1/models")).json()).data[0];
+  const models = await (await fetch("/v1/models")).json();
+  model = models.data[0];
   $("prompt").maxLength = model.limits.prompt;
   $("steps").max = Math.min(8, model.limits.num_inference_steps);
   $("steps").value = model.num_inference_steps;
@@ -382,6 +389,7 @@ async function start() {
     $("nohistory").hidden = count > 0;
   });
   wire();
+  if (models.gallery) gallery = new Gallery(models.gallery, { key: () => live.key, restore, say });
   live.open();
   fromAddress();
   $("prompt").focus({ preventScroll: true });

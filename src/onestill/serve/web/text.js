@@ -20,6 +20,12 @@ const LANGUAGES = {
     badFile: "That file is no picture this page can read; take a PNG, JPEG or WebP.", restore: "{prompt}, seed {seed}",
     choose: "Take this one: {prompt}, seed {seed}", red: "red", orange: "orange", yellow: "yellow", green: "green",
     blue: "blue", purple: "purple", brown: "brown", black: "black", white: "white",
+    gallery: "Gallery", toGallery: "Save to the gallery", more: "Show more", delete: "Delete", showWords: "Show my words under it",
+    galleryHint: "What visitors saved. Each stays for {days} days.", noneShown: "Nothing is shown here yet. The first picture could be yours.",
+    showHint: "Everyone who opens this page can see it for {days} days. You can delete it before that, from this browser or with your key.",
+    onlyWords: "The gallery takes pictures from words alone.", savedHere: "Saved to the gallery.", deleted: "Deleted from the gallery.",
+    deleteTitle: "Delete this picture?", deleteHint: "It is gone for everyone, at once and for good.",
+    deleteOne: "Delete from the gallery: {what}", wordless: "Picture {seed}", moreShown: "{n} more pictures.",
     queue: "waiting", encode: "words", denoise: "drawing", decode: "pixels", compress: "file", network: "network",
   },
 };
