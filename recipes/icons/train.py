@@ -41,16 +41,8 @@ def command(stage: str, form: str, parquet: str, runs: Path, data: Path) -> tupl
         return data / "common.done", module("recipes.icons.common", *arguments, "--done", str(data / "common.done"))
     if stage == "ship":
         made = runs / "icons/onestill.json"
-        arguments = (
-            "--unet",
-            str(student),
-            "--autoencoder",
-            str(vae),
-            "--out",
-            str(runs / "icons"),
-            "--int8",
-            "--force",
-        )
+        place = ("--out", str(runs / "icons"), "--int8", "--force")
+        arguments = ("--unet", str(student), "--autoencoder", str(vae), *place)
         return made, module("recipes.icons.ship", *arguments)
     if stage == "report":
         folders = ("--teacher", str(runs / "icons-teacher"), "--student", str(runs / "icons"))
