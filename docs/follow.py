@@ -52,11 +52,11 @@ def follow(commands: Sequence[tuple[str, str]], folder: Path) -> tuple[list[floa
     with subprocess.Popen(["bash", file.name], cwd=folder, env=env, stdout=subprocess.PIPE, text=True) as shell:
         assert shell.stdout is not None
         for line in shell.stdout:
-            if line.startswith(DONE):
+            before, done, _ = line.partition(DONE)  # what a command printed last may lack its newline
+            print(before, end="", flush=True)
+            if done:
                 seconds.append(time.monotonic() - began - sum(seconds))
                 print(f"== {commands[len(seconds) - 1][0]}: {seconds[-1]:.0f} s", file=sys.stderr, flush=True)
-            else:
-                print(line, end="", flush=True)
     return seconds, shell.returncode
 
 

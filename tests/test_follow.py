@@ -36,6 +36,12 @@ def test_one_shell_runs_them_until_the_first_fails(tmp_path: Path, monkeypatch: 
     assert follow.follow(commands[:2], tmp_path)[1] == 0
 
 
+def test_a_line_that_a_command_left_unended_hides_no_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seconds, status = follow.follow([("a", "printf half\n"), ("b", "echo whole\n")], tmp_path)
+    assert (len(seconds), status) == (2, 0)
+    assert capsys.readouterr().out == "halfwhole\n"
+
+
 def test_every_onestill_line_of_the_page_is_one_that_the_command_takes() -> None:
     commands = "".join(block for _, block in follow.blocks(PAGE.read_text(encoding="utf-8")))
     lines = [shlex.split(line.rstrip("& "))[1:] for line in commands.splitlines() if line.startswith("onestill ")]
