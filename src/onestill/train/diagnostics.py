@@ -42,8 +42,8 @@ SIGNS: dict[str, tuple[Callable[[Row], bool], str]] = {
     ),
     "blind": (
         _blind,
-        "the heads tell nothing apart (hinge near 2 for each): lower adversarial, as the student may outrun them, raise "
-        "discriminator_lr, or look at the feature network.",
+        "the heads tell nothing apart (hinge near 2 for each): lower adversarial, as the student may outrun them, "
+        "raise discriminator_lr, or look at the feature network.",
     ),
     "steep": (_steep, "R1 is above 10000, so the heads are very steep in their features: raise gamma_r1."),
     "steps": (
