@@ -33,7 +33,7 @@ __all__ = ["OpenVinoEngine", "read_graph"]
 
 # What int8 leaves out computes in float32 on every CPU, so that the quality measured once is every machine's.
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
-EXACT = {"time": {"INFERENCE_PRECISION_HINT": "f32"}}
+EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 MANY = 4  # images to a call of the larger batch; each size is compiled for itself, as static shapes run fastest
 WORTH_COMPILING = 8  # images asked for at once; fewer are done one by one before a larger batch would have compiled
 MOST_KEPT = 24  # compiled networks in the cache, all models together
@@ -75,12 +75,15 @@ class OpenVinoEngine:
         self.device = "cpu"
         self.dtype = dtype or _fastest_dtype(core, int8)
         layers = int8.parts if int8 is not None and self.dtype == "int8" else {}
-        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": PRECISIONS[self.dtype]}
+        # Beside int8 the other networks are in the fastest float type; float layers of int8 networks are exact.
+        hint = PRECISIONS[_fastest_float(core) if self.dtype == "int8" else self.dtype]
+        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
         if threads is not None:
             config["INFERENCE_NUM_THREADS"] = threads
-        files = read_index(info.path)
+        exact, files = {"time", *layers}, read_index(info.path)
         self._parts = {
-            part: _Part(part, core, files[part], config | EXACT.get(part, {}), layers.get(part, {})) for part in PARTS
+            part: _Part(part, core, files[part], config | (EXACT if part in exact else {}), layers.get(part, {}))
+            for part in PARTS
         }
         self._time_states: dict[int, NDArray[np.float32]] = {}  # filled as timesteps come up; there are few
         # The largest first, as the others fit beside it. The encoder waits until there is an image to encode.
@@ -224,10 +227,12 @@ def read_graph(core: Any, files: PartFiles, size: int) -> tuple[Any, NDArray[np.
 
 
 def _fastest_dtype(core: Any, int8: Int8 | None) -> str:
-    has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if int8 is not None and int8.parts and _multiplies_bytes(has_bfloat16):
-        return "int8"
-    return "bfloat16" if has_bfloat16 else "float32"
+    number = _fastest_float(core)
+    return "int8" if int8 is not None and int8.parts and _multiplies_bytes(number == "bfloat16") else number
+
+
+def _fastest_float(core: Any) -> str:
+    return "bfloat16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"
 
 
 def _multiplies_bytes(has_bfloat16: bool) -> bool:

@@ -84,8 +84,8 @@ def read_int8(folder: Path) -> Int8 | None:
 def layer_nodes(model: Any) -> dict[str, Any]:
     """The layers of a graph that may compute in int8, by name.
 
-    Not those that read an input of the graph, where rounding is heard all the way (a UNet's latents and words: 7 dB of
-    the worst picture), nor those of one row, which are over too soon to be worth it.
+    Not those that read an input of the graph, where rounding is heard all the way (7 dB of the worst
+    picture), nor those of one row, which are over too soon to be worth it.
     """
     found = {}
     for node in model.get_ordered_ops():
@@ -129,8 +129,6 @@ def quantize(model: Any, layers: Layers) -> None:
         weights = _weights(node)
         most = np.maximum(np.abs(weights).max(axis=tuple(range(1, weights.ndim)), keepdims=True), LEAST)
         node.input(1).replace_source_output(_fake(node.input_value(1), -most, most, levels=255).output(0))
-    if rounded:
-        _spread_group_norms(model)
     model.validate_nodes_and_infer_types()
 
 
@@ -156,38 +154,6 @@ def _grouped(node: Any) -> Any:
     whole = opset13.convert(opset13.constant(np.rint(groups / scale).astype(np.int8)), "f32")
     product = opset13.multiply(whole, opset13.constant(scale.astype(np.float32)))
     return opset13.reshape(product, opset13.constant(np.array(weights.shape, dtype=np.int64)), special_zero=False)
-
-
-def _spread_group_norms(model: Any) -> None:
-    """Write every GroupNormalization as means and products that leave the channels where they are.
-
-    OpenVINO has a kernel for it in float graphs alone. In others it turns it into an MVN, which needs the channels
-    moved first and back after: a tenth of the UNet's time.
-    """
-    for node in model.get_ordered_ops():
-        if node.get_type_name() != "GroupNormalization":
-            continue
-        x, attributes = node.input_value(0), node.get_attributes()
-        shape, groups = list(x.get_shape()), int(attributes["num_groups"])
-        space, inner = _whole(*range(2, len(shape))), _whole(2)
-        grouped = _whole(0, groups, shape[1] // groups)
-        mean, square = (
-            opset13.reduce_mean(opset13.reshape(opset13.reduce_mean(value, space, False), grouped, True), inner, True)
-            for value in (x, opset13.multiply(x, x))
-        )
-        variance = opset13.subtract(square, opset13.multiply(mean, mean))
-        epsilon = opset13.constant(np.array([attributes["epsilon"]], dtype=np.float32))
-        inverse = opset13.power(opset13.add(variance, epsilon), opset13.constant(np.array([-0.5], dtype=np.float32)))
-        one = _whole(1, groups, shape[1] // groups)
-        scale = opset13.multiply(inverse, opset13.reshape(node.input_value(1), one, False))
-        shift = opset13.subtract(opset13.reshape(node.input_value(2), one, False), opset13.multiply(mean, scale))
-        whole = _whole(0, shape[1], *(1 for _ in shape[2:]))
-        scaled = opset13.multiply(x, opset13.reshape(scale, whole, True))
-        node.output(0).replace(opset13.add(scaled, opset13.reshape(shift, whole, True)).output(0))
-
-
-def _whole(*values: int) -> Any:
-    return opset13.constant(np.array(values, dtype=np.int64))
 
 
 def _weights(node: Any) -> NDArray[np.float32]:
