@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onestill.evaluate import Evaluation, Result, fid_ratio, sheets
-from onestill.evaluate.report import About, Report, Target, Tried, machine, versions, write_report
+from onestill.evaluate.machine import machine_in_words, versions
+from onestill.evaluate.report import About, Report, Target, Tried, write_report
 from recipes.ablations.block import Block, Trained
 
 CAVEATS = (
@@ -51,7 +52,7 @@ def write_page(
         },
         command=command(options),
         seed=options.seed,
-        machine=machine(),
+        machine=machine_in_words(),
         versions=versions(),
         caveats=CAVEATS,
     )

@@ -257,4 +257,4 @@ def _is_int8(weight: Any) -> bool:
     if weight.get_type_name() != "Multiply":
         return False
     whole = weight.input_value(0).get_node()
-    return whole.get_type_name() == "Convert" and whole.get_input_element_type(0) == openvino.Type.i8
+    return bool(whole.get_type_name() == "Convert" and whole.get_input_element_type(0) == openvino.Type.i8)

@@ -244,7 +244,7 @@ class LatentFeatures:
     """Nothing between the heads and the latents: one tap, the latents themselves, with every edge as sharp as it is."""
 
     def __init__(self, channels: int) -> None:
-        self.widths = (channels,)
+        self.widths: tuple[int, ...] = (channels,)
         self.embedding_width = channels
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LatentFeatures:
