@@ -31,8 +31,7 @@ from onestill.errors import CheckpointError, OnestillError
 
 __all__ = ["OpenVinoEngine", "read_graph"]
 
-# What int8 leaves out computes in float32 on every CPU, so that the quality measured once is every machine's.
-PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 MANY = 4  # images to a call of the larger batch; each size is compiled for itself, as static shapes run fastest
 WORTH_COMPILING = 8  # images asked for at once; fewer are done one by one before a larger batch would have compiled
@@ -65,8 +64,9 @@ class OpenVinoEngine:
     ) -> None:
         if (device or "cpu").lower() != "cpu":
             raise OnestillError(f"The engine 'openvino' runs on 'cpu'; for '{device}' choose the engine 'torch'.")
-        if (dtype or "float32") not in PRECISIONS:
-            raise OnestillError(f"The engine 'openvino' computes in {', '.join(PRECISIONS)}, not '{dtype}'.")
+        known = (*PRECISIONS, "int8")
+        if dtype is not None and dtype not in known:
+            raise OnestillError(f"The engine 'openvino' computes in {', '.join(known)}, not '{dtype}'.")
         core = openvino.Core()
         int8 = read_int8(info.path)
         if dtype == "int8" and (int8 is None or not int8.parts):
@@ -103,14 +103,10 @@ class OpenVinoEngine:
 
     def denoise(self, latents: NDArray[np.float32], timestep: int, conditioning: Conditioning) -> NDArray[np.float32]:
         """Latents [B, C, h, w] -> the network's output, of the same shape."""
-        inputs = {"sample": latents, "encoder_hidden_states": conditioning.states}
-        return self._parts["unet"](inputs, time=self.time_state(timestep))
-
-    def time_state(self, timestep: int) -> NDArray[np.float32]:
-        """The UNet's embedding [1, E] of a timestep."""
         if timestep not in self._time_states:
             self._time_states[timestep] = self._parts["time"]({"timestep": np.array([timestep], dtype=np.float32)})
-        return self._time_states[timestep]
+        inputs = {"sample": latents, "encoder_hidden_states": conditioning.states}
+        return self._parts["unet"](inputs, time=self._time_states[timestep])
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Latents [B, C, h, w] -> pictures [B, H, W, 3]."""
