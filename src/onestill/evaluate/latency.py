@@ -202,9 +202,7 @@ def _diffusers(setting: Setting) -> tuple[Draw, dict[str, Any]]:
         torch.set_num_threads(setting.threads)
     warnings.simplefilter("ignore")
     device = setting.device or "cpu"
-    # It has no int8 on a CPU; the comparison is with what it has.
-    own = setting.dtype if setting.dtype != "int8" else None
-    dtype = getattr(torch, own or ("float32" if device == "cpu" else "float16"))
+    dtype = getattr(torch, setting.dtype or ("float32" if device == "cpu" else "float16"))
     pipe = diffusers.DiffusionPipeline.from_pretrained(str(folder.resolve()), torch_dtype=dtype)
     if setting.tiny_vae is not None:
         pipe.vae = diffusers.AutoencoderTiny.from_pretrained(setting.tiny_vae, torch_dtype=dtype)
