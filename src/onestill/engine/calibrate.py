@@ -26,7 +26,7 @@ from openvino import opset13
 from onestill.checkpoint import ModelInfo
 from onestill.engine import Conditioning, first_latents
 from onestill.engine.ir import FOLDER, read_index
-from onestill.engine.openvino import OpenVinoEngine, read_graph
+from onestill.engine.openvino import EXACT, OpenVinoEngine, read_graph
 from onestill.engine.quantize import DYNAMIC, FORMAT, INT8, Int8, Layers, layer_nodes, quantize, read_int8
 from onestill.engine.text import PromptTokenizer
 from onestill.noise import noise_source
@@ -41,7 +41,6 @@ MOST_MOVED = (0.02, 0.01)
 PROBES = 8  # prompts that a layer's rounding is measured on
 # Decibels against float32. 35 is a difference nobody sees; 30 of the worst is the contract of an engine.
 LEAST_MEAN_DB, LEAST_WORST_DB = 35.0, 30.0
-FLOAT = {"INFERENCE_PRECISION_HINT": "f32"}
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black", "pink", "brown")
 THINGS = (
@@ -154,7 +153,7 @@ def _draw(engine: OpenVinoEngine, caption: str, seed: int, steps: int = 1) -> ND
 
 
 def _compiled(model: Any, config: Mapping[str, Any] | None = None) -> Any:
-    return openvino.Core().compile_model(model, "CPU", {**FLOAT, **(config or {})}).create_infer_request()
+    return openvino.Core().compile_model(model, "CPU", {**EXACT, **(config or {})}).create_infer_request()
 
 
 def _ranges(info: ModelInfo, part: str, calls: Sequence[Arrays]) -> Layers:
