@@ -45,7 +45,7 @@ class Options(DistilOptions, ViewOptions):
     `distillation_space` is "latents" or "pixels"; for pixels the latents are decoded, with gradient. `teacher_low` and
     `teacher_high` bound t of Eq. 4. `nfsd_guidance` and `negative_prompt` are noise-free score distillation's, and
     `score_weight` is w(t) of it and of SDS. `misaligned` weighs real images with another's caption as more fakes.
-    `student_every` gives the student a turn each so many iterations.
+    `student_every` gives the student a turn each so many iterations, after `heads_first` in which it stands still.
     """
 
     condition_on_text: bool = option(True)
@@ -72,6 +72,7 @@ class Options(DistilOptions, ViewOptions):
     head_width: int = option(128, low=8)
     head_blocks: int = option(1, low=1, high=8)
     student_every: int = option(1, low=1)
+    heads_first: int = option(0, low=0)
     discriminator_lr: float = option(2e-4, low=0.0, high=1.0)
     beta1: float = option(0.0, low=0.0, high=0.999)
 
@@ -109,17 +110,20 @@ class Method(Distiller):
     def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
         options, draw, discriminator = self.options, state.draw, self.discriminator
         x0, told = self.read(batch)  # [B, C, h, w]
+        plays = state.iteration >= options.heads_first and state.iteration % options.student_every == 0
 
         # --- generate once: x_theta from a real image noised to a student timestep, Eq. 1 ---
         s = self.student_timesteps(len(x0), state).to(x0.device)  # [B]
-        x_theta = self.student_denoiser.x0(self.noised(x0, s, draw), s, told)  # [B, C, h, w]
+        with torch.set_grad_enabled(plays):
+            x_theta = self.student_denoiser.x0(self.noised(x0, s, draw), s, told)  # [B, C, h, w]
 
         # --- what the heads see of both, under one view; one forward serves both turns ---
         view = self.views.draw(x0, draw)
         with torch.no_grad():
             real = [tap.requires_grad_() for tap in view(x0, told)]  # F_k(x0), [B, N_k, D_k] each
             c = self.head_condition(x0, s, view, told, batch)  # c_text, c_img
-        fake = view(x_theta, told)  # F_k(x_theta)
+        with torch.set_grad_enabled(plays):
+            fake = view(x_theta, told)  # F_k(x_theta)
 
         # --- the discriminator's turn: hinge over heads, R1 on the heads' inputs, Eq. 3 ---
         real_logits, fake_logits = discriminator(real, c), discriminator([tap.detach() for tap in fake], c)
@@ -129,7 +133,7 @@ class Method(Distiller):
 
         # --- the student's turn: Eq. 2 and lambda times Eq. 4 ---
         losses = {"hinge": hinge, "r1": penalty}
-        if state.iteration % options.student_every == 0:
+        if plays:
             with frozen(discriminator):
                 adversarial = hinge_generator(discriminator(fake, c))
                 distill = self.distill(x_theta, told, view, draw) if options.lambda_distill else torch.zeros_like(hinge)
