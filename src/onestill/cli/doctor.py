@@ -14,7 +14,7 @@ import typer
 import onestill
 from onestill.cli.console import print_json, stdout_console
 from onestill.cli.options import Json, Model
-from onestill.errors import OnestillError, require
+from onestill.errors import OnestillError
 
 __all__ = ["doctor"]
 
@@ -74,7 +74,9 @@ def packages() -> Facts:
 
 def openvino() -> Facts:
     """The devices OpenVINO sees, and what each computes fast."""
-    core = require("openvino", "base").Core()
+    from onestill.engine import runtime
+
+    core = runtime.openvino.Core()
     return {
         device: {
             "name": str(core.get_property(device, "FULL_DEVICE_NAME")).strip(),

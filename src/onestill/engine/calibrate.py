@@ -18,10 +18,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from onestill.engine.runtime import openvino, opset13
+
 import numpy as np
-import openvino
 from numpy.typing import NDArray
-from openvino import opset13
 
 from onestill.checkpoint import ModelInfo
 from onestill.engine import Conditioning, first_latents

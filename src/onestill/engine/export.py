@@ -21,11 +21,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from onestill.engine.runtime import openvino, opset13
+
 import diffusers
 import numpy as np
-import openvino
 import torch
-from openvino import opset13
 from openvino._offline_transformations import apply_moc_transformations
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder

@@ -17,10 +17,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from onestill.engine.runtime import openvino, opset13
+
 import numpy as np
-import openvino
 import torch
-from openvino import opset13
 from openvino._offline_transformations import apply_moc_transformations
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch import patch_model

@@ -17,8 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from onestill.engine.runtime import openvino
+
 import numpy as np
-import openvino
 from numpy.typing import NDArray
 
 from onestill import __version__

@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from onestill.engine.runtime import openvino, opset13
+
 import numpy as np
-import openvino
 from numpy.typing import NDArray
-from openvino import opset13
 
 from onestill.checkpoint import ModelInfo, read_json
 from onestill.engine import Conditioning, to_images, to_pictures

@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onestill.engine.runtime import opset13
+
 import numpy as np
 from numpy.typing import NDArray
-from openvino import opset13
 
 from onestill.checkpoint import read_json
 from onestill.engine.ir import FOLDER, PARTS
