@@ -45,7 +45,8 @@ class Typist:
         self.answers: Counter[int] = Counter()
         self.kinds: Counter[str] = Counter()
         self.last_key_ms: list[float] = []
-        self.own_cost_ms: list[float] = []
+        self.own_cost_ms: list[float] = []  # of the server's time with a message, what the engine had no part in
+        self.outside_ms: list[float] = []  # the rest until it is here: the loopback, and the loops of both processes
         self.stale = 0
         self.cuts = 0  # sockets that were closed
         self.cut_off: set[int] = set()  # ids that those took along
@@ -120,7 +121,8 @@ class Typist:
                 took = (now - self.asked[name]) * 1000
                 timings = answer["timings"]
                 stages = sum(timings[part] for part in ("queue_ms", "encode_ms", "denoise_ms", "decode_ms"))
-                self.own_cost_ms.append(took - stages)
+                self.own_cost_ms.append(timings["total_ms"] - stages)
+                self.outside_ms.append(took - timings["total_ms"])
                 if name in self._last_ids:
                     self.last_key_ms.append(took)
 
@@ -234,6 +236,7 @@ class Crowd:
             "jain": sum(images) ** 2 / (len(images) * sum(n * n for n in images)) if any(images) else None,
             "last_key_to_picture_ms": quantiles([ms for person in people for ms in person.last_key_ms]),
             "own_cost_median_ms": statistics.median([ms for one in people for ms in one.own_cost_ms] or [0.0]),
+            "outside_median_ms": statistics.median([ms for one in people for ms in one.outside_ms] or [0.0]),
             "api_statuses": dict(self.statuses),
             "api_ms": quantiles(self.api_ms),
             "page_statuses": dict(self.page),

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
@@ -90,7 +90,13 @@ def _key_in(protocol: str) -> str:
         return "unreadable"
 
 
-Answer = tuple[int | None, Future[list[Picture]] | ApiError, Live | None]
+class _Answer(NamedTuple):
+    """What has become of the message `id`; `form` is None where it could not be read."""
+
+    id: int | None
+    result: Future[list[Picture]] | ApiError
+    form: Live | None
+    came: float  # by time.perf_counter
 
 
 class _Connection:
@@ -101,7 +107,7 @@ class _Connection:
         self._socket = socket
         self._visitor = visitor
         self._slot = server.scheduler.slot()
-        self._answers: asyncio.Queue[Answer | None] = asyncio.Queue()
+        self._answers: asyncio.Queue[_Answer | None] = asyncio.Queue()
         self._room = asyncio.Semaphore(UNANSWERED)
         each_s = server.bounds.messages_each_s
         self._rate = Bucket(each_s, 2 * each_s)
@@ -148,10 +154,11 @@ class _Connection:
             message = await self._socket.receive()
             if message["type"] == "websocket.disconnect":
                 return
+            came = time.perf_counter()
             await self._room.acquire()
-            await self._take(message.get("text"), message.get("bytes"))
+            await self._take(message.get("text"), message.get("bytes"), came)
 
-    async def _take(self, text: str | None, data: bytes | None) -> None:
+    async def _take(self, text: str | None, data: bytes | None, came: float) -> None:
         name: int | None = None
         try:
             self._check_rate()
@@ -164,11 +171,12 @@ class _Connection:
                 await self._server.access.check(self._visitor, form.n or 1)
                 self._quota_used = False
             picture = await self._server.in_pool(read_upload, image, self._server.bounds.upload_px) if image else None
-            self._queue(form, job_of(form, self._server.info, picture))
+            self._queue(form, job_of(form, self._server.info, picture), came)
         except ValidationError as error:
-            self._answers.put_nowait((name, from_validation(error, self._server.forms.live.model_fields), None))
+            refusal = from_validation(error, self._server.forms.live.model_fields)
+            self._answers.put_nowait(_Answer(name, refusal, None, came))
         except OnestillError as error:
-            self._answers.put_nowait((name, to_api_error(error), None))
+            self._answers.put_nowait(_Answer(name, to_api_error(error), None, came))
 
     def _check_rate(self) -> None:
         if not self._rate.take():
@@ -184,13 +192,13 @@ class _Connection:
         except (ValueError, RecursionError) as error:
             raise ApiError(400, "The message is no JSON; see docs/serve.md.", "invalid_body") from error
 
-    def _queue(self, form: Live, job: Job) -> None:
+    def _queue(self, form: Live, job: Job, came: float) -> None:
         loop = asyncio.get_running_loop()
         future = self._slot.put(job)
 
         def done(future: Future[list[Picture]]) -> None:
             with suppress(RuntimeError):  # the loop has closed
-                loop.call_soon_threadsafe(self._answers.put_nowait, (form.id, future, form))
+                loop.call_soon_threadsafe(self._answers.put_nowait, _Answer(form.id, future, form, came))
 
         future.add_done_callback(done)
 
@@ -198,11 +206,11 @@ class _Connection:
 
     async def _answer_all(self) -> None:
         while (answer := await self._answers.get()) is not None:
-            name, result, form = answer
+            name, result, form, came = answer
             try:
                 if isinstance(result, ApiError) or form is None:
                     raise result if isinstance(result, ApiError) else RuntimeError
-                await self._send(await self._picture(form, result.result()))
+                await self._send(await self._picture(form, result.result(), came))
                 self._server.metrics.count("onestill_live_answers_total", answer="image")
             except Superseded:
                 await self._send(json.dumps({"type": "superseded", "id": name}))
@@ -219,7 +227,7 @@ class _Connection:
                 self._server.metrics.count("onestill_live_answers_total", answer="error")
             self._room.release()
 
-    async def _picture(self, form: Live, pictures: list[Picture]) -> bytes:
+    async def _picture(self, form: Live, pictures: list[Picture], came: float) -> bytes:
         server = self._server
         await server.check_pictures(pictures)
         started = time.perf_counter()
@@ -248,6 +256,7 @@ class _Connection:
         left = await server.access.left(self._visitor)
         if left is not None:
             header["left"] = left
+        header["timings"]["total_ms"] = round((time.perf_counter() - came) * 1000, 2)
         return packed(header, b"".join(files))
 
     async def _send(self, message: str | bytes) -> None:
