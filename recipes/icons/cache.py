@@ -9,7 +9,6 @@ Each cached sample keeps its picture, caption and JSON, and gains `latents`, `te
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,22 +16,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from onestill.data import ShardReader, ShardWriter
 from onestill.train.batches import collate_images
 from onestill.train.cache import cache_samples
 from onestill.train.conditioning import LatentSpace, TextEncoder
-
-
-def encode_picture(picture: npt.NDArray[np.uint8]) -> bytes:
-    """uint8 [H, W, 3] -> lossless WebP."""
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "WEBP", lossless=True, method=0, quality=0)
-    return file.getvalue()
 
 
 def told(samples: Iterable[Any], total: int) -> Iterator[Any]:
@@ -57,15 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode ahead")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    reader = ShardReader(options.shards, shuffle=False, epochs=1)
+    reader = ShardReader(options.shards, shuffle=False, epochs=1, workers=options.workers)
     total = min(len(reader), options.samples or len(reader))
     with ShardWriter(options.out, 2500) as writer:
 
         def write(sample: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-            writer.write(sample.key, encode_picture(sample.image), sample.caption, sample.meta, arrays=arrays)
+            kept = {"suffix": sample.suffix, "arrays": arrays}
+            writer.write(sample.key, sample.encoded, sample.caption, sample.meta, **kept)
 
         device = torch.device(options.device)
         space = LatentSpace(options.autoencoder)
@@ -73,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"scaling factor {space.calibrate(some, options.autoencoder)}", file=sys.stderr)
         samples, encoder = told(islice(reader, total), total), TextEncoder(options.text_encoder)
         cache_samples(samples, space.to(device), encoder.to(device), write, options.batch_size)
+    reader.close()
     for name, why in reader.skipped.items():
         print(f"left out {name}: {why}", file=sys.stderr)
     if options.done:

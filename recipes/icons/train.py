@@ -34,7 +34,8 @@ def command(stage: str, form: str, parquet: str, runs: Path, data: Path) -> tupl
         return held, module("recipes.icons.render", *arguments)
     if stage == "cache":
         arguments = ("--shards", str(data / "train"), "--autoencoder", str(vae), "--out", str(data / "cached"))
-        arguments += ("--device", "cuda" if form == "gpu" else "cpu", "--done", str(data / "cached.done"))
+        arguments += ("--device", "cuda", "--workers", "12") if form == "gpu" else ("--device", "cpu")
+        arguments += ("--done", str(data / "cached.done"))
         return data / "cached.done", module("recipes.icons.cache", *arguments)
     if stage == "common":
         arguments = ("--shards", str(data / "cached"), "--out", str(data / "common"))

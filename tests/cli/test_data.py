@@ -92,6 +92,8 @@ def test_a_folder_of_pictures_is_packed_and_cached(
         assert main(["data", "cache", str(packed), *arguments, "--part", part]) == 0
     capsys.readouterr()
     samples = {sample.caption: sample for sample in ShardReader(cached, shuffle=False, epochs=1)}
+    for before in ShardReader(packed, shuffle=False, epochs=1):
+        assert (samples[before.caption].suffix, samples[before.caption].encoded) == (before.suffix, before.encoded)
     assert samples.keys() == {"a red square", "a green square", "a blue square"}
     red = samples["a red square"]
     assert red.arrays["latents"].shape == (4, 4, 4)

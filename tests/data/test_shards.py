@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import tarfile
 from pathlib import Path
 
@@ -57,6 +58,32 @@ def test_round_trip(tmp_path: Path) -> None:
     assert reader.skipped == {}
 
 
+@pytest.mark.parametrize("part", [(0, 1), (1, 2)])
+def test_processes_read_ahead_to_the_same_samples_states_and_gaps(tmp_path: Path, part: tuple[int, int]) -> None:
+    with ShardWriter(tmp_path, 50) as writer:
+        for i in range(110):
+            writer.write(f"k{i:03d}", b"no picture" if i % 9 == 4 else picture(i), f"caption {i}", {})
+    seen = {}
+    for workers in (0, 2):
+        reader = ShardReader(tmp_path, seed=3, start=ReaderState(0, 17), epochs=2, part=part, workers=workers)
+        seen[workers] = [(sample.key, int(sample.image[0, 0, 0]), reader.state) for sample in reader], reader.skipped
+        reader.close()
+    assert seen[2] == seen[0]
+    assert len(seen[0][1]) >= 5
+
+
+def test_a_killed_process_is_told(tmp_path: Path) -> None:
+    write(tmp_path)
+    reader = ShardReader(tmp_path, workers=1)
+    samples = iter(reader)
+    next(samples)
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(DataError, match=r"lower data\.workers"):
+        list(samples)
+    reader.close()
+
+
 def test_equal_samples_give_equal_files(tmp_path: Path) -> None:
     first, second = write(tmp_path / "a"), write(tmp_path / "b")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
@@ -84,18 +111,6 @@ def test_resumes_exactly_anywhere(tmp_path: Path) -> None:
     for done in np.random.Generator(np.random.PCG64(0)).integers(0, 60, 12):
         state = ReaderState.from_dict(json.loads(json.dumps(states[done].as_dict())))
         assert keys(list(ShardReader(tmp_path, seed=3, epochs=3, start=state))) == order[done:]
-
-
-def test_batches_run_over_epochs_and_resume(tmp_path: Path) -> None:
-    write(tmp_path)
-    whole = [batch.keys for batch in ShardReader(tmp_path, seed=1, epochs=2).batches(6)]
-    assert [len(batch) for batch in whole] == [6] * 6 + [4]
-    stream = ShardReader(tmp_path, seed=1, epochs=2).batches(6)
-    taken = [next(stream) for _ in range(4)]
-    assert taken[0].images.shape == (6, SIDE, SIDE, 3)
-    assert taken[0].captions == [f"caption {int(key[1:])}" for key in taken[0].keys]
-    rest = ShardReader(tmp_path, seed=1, epochs=2, start=taken[-1].state).batches(6)
-    assert [batch.keys for batch in taken] + [batch.keys for batch in rest] == whole
 
 
 def test_parts_share_one_order(tmp_path: Path) -> None:
@@ -136,6 +151,7 @@ def test_odd_samples_are_skipped_counted_and_named(tmp_path: Path) -> None:
     ]
     assert reader.skipped["odd.tar:nocaption"] == "it has no caption"
     assert reader.skipped["odd.tar:noimage"] == "it has no image"
+    assert reader.skipped["odd.tar:noise"] == "its image is of no known kind"
 
 
 def test_a_size_leaves_other_sizes_out(tmp_path: Path) -> None:
@@ -144,8 +160,8 @@ def test_a_size_leaves_other_sizes_out(tmp_path: Path) -> None:
     with ShardWriter(tmp_path) as writer:
         writer.write("a", picture(0), "small", {})
         writer.write("b", big.getvalue(), "big", {}, suffix="png")
-    reader = ShardReader(tmp_path, shuffle=False, epochs=1)
-    assert [batch.keys for batch in reader.batches(2)] == [["a"]]
+    reader = ShardReader(tmp_path, shuffle=False, epochs=1, size=(SIDE, SIDE))
+    assert keys(list(reader)) == ["a"]
     assert reader.skipped == {"shard-000000.tar:b": "it is 9 x 8 pixels, not 8 x 8"}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -172,20 +171,13 @@ def cache(
     with ShardWriter(out, prefix=prefix) as writer, progress("encoding", len(reader) // int(parts)) as advance:
 
         def write(sample: Any, arrays: Any) -> None:
-            writer.write(sample.key, _webp(sample.image), sample.caption, sample.meta, arrays=arrays)
+            kept = {"suffix": sample.suffix, "arrays": arrays}
+            writer.write(sample.key, sample.encoded, sample.caption, sample.meta, **kept)
             advance(1)
 
         count = cache_for_model(reader, model, write, device=device, batch_size=batch_size)
     _tell(reader.skipped)
     print(f"{count} samples in {out}")
-
-
-def _webp(picture: Any) -> bytes:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "WEBP", quality=90)
-    return file.getvalue()
 
 
 def _refuse_full(out: Path) -> None:

@@ -30,7 +30,8 @@ class RecipeReader:
     """
 
     def __init__(self, options: DataOptions, part: tuple[int, int] = (0, 1)) -> None:
-        self.shards = open_shards(options.shards, seed=options.seed, shuffle=True, images=options.images, part=part)
+        named = {"seed": options.seed, "images": options.images, "workers": options.workers}
+        self.shards = open_shards(options.shards, shuffle=True, part=part, **named)
 
     def __iter__(self) -> Iterator[Sample]:
         return iter(self.shards)

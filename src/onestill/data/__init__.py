@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onestill.data.shards import (
-        Batch,
         ReaderState,
         Sample,
         ShardReader,
@@ -16,10 +15,9 @@ if TYPE_CHECKING:
         sample_shards,
     )
 
-__all__ = ["Batch", "ReaderState", "Sample", "ShardReader", "ShardWriter", "find_shards", "sample_shards"]
+__all__ = ["ReaderState", "Sample", "ShardReader", "ShardWriter", "find_shards", "sample_shards"]
 
 _WHERE = {
-    "Batch": "onestill.data.shards",
     "ReaderState": "onestill.data.shards",
     "Sample": "onestill.data.shards",
     "ShardReader": "onestill.data.shards",

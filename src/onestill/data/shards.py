@@ -13,7 +13,7 @@ import os
 import struct
 import tarfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from onestill.data.ahead import Ahead
 from onestill.data.tarindex import IMAGE_SUFFIXES, Entry, read_index
 from onestill.errors import DataError
 
@@ -35,7 +36,7 @@ _DAMAGE = (ValueError, SyntaxError, OSError, EOFError, struct.error, Image.Decom
 class Sample:
     """One picture with its caption: `image` is uint8 [H, W, 3], transparent parts on white (0 pixels if not asked for).
 
-    `arrays` holds the sample's .npy files by name.
+    `arrays` holds the sample's .npy files by name; `encoded` is the picture's file, of the kind that `suffix` says.
     """
 
     key: str
@@ -43,20 +44,8 @@ class Sample:
     caption: str
     meta: dict[str, Any]
     arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one size stacked: `images` is uint8 [B, H, W, 3].
-
-    A reader that starts at `state` goes on behind them.
-    """
-
-    keys: list[str]
-    images: npt.NDArray[np.uint8]
-    captions: list[str]
-    metas: list[dict[str, Any]]
-    state: ReaderState
+    encoded: bytes = b""
+    suffix: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,7 +93,8 @@ class ShardReader:
     `shuffle` is off; `start` resumes it exactly. `epochs` ends the iteration after that many (None: never). With
     `part=(i, n)` the reader takes every n-th place from i on, so that n processes share one order. With `size`
     (height, width), samples of another size are left out.
-    `images=False` leaves the pictures undecoded, for training from cached arrays.
+    `images=False` leaves the pictures undecoded, for training from cached arrays. `workers` processes
+    read ahead, in the same order; with 0 the caller's thread reads.
 
     A sample without a readable image and caption is left out, and `skipped` names it ("SHARD:KEY") with the reason.
     Raises DataError if there are no shards or not one sample in them can be read.
@@ -121,6 +111,7 @@ class ShardReader:
         part: tuple[int, int] = (0, 1),
         size: tuple[int, int] | None = None,
         images: bool = True,
+        workers: int = 0,
     ):
         if part[1] < 1 or not 0 <= part[0] < part[1]:
             raise ValueError(f"part must be (i, n) with 0 <= i < n, not {part}")
@@ -133,6 +124,8 @@ class ShardReader:
         self._part = part
         self._size = size
         self._images = images
+        self._workers = workers
+        self._ahead: Ahead[tuple[list[Sample | None], dict[str, str]]] | None = None
         self._files: OrderedDict[int, int] = OrderedDict()
         self._entries: list[tuple[int, Entry]] = []
         for number, path in enumerate(self.paths):
@@ -174,10 +167,8 @@ class ShardReader:
             epoch, given = self.state.epoch, 0
             whole = self.state.position == 0
             order = self.order(epoch)
-            for position in range(self.state.position, len(order)):
-                if position % self._part[1] != self._part[0]:
-                    continue
-                sample = self.read(int(order[position]))
+            mine = [place for place in range(self.state.position, len(order)) if place % self._part[1] == self._part[0]]
+            for position, sample in zip(mine, self._read_all(order[mine].tolist()), strict=True):
                 if sample is not None:
                     given += 1
                     self.state = ReaderState(epoch, position + 1)
@@ -189,25 +180,27 @@ class ShardReader:
                 )
             self.state = ReaderState(epoch + 1, 0)
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Batches of exactly `batch_size` samples, over the ends of epochs; a rest at the very end is given too.
+    def _read_all(self, numbers: list[int]) -> Iterator[Sample | None]:
+        if not self._workers:
+            yield from map(self.read, numbers)
+            return
+        self._ahead = self._ahead or Ahead(self._read_some, self._workers)
+        for samples, skipped in self._ahead(numbers):
+            self.skipped |= skipped
+            yield from samples
 
-        All pictures must have one size: those that differ from the first one's (or from `size`) are left out and named.
-        """
-        samples: list[Sample] = []
-        for sample in self:
-            if self._size is None:
-                height, width = sample.image.shape[:2]
-                self._size = (height, width)
-            samples.append(sample)
-            if len(samples) == batch_size:
-                yield _stack(samples, self.state)
-                samples = []
-        if samples:
-            yield _stack(samples, self.state)
+    def _read_some(self, numbers: Sequence[int]) -> tuple[list[Sample | None], dict[str, str]]:
+        self.skipped = {}
+        return [self.read(number) for number in numbers], self.skipped
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": OrderedDict(), "_ahead": None, "skipped": {}}
 
     def close(self) -> None:
-        """Close the shard files."""
+        """Close the shard files and end what reads ahead."""
+        if self._ahead:
+            self._ahead.close()
+            self._ahead = None
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -242,10 +235,11 @@ class ShardReader:
         }
         if not self._images:
             return Sample(entry.key, np.zeros((0, 0, 3), np.uint8), caption, meta, arrays)
-        image = decode_image(self._bytes(shard, entry.image))
+        encoded = self._bytes(shard, entry.files[entry.image])
+        image = decode_image(encoded)
         if self._size is not None and image.shape[:2] != self._size:
             raise ValueError(f"it is {image.shape[0]} x {image.shape[1]} pixels, not {self._size[0]} x {self._size[1]}")
-        return Sample(entry.key, image, caption, meta, arrays)
+        return Sample(entry.key, image, caption, meta, arrays, encoded, entry.image)
 
 
 def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
@@ -253,21 +247,14 @@ def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
 
     Raises ValueError, SyntaxError or OSError if it is damaged.
     """
-    image: Image.Image = Image.open(io.BytesIO(data))
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        raise ValueError("its image is of no known kind") from error
     if image.mode != "RGB":
         layers = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
     return np.array(image, dtype=np.uint8)
-
-
-def _stack(samples: list[Sample], state: ReaderState) -> Batch:
-    return Batch(
-        [sample.key for sample in samples],
-        np.stack([sample.image for sample in samples]),
-        [sample.caption for sample in samples],
-        [sample.meta for sample in samples],
-        state,
-    )
 
 
 def sample_shards() -> list[Path]:

@@ -21,9 +21,9 @@ class Entry:
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
-    def image(self) -> tuple[int, int] | None:
-        """Where the picture lies, or None if the sample has none."""
-        return next((self.files[suffix] for suffix in IMAGE_SUFFIXES if suffix in self.files), None)
+    def image(self) -> str | None:
+        """The suffix of the picture, or None if the sample has none."""
+        return next((suffix for suffix in IMAGE_SUFFIXES if suffix in self.files), None)
 
 
 @dataclass

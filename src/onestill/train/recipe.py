@@ -48,13 +48,15 @@ def option(default: Any, *, low: float | None = None, high: float | None = None,
 class DataOptions:
     """Where the samples come from; relative paths start at the working directory.
 
-    `images = false` leaves the pictures undecoded, for methods that train on cached latents alone.
+    `images = false` leaves the pictures undecoded, for methods that train on cached latents alone. `workers` processes
+    decode, beside the thread that makes `prefetch` batches ahead of the training; at 0 that thread decodes.
     """
 
     shards: list[str] = option([])
     images: bool = option(True)
     seed: int = option(0, low=0)
     prefetch: int = option(4, low=0, high=64)
+    workers: int = option(0, low=0, high=64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,8 @@ class Recipe:
         free = ("iterations", "device", "log_every", "sheet_every", "checkpoint_every", "keep_checkpoints", "threads")
         for key in (*free, "max_bad_steps", "compile", "parallel", "accumulate"):
             plain["loop"].pop(key)
-        plain["data"].pop("prefetch")
+        for key in ("prefetch", "workers"):
+            plain["data"].pop(key)
         return json.dumps(plain, sort_keys=True)
 
     def default_fingerprint(self) -> str:
