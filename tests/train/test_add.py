@@ -266,6 +266,14 @@ def test_the_student_takes_the_turns_that_it_is_given(parts: Path, options: dict
     assert turns == plays
 
 
+def test_without_gamma_r1_is_not_computed(parts: Path) -> None:
+    told = {}
+    for gamma in (0.0, 1e-5):
+        method = add_method(parts, gamma_r1=gamma)
+        told[gamma] = float(method.step(new_state(method), latents_batch(), Turns(method))["r1"].detach())
+    assert told[0.0] == 0 < told[1e-5]
+
+
 def test_all_noise_comes_from_the_states_generator(parts: Path) -> None:
     losses = []
     for seed, elsewhere in ((1, 0), (1, 9), (2, 0)):

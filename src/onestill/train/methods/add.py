@@ -127,7 +127,8 @@ class Method(Distiller):
 
         # --- the discriminator's turn: hinge over heads, R1 on the heads' inputs, Eq. 3 ---
         real_logits, fake_logits = discriminator(real, c), discriminator([tap.detach() for tap in fake], c)
-        hinge, penalty = hinge_discriminator(real_logits, fake_logits), r1(real, real_logits)
+        hinge = hinge_discriminator(real_logits, fake_logits)
+        penalty = r1(real, real_logits) if options.gamma_r1 else torch.zeros_like(hinge)
         wrong = self.misaligned(real, c, batch) if options.misaligned else torch.zeros_like(hinge)
         update("discriminator", hinge + options.gamma_r1 * penalty + options.misaligned * wrong)
 
