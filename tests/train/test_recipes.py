@@ -94,7 +94,9 @@ def test_all_stages_in_a_tiny_form(runs: Path) -> None:
     teacher = [f"diffusion.{part}" for part in (*parts, "sheet_steps=2", *(f"unet.{size}" for size in UNET))]
     run("3-teacher", runs, runs / "cached", *teacher)
 
-    given = [f"add.{part}" for part in (*parts, f'teacher="{runs}/3-teacher/export/unet"', "head_width=8")]
+    given = [
+        f"add.{part}" for part in (*parts, f'teacher="{runs}/3-teacher/export/unet"', "head_width=8", "heads_first=0")
+    ]
     run("4-student", runs, runs / "cached", *given)
     student, parent = (load_unet(runs / stage / "export/unet") for stage in ("4-student", "3-teacher"))
     assert student.config["block_out_channels"] == parent.config["block_out_channels"]
