@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
 import torch
 
 from onestill.data import ShardReader, ShardWriter
@@ -54,17 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reader = ShardReader(options.shards, shuffle=False, epochs=1, workers=options.workers)
     total = min(len(reader), options.samples or len(reader))
     with ShardWriter(options.out, 2500) as writer:
-
-        def write(sample: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-            kept = {"suffix": sample.suffix, "arrays": arrays}
-            writer.write(sample.key, sample.encoded, sample.caption, sample.meta, **kept)
-
         device = torch.device(options.device)
         space = LatentSpace(options.autoencoder)
         some = collate_images(list(islice(ShardReader(options.shards, seed=1, epochs=1), 512)))["images"]
         print(f"scaling factor {space.calibrate(some, options.autoencoder)}", file=sys.stderr)
         samples, encoder = told(islice(reader, total), total), TextEncoder(options.text_encoder)
-        cache_samples(samples, space.to(device), encoder.to(device), write, options.batch_size)
+        cache_samples(samples, space.to(device), encoder.to(device), writer.keep, options.batch_size)
     reader.close()
     for name, why in reader.skipped.items():
         print(f"left out {name}: {why}", file=sys.stderr)

@@ -171,8 +171,7 @@ def cache(
     with ShardWriter(out, prefix=prefix) as writer, progress("encoding", len(reader) // int(parts)) as advance:
 
         def write(sample: Any, arrays: Any) -> None:
-            kept = {"suffix": sample.suffix, "arrays": arrays}
-            writer.write(sample.key, sample.encoded, sample.caption, sample.meta, **kept)
+            writer.keep(sample, arrays)
             advance(1)
 
         count = cache_for_model(reader, model, write, device=device, batch_size=batch_size)

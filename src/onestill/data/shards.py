@@ -325,6 +325,10 @@ class ShardWriter:
         if self._count == self.samples_per_shard:
             self._finish()
 
+    def keep(self, sample: Sample, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Add a sample that was read with its picture, byte for byte, with these arrays."""
+        self.write(sample.key, sample.encoded, sample.caption, sample.meta, suffix=sample.suffix, arrays=arrays)
+
     def close(self) -> None:
         """Finish the last shard."""
         if self._tar is not None:
