@@ -56,6 +56,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Of `pytest -n 2`: the tests of a file stay in one process, as they share what is slow to make."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` skip themselves, with the reason, where there is no CUDA device."""
     marked = [item for item in items if item.get_closest_marker("gpu") is not None]
