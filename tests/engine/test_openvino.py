@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import onestill.engine.openvino
 from onestill.checkpoint import cache_folder, describe, weights_file
 from onestill.engine.openvino import BLOB_END, OpenVinoEngine
 from onestill.errors import CheckpointError
@@ -121,3 +122,22 @@ def test_eight_threads_draw_what_each_would_draw_alone(tiny_folder: Path) -> Non
 def test_threads_can_be_limited(tiny_folder: Path) -> None:
     engine = OpenVinoEngine(describe(tiny_folder), threads=1)
     assert engine.encode(["a red apple"]).states.shape == (1, 16, 32)
+
+
+def test_a_quick_start_draws_the_same_but_for_a_level_here_and_there(tiny_folder: Path, own_place: Path) -> None:
+    info = describe(tiny_folder)
+    slow, quick = (
+        np.asarray(Pipeline(OpenVinoEngine(info, quick_start=quick))("a red apple", seed=5).images[0]).astype(int)
+        for quick in (False, True)
+    )
+    assert np.abs(slow - quick).max() <= 1
+    assert len(list(own_place.glob("unet-*.blob"))) == 2, "each way has a compiled network of its own"
+
+
+def test_an_openvino_without_the_option_draws_as_ever(
+    tiny_folder: Path, own_place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = picture(tiny_folder)
+    monkeypatch.setattr(onestill.engine.openvino, "UNCHAINED", {"NO_SUCH_OPTION": "DISABLE"})
+    engine = OpenVinoEngine(describe(tiny_folder), quick_start=True)
+    np.testing.assert_array_equal(np.asarray(Pipeline(engine)("a red apple", seed=5).images[0]), expected)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["generate"]
 
 MOST_PICTURES = 1000  # of one prompt
+FEW = 50  # steps in all; up to there a quick start saves more than it costs
 TOGETHER = 8  # pictures per call of the pipeline, so that the bar moves and Ctrl-C loses little
 DEFAULT_STRENGTH = 0.5
 TIMES = ("encode_ms", "denoise_ms", "decode_ms", "total_ms")
@@ -122,6 +123,7 @@ def generate(
         lora=loras,  # type: ignore[arg-type] # a mapping of paths is one of what load takes
         tiny_vae=tiny_vae,
         preset=preset,
+        quick_start=len(wanted) * (steps or 1) <= FEW,
         options=torch_options(compiling, quantizing),
     )
     load_ms = (time.perf_counter() - started) * 1000

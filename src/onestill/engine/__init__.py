@@ -205,6 +205,7 @@ def load_engine(
     dtype: str | None = None,
     *,
     threads: int | None = None,
+    quick_start: bool = False,
     additions: Additions | None = None,
     options: TorchOptions | None = None,
 ) -> Engine:
@@ -218,6 +219,7 @@ def load_engine(
             int8 where model and CPU have it, else bfloat16 where the CPU has that, else float32; on torch float32 on a
             CPU and float16 elsewhere.
         threads: how many threads to compute with; None lets the runtime choose.
+        quick_start: load sooner and draw slower, where the runtime has that choice; see `onestill.load`.
         additions: what is put on top of the model; torch only.
         options: how torch computes.
 
@@ -245,7 +247,7 @@ def load_engine(
             return OpenVinoSdEngine(info, device=device, dtype=dtype, threads=threads)
         from onestill.engine.openvino import OpenVinoEngine
 
-        return OpenVinoEngine(info, device=device, dtype=dtype, threads=threads)
+        return OpenVinoEngine(info, device=device, dtype=dtype, threads=threads, quick_start=quick_start)
     for package in ("torch", "diffusers", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError("torch", package)
