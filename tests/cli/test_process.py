@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -56,7 +57,8 @@ def read_until(terminal: int, wanted: str, deadline: float) -> str:
 def test_ctrl_c_is_one_line_and_130_and_leaves_whole_pictures(tiny_folder: Path, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     command = [*COMMAND, "generate", "a star", "--num", "1000", "--model", str(tiny_folder), "--out", "many"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs) as process:
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are deaf to Ctrl-C
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, preexec_fn=listen) as process:
         os.close(theirs)
         try:
             deadline = time.monotonic() + MOST_SECONDS
