@@ -17,7 +17,7 @@ import pytest
 import typer.main
 import yaml
 
-from onestill.cli.app import app
+from onestill.cli.app import make_app
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -48,7 +48,7 @@ def of(stage: str, word: str) -> list[str]:
 
 def parsed(arguments: list[str]) -> dict[str, Any]:
     """What the command line means to the command's own parser."""
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(make_app())
     root = group.make_context("onestill", list(arguments), resilient_parsing=False)
     name, command, rest = group.resolve_command(root, root._protected_args + root.args)
     with command.make_context(name, rest, parent=root) as context:

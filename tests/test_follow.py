@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from docs import follow
-from onestill.cli.app import app
+from onestill.cli.app import make_app
 from onestill.train.recipe import read_recipe
 
 PAGE = Path(__file__).parents[1] / "docs/distil-your-own.md"
@@ -46,7 +46,7 @@ def test_every_onestill_line_of_the_page_is_one_that_the_command_takes() -> None
     commands = "".join(block for _, block in follow.blocks(PAGE.read_text(encoding="utf-8")))
     lines = [shlex.split(line.rstrip("& "))[1:] for line in commands.splitlines() if line.startswith("onestill ")]
     for line in lines:
-        command, name = typer.main.get_command(app), "onestill"
+        command, name = typer.main.get_command(make_app()), "onestill"
         while hasattr(command, "commands"):
             name, *line = line
             command = command.commands[name]

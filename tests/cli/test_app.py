@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -64,3 +66,11 @@ def test_our_own_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("onestill.checkpoint.resolve", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         app.run(["models", "icons"])
+
+
+def test_a_command_imports_none_of_the_others() -> None:
+    code = "import sys; from onestill.cli import main; main(['verify', '--help']); print(*sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = {name for name in said.split() if name.startswith("onestill.cli.")}
+    assert "onestill.cli.verify" in loaded
+    assert not loaded & {f"onestill.cli.{name}" for name in app.COMMANDS if name != "verify"}

@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import warnings
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
 import typer.main
 
 import onestill
-from onestill.cli import bench, data, doctor, evaluate, export, gallery, generate, keys, models, serve, train, verify
 from onestill.cli.console import INTERRUPTED, note, say_error, say_interrupted
 from onestill.errors import OnestillError
 
-__all__ = ["app", "run"]
+__all__ = ["COMMANDS", "make_app", "run"]
 
 USAGE = 2  # the exit status of a mistake in the command itself
 
-app = typer.Typer(
-    name="onestill", pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+# Each is a module beside this one, with a function of its name or, for a group of commands, an `app`.
+COMMANDS = (
+    "generate",
+    "serve",
+    "keys",
+    "gallery",
+    "verify",
+    "train",
+    "evaluate",
+    "bench",
+    "export",
+    "models",
+    "data",
+    "doctor",
 )
-app.command("generate")(generate.generate)
-app.command("serve")(serve.serve)
-app.add_typer(keys.app, name="keys")
-app.add_typer(gallery.app, name="gallery")
-app.command("verify")(verify.verify)
-app.command("train")(train.train)
-app.command("evaluate")(evaluate.evaluate)
-app.command("bench")(bench.bench)
-app.command("export")(export.export)
-app.command("models")(models.models)
-app.add_typer(data.app, name="data")
-app.command("doctor")(doctor.doctor)
+
+
+def make_app(commands: Iterable[str] = COMMANDS) -> typer.Typer:
+    """The command line with these commands; each costs the time of its import and of reading its options."""
+    app = typer.Typer(
+        name="onestill", pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+    )
+    for name in commands:
+        module = importlib.import_module(f"onestill.cli.{name}")
+        if hasattr(module, "app"):
+            app.add_typer(module.app, name=name)
+        else:
+            app.command(name)(getattr(module, name))
+    app.callback(invoke_without_command=True)(root)
+    return app
 
 
 def print_version(asked: bool) -> None:
@@ -41,7 +58,6 @@ def print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
 def root(
     context: typer.Context,
     version: Annotated[
@@ -68,7 +84,8 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str] | None) -> int:
-    command = typer.main.get_command(app)
+    first = (sys.argv[1:] if arguments is None else arguments)[:1]
+    command = typer.main.get_command(make_app(first if first and first[0] in COMMANDS else COMMANDS))
     try:
         status = command.main(arguments, prog_name="onestill", standalone_mode=False)
     except OnestillError as error:
