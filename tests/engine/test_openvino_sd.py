@@ -189,3 +189,25 @@ def test_a_single_file_with_a_tiny_decoder_by_the_command(tmp_path: Path, capsys
     (out / "openvino" / "unet.bin").write_bytes(b"short")
     with pytest.raises(CheckpointError, match=r"unet\.bin' has 5 of"):
         verify(out)
+
+
+def test_the_second_start_reads_what_the_first_one_compiled(
+    small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONESTILL_CACHE", str(tmp_path))
+    kept = tmp_path / "openvino-sd"
+    first = levels(load(small[1]))
+    files = {file: file.stat().st_mtime_ns for file in kept.glob("*/*.blob")}
+    assert {file.parent.name.rsplit("-", 1)[0] for file in files} == {
+        "decoder",
+        "text_encoder",
+        "text_encoder_2",
+        "time",
+        "unet",
+    }
+    pipe = load(small[1])
+    np.testing.assert_array_equal(levels(pipe), first)
+    levels(pipe, height=96)
+    assert {file: file.stat().st_mtime_ns for file in kept.glob("*/*.blob")} == files, (
+        "written again, or another size's"
+    )

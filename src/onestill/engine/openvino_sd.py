@@ -1,7 +1,8 @@
 """Stable Diffusion's families and SDXL on OpenVINO, without torch: what `onestill.engine.export_sd` wrote.
 
 Weights are mapped from their files, and each network is compiled for the size that is asked for when it is: static
-shapes run fastest, and compiling takes seconds where drawing does too. One image at a time, as one fills a CPU.
+shapes run fastest, and compiling takes seconds where drawing does too. That of the model's own size is kept for the
+next start. One image at a time, as one fills a CPU.
 
 A form whose weights are int8 is computed in int8 too, unless another type is asked for. What goes into a product is
 then rounded to int8 as it comes, by its own largest number, so that nothing has to be calibrated: in text encoders by
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from onestill.checkpoint import ModelInfo, read_json
 from onestill.engine import Conditioning, to_images, to_pictures
+from onestill.engine.kept import compile_kept
 from onestill.engine.memory import check_memory_left, is_memory_error, memory_told
 from onestill.engine.text import PromptTokenizer
 from onestill.errors import CheckpointError, NotFiniteError, OnestillError
@@ -186,9 +188,9 @@ class _Part:
         self._request: Any = None
 
     def prepare(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Compile for these shapes of the inputs that have no fixed ones."""
+        """Compile for these shapes of the inputs that have no fixed ones, and keep that for the next start."""
         with self._lock, memory_told("cpu", "hold the model"):
-            self._compile(shapes)
+            self._compile(shapes, keep=True)
 
     def __call__(self, inputs: dict[str, NDArray[Any]]) -> list[Float]:
         """Every output of one image."""
@@ -199,7 +201,7 @@ class _Part:
             # Copies, as the next call writes to the same memory.
             return [np.array(self._request.get_output_tensor(i).data, dtype=np.float32) for i in range(count)]
 
-    def _compile(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    def _compile(self, shapes: dict[str, tuple[int, ...]], *, keep: bool = False) -> None:
         if self._shapes is not None and all(self._shapes.get(name, shape) == shape for name, shape in shapes.items()):
             return
         wanted: dict[str, list[int]] = {}
@@ -212,7 +214,11 @@ class _Part:
                 model.reshape(wanted)
             if self._in_int8:
                 _round_products(model)
-            self._request = self._core.compile_model(model, "CPU", self._config).create_infer_request()
+            if keep:
+                compiled = compile_kept(self._core, model, self._config, self._path)
+            else:
+                compiled = self._core.compile_model(model, "CPU", self._config)
+            self._request = compiled.create_infer_request()
         except RuntimeError as error:
             if is_memory_error(error):
                 raise
