@@ -16,9 +16,10 @@ class Counter:
     """Counts on from where it stands; fails at `fails`."""
 
     def __init__(self, fails: int = -1) -> None:
-        self.position, self.fails = 0, fails
+        self.position, self.fails, self.starts = 0, fails, 0
 
     def __iter__(self) -> Iterator[int]:
+        self.starts += 1
         while True:
             if self.position == self.fails:
                 raise DataError("the shard is gone")
@@ -34,6 +35,14 @@ class Counter:
 
 def new(reader: Counter, prefetch: int) -> SampleBatches:
     return SampleBatches(reader, lambda samples: {"numbers": list(samples)}, 3, prefetch)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_the_reader_is_started_once(prefetch: int) -> None:
+    reader = Counter()  # of shards, a start is new processes and what they read ahead
+    batches = new(reader, prefetch)
+    assert [batches.next()["numbers"] for _ in range(3)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert reader.starts == 1
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])

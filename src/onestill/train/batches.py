@@ -39,10 +39,12 @@ class SampleBatches:
         self._prefetch = prefetch
         self._state = reader.state()
         self._queue: queue.Queue[tuple[Any, dict[str, Any]]] | None = None
+        self._samples: Iterator[Any] | None = None
 
     def next(self) -> dict[str, Any]:
         if self._prefetch == 0:
-            batch, self._state = self._read(iter(self._reader))
+            self._samples = self._samples or iter(self._reader)  # one for all batches: it may have read ahead
+            batch, self._state = self._read(self._samples)
             return batch
         if self._queue is None:
             self._queue = queue.Queue(self._prefetch)
