@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--rival", action="store_true", help="also Gradio with diffusers, which must be installed")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    short = min(15.0, options.seconds)
+    short = min(30.0, options.seconds)
     with running(["--batch", str(options.batch), "--model", options.model]) as process:
         alone = asyncio.run(load(process, 1, options.keys, 0, short))
         crowd = asyncio.run(load(process, options.typists, options.keys, options.clients, options.seconds))
