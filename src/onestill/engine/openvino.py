@@ -35,7 +35,7 @@ __all__ = ["OpenVinoEngine", "read_graph"]
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 # OpenVINO writes a kernel for each chain of small operations as it loads a network: half of what loading takes. The
-# text encoder is as fast without. The UNet is not, and the decoder's int8 layers come out wrong (26 dB).
+# text encoder is as fast without and the same. The UNet is not; int8 layers of given ranges come out wrong (26 dB).
 UNCHAINED = {"SNIPPETS_MODE": "DISABLE"}
 MANY = 4  # images to a call of the larger batch; each size is compiled for itself, as static shapes run fastest
 WORTH_COMPILING = 8  # images asked for at once; fewer are done one by one before a larger batch would have compiled
@@ -55,7 +55,7 @@ class OpenVinoEngine:
             model's quality in it was measured and found good. It changes pictures a little: docs/generate.md says how
             much.
         threads: how many to compute with; None lets OpenVINO choose.
-        quick_start: load the UNet in half the time; it then draws a quarter slower.
+        quick_start: load the UNet in half the time and run nothing yet; it then draws a quarter slower.
 
     Raises:
         OnestillError: another device or dtype was asked for, or the model has no int8 form.
@@ -92,8 +92,8 @@ class OpenVinoEngine:
         if threads is not None:
             config["INFERENCE_NUM_THREADS"] = threads
         exact, files = {"time", *layers}, read_index(info.path)
-        unchained = ({"text_encoder", "unet"} if quick_start else {"text_encoder"}) - layers.keys()
-        unchained = unchained if _can_unchain(core) else set()
+        ranged = {part for part, ranges in layers.items() if any(at is not None for at in ranges.values())}
+        unchained = {"text_encoder", *(["unet"] if quick_start else [])} - ranged if _can_unchain(core) else set()
         self._parts = {
             part: _Part(
                 part,
@@ -107,7 +107,8 @@ class OpenVinoEngine:
         self._time_states: dict[int, NDArray[np.float32]] = {}  # filled as timesteps come up; there are few
         # The largest first, as the others fit beside it. The encoder waits until there is an image to encode.
         with ThreadPoolExecutor(max_workers=3) as pool:
-            loading = [pool.submit(self._parts[part].warm_up) for part in ("unet", "decoder", "text_encoder", "time")]
+            first = ("unet", "decoder", "text_encoder", "time")
+            loading = [pool.submit(self._parts[part].load, run=not quick_start) for part in first]
             self._tokenize = PromptTokenizer(info)
             for future in loading:
                 future.result()
@@ -150,9 +151,11 @@ class _Part:
         self._memory: list[NDArray[np.uint8]] = []  # what compiled networks may point into; OpenVINO does not own it
         self._idle: dict[int, list[Any]] = {1: [], MANY: []}  # infer requests that no thread is using
 
-    def warm_up(self) -> None:
-        """Load the network for one image and run it once, as the first run also prepares its kernels."""
+    def load(self, *, run: bool) -> None:
+        """Load the network for one image and, where asked, run it once, as the first run also prepares its kernels."""
         compiled = self._for_batch(1)
+        if not run:
+            return
         with self._request(1) as request:
             request.infer({port.any_name: np.zeros(list(port.shape), _dtype(port)) for port in compiled.inputs})
 
