@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import locale
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +97,10 @@ def test_a_network_that_cannot_be_compiled_says_so(source: Path, kept: Path) -> 
     with pytest.raises(RuntimeError, match="NO_SUCH_OPTION"):
         run(source, NO_SUCH_OPTION=1)
     assert list(kept.iterdir()) == []
+
+
+def test_many_at_once_leave_the_process_its_locale(source: Path, kept: Path) -> None:
+    before = locale.setlocale(locale.LC_ALL)
+    with ThreadPoolExecutor(8) as pool:  # OpenVINO's cache works in the locale "C"
+        list(pool.map(lambda i: run(source, INFERENCE_NUM_THREADS=1 + i % 8), range(32)))
+    assert locale.setlocale(locale.LC_ALL) == before

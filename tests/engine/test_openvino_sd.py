@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,9 @@ def test_the_second_start_reads_what_the_first_one_compiled(
         "time",
         "unet",
     }
+    before = locale.setlocale(locale.LC_ALL)
     pipe = load(small[1])
+    assert locale.setlocale(locale.LC_ALL) == before, "OpenVINO's cache works in the locale 'C'"
     np.testing.assert_array_equal(levels(pipe), first)
     levels(pipe, height=96)
     assert {file: file.stat().st_mtime_ns for file in kept.glob("*/*.blob")} == files, (

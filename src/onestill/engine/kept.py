@@ -10,6 +10,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -26,6 +27,9 @@ __all__ = ["MOST_BYTES", "compile_kept"]
 
 MOST_BYTES = 12e9  # of all that is kept; the ones longest unused go first
 ROOM = 3.0  # times a network's weights that the disk must have left
+ONE_AT_ONCE = (
+    threading.Lock()
+)  # OpenVINO's cache works in the locale "C", and two at once would leave the process there
 STALE_S = 3600.0  # after which a folder that is still unfinished is one that a killed process left
 
 
@@ -46,12 +50,12 @@ def compile_kept(core: Any, model: Any, config: Mapping[str, Any], source: Path)
     if folder.is_dir():
         with suppress(OSError):
             os.utime(folder)
-        return core.compile_model(model, "CPU", {**config, "CACHE_DIR": str(folder)})
+        return _compile(core, model, config, folder)
     unfinished = parent / f".{secrets.token_hex(8)}.part"
     try:
         unfinished.mkdir(parents=True)
         if shutil.disk_usage(unfinished).free > ROOM * source.with_suffix(".bin").stat().st_size:
-            compiled = core.compile_model(model, "CPU", {**config, "CACHE_DIR": str(unfinished)})
+            compiled = _compile(core, model, config, unfinished)
             with suppress(OSError):  # another process was first
                 unfinished.rename(folder)
             _forget(parent)
@@ -64,6 +68,11 @@ def compile_kept(core: Any, model: Any, config: Mapping[str, Any], source: Path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return core.compile_model(model, "CPU", config)
+
+
+def _compile(core: Any, model: Any, config: Mapping[str, Any], folder: Path) -> Any:
+    with ONE_AT_ONCE:
+        return core.compile_model(model, "CPU", {**config, "CACHE_DIR": str(folder)})
 
 
 def _key(core: Any, model: Any, config: Mapping[str, Any], source: Path) -> str:
