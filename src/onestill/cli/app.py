@@ -85,7 +85,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str] | None) -> int:
     first = (sys.argv[1:] if arguments is None else arguments)[:1]
-    command = typer.main.get_command(make_app(first if first and first[0] in COMMANDS else COMMANDS))
+    command = typer.main.get_command(make_app([name for name in COMMANDS if name in first] or COMMANDS))
     try:
         status = command.main(arguments, prog_name="onestill", standalone_mode=False)
     except OnestillError as error:

@@ -23,14 +23,13 @@ from onestill import __version__
 from onestill.checkpoint import cache_folder
 from onestill.engine.memory import is_memory_error
 
-__all__ = ["MOST_BYTES", "compile_kept"]
+__all__ = ["compile_kept", "network_key"]
 
 MOST_BYTES = 12e9  # of all that is kept; the ones longest unused go first
 ROOM = 3.0  # times a network's weights that the disk must have left
-ONE_AT_ONCE = (
-    threading.Lock()
-)  # OpenVINO's cache works in the locale "C", and two at once would leave the process there
 STALE_S = 3600.0  # after which a folder that is still unfinished is one that a killed process left
+# OpenVINO's cache works in the locale "C", and two networks at once would leave the process there.
+ONE_AT_ONCE = threading.Lock()
 
 
 def compile_kept(core: Any, model: Any, config: Mapping[str, Any], source: Path) -> Any:
@@ -46,7 +45,15 @@ def compile_kept(core: Any, model: Any, config: Mapping[str, Any], source: Path)
         RuntimeError: as compiling does; a cache that cannot be used is no reason.
     """
     parent = cache_folder() / "openvino-sd"
-    folder = parent / f"{source.stem}-{_key(core, model, config, source)}"
+    stored = source.with_suffix(".bin").stat()
+    key = network_key(
+        core,
+        config,
+        repr([(port.any_name, list(port.shape)) for port in model.inputs]),
+        f"{stored.st_size} {stored.st_mtime_ns}",  # gigabytes, which `verify` has read already
+        hashlib.sha256(source.read_bytes()).hexdigest(),
+    )
+    folder = parent / f"{source.stem}-{key}"
     if folder.is_dir():
         with suppress(OSError):
             os.utime(folder)
@@ -54,7 +61,7 @@ def compile_kept(core: Any, model: Any, config: Mapping[str, Any], source: Path)
     unfinished = parent / f".{secrets.token_hex(8)}.part"
     try:
         unfinished.mkdir(parents=True)
-        if shutil.disk_usage(unfinished).free > ROOM * source.with_suffix(".bin").stat().st_size:
+        if shutil.disk_usage(unfinished).free > ROOM * stored.st_size:
             compiled = _compile(core, model, config, unfinished)
             with suppress(OSError):  # another process was first
                 unfinished.rename(folder)
@@ -75,18 +82,16 @@ def _compile(core: Any, model: Any, config: Mapping[str, Any], folder: Path) -> 
         return core.compile_model(model, "CPU", {**config, "CACHE_DIR": str(folder)})
 
 
-def _key(core: Any, model: Any, config: Mapping[str, Any], source: Path) -> str:
-    stored = source.with_suffix(".bin").stat()
-    parts = [
+def network_key(core: Any, config: Mapping[str, Any], *parts: str) -> str:
+    """What tells a compiled network from others: OpenVINO, this package, the CPU, the options, and `parts`."""
+    told = [
         str(openvino.__version__),
         __version__,  # of what rewrites the graph
         str(core.get_property("CPU", "FULL_DEVICE_NAME")),
         repr(sorted(config.items())),
-        repr([(port.any_name, list(port.shape)) for port in model.inputs]),
-        f"{stored.st_size} {stored.st_mtime_ns}",  # gigabytes, which `verify` has read already
-        hashlib.sha256(source.read_bytes()).hexdigest(),
+        *parts,
     ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:32]
 
 
 def _forget(parent: Path) -> None:

@@ -7,7 +7,6 @@ from the float16 weights, is in `onestill.engine.quantize`.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import threading
@@ -22,10 +21,10 @@ from onestill.engine.runtime import openvino
 import numpy as np
 from numpy.typing import NDArray
 
-from onestill import __version__
 from onestill.checkpoint import ModelInfo, cache_folder, written_whole
 from onestill.engine import Conditioning, to_images, to_pictures
 from onestill.engine.ir import PARTS, PartFiles, read_index
+from onestill.engine.kept import network_key
 from onestill.engine.quantize import DYNAMIC, Int8, Layers, quantize, read_int8
 from onestill.engine.text import PromptTokenizer
 from onestill.errors import CheckpointError, OnestillError
@@ -197,18 +196,9 @@ class _Part:
             return self._compiled[size]
 
     def _load(self, size: int) -> Any:
-        key = "\n".join(
-            [
-                str(openvino.__version__),
-                __version__,  # of what rewrites the graph
-                str(self._core.get_property("CPU", "FULL_DEVICE_NAME")),
-                repr(sorted(self._config.items())),
-                repr(sorted(self._layers.items())),
-                str(size),
-                self._files.fingerprint(),
-            ]
-        )
-        path = cache_folder() / "openvino" / f"{self._name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.blob"
+        layers, files = repr(sorted(self._layers.items())), self._files.fingerprint()
+        key = network_key(self._core, self._config, layers, str(size), files)
+        path = cache_folder() / "openvino" / f"{self._name}-{key}.blob"
         return self._import(path) or self._compile(path, size)
 
     def _import(self, path: Path) -> Any:
