@@ -4,7 +4,10 @@ import json
 import os
 import pickle
 import shutil
+import sys
+from itertools import count
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -234,6 +237,45 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with written_whole(target) as unfinished:
         unfinished.write_text("whole")
     assert [path.read_text() for path in target.parent.iterdir()] == ["whole"]
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_ctrl_c_at_any_moment_leaves_the_whole_file_or_none(tmp_path: Path, replace: bool) -> None:
+    source = tmp_path / "source"
+    source.write_text("whole")
+
+    def write(folder: Path) -> None:
+        with written_whole(folder / "file.txt", replace=replace) as unfinished:
+            unfinished.hardlink_to(source)  # opening a file would leave it open
+
+    def interrupted(folder: Path, moment: int) -> bool:
+        """Write, with Ctrl-C at the `moment`-th of those where Python looks for signals: whether there was one."""
+        moments = count()
+
+        def interrupt(frame: FrameType, event: str, argument: object) -> None:
+            if event in ("call", "c_return") and next(moments) == moment:
+                raise KeyboardInterrupt
+
+        sys.setprofile(interrupt)
+        try:
+            write(folder)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.setprofile(None)
+        return False
+
+    outcomes = []
+    for moment in count():
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        came = interrupted(folder, moment)
+        outcomes.append([(path.name, path.read_text()) for path in folder.iterdir()])
+        if not came:
+            break
+    assert outcomes[0] == []
+    assert outcomes[-1] == [("file.txt", "whole")]
+    assert all(outcome in (outcomes[0], outcomes[-1]) for outcome in outcomes), outcomes
 
 
 def test_a_file_that_came_in_between_is_kept(tmp_path: Path) -> None:

@@ -218,7 +218,11 @@ def written_whole(path: Path, *, replace: bool = True) -> Iterator[Path]:
         else:
             unfinished.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        try:
+            unfinished.unlink(missing_ok=True)
+        except KeyboardInterrupt:  # which came between
+            unfinished.unlink(missing_ok=True)
+            raise
 
 
 def _link(unfinished: Path, path: Path) -> None:

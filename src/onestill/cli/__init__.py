@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         from onestill.cli.console import say_interrupted
 
         return say_interrupted()
-    if arguments is None and sys.argv[1:2] == ["generate"]:
+    if status == 0 and arguments is None and sys.argv[1:2] == ["generate"]:
         _leave(status)
     return status
 

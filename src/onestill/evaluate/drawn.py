@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import heapq
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from onestill.checkpoint import written_whole
 from onestill.errors import DataError, OutputError
 from onestill.evaluate.alignment import clip_scores, pixel_diversity
 from onestill.evaluate.colour import colour_prompts, named_colour
@@ -220,12 +220,10 @@ def save_drawn(drawn: Drawn, folder: Path, name: str, fingerprint: str) -> None:
     tensors |= {key: np.ascontiguousarray(getattr(drawn, key)) for key in _ARRAYS}
     facts = {"fingerprint": fingerprint, "name": name} | {key: getattr(drawn, key) for key in _FACTS}
     path = folder / f"{slug(name)}.safetensors"
-    part = path.with_name(path.name + ".part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         # One file holds all, so that arrays and facts can never come from different runs.
-        save_file(tensors, part, metadata={"onestill.drawn": json.dumps(facts)})
-        os.replace(part, path)
+        with written_whole(path) as unfinished:
+            save_file(tensors, unfinished, metadata={"onestill.drawn": json.dumps(facts)})
     except OSError as error:
         raise OutputError(f"cannot write {path} ({error.strerror or error}); choose another folder") from error
 

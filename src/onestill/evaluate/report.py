@@ -6,13 +6,13 @@ The page needs no network: styles, charts and pictures are inside. It follows th
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from onestill.checkpoint import written_whole
 from onestill.errors import OutputError
 from onestill.evaluate.page import render
 from onestill.evaluate.run import Evaluation
@@ -116,9 +116,8 @@ def write_report(report: Report, folder: Path | str) -> Path:
 
 
 def _replace(path: Path, text: str) -> Path:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with written_whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
     return path
 
 

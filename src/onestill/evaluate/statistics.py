@@ -7,7 +7,6 @@ Shapes: B batch, N pictures, M references, D feature width.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from onestill.checkpoint import written_whole
 from onestill.errors import DataError
 
 __all__ = [
@@ -95,11 +95,9 @@ class FeatureStatistics:
 
     def save(self, path: Path | str) -> None:
         """Write to one safetensors file, atomically."""
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
         tensors = {"count": np.array([self.count], np.int64), "mean": self.mean, "scatter": self.scatter}
-        save_file(tensors, part, metadata={"format": "onestill.feature_statistics", "version": "1"})
-        os.replace(part, path)
+        with written_whole(Path(path)) as unfinished:
+            save_file(tensors, unfinished, metadata={"format": "onestill.feature_statistics", "version": "1"})
 
     @classmethod
     def load(cls, path: Path | str) -> Self:

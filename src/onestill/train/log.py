@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from onestill.checkpoint import written_whole
 from onestill.pipeline.sheet import sheet
 from onestill.train.diagnostics import Watch
 from onestill.train.parallel import gathered, is_main
@@ -96,10 +97,8 @@ class Log:
         if self._file is None:
             return
         folder = self._folder / "sheets"
-        folder.mkdir(exist_ok=True)
-        partial = folder / f".{state.iteration:08d}.png"
-        sheet(pictures, captions).save(partial)
-        os.replace(partial, folder / f"{state.iteration:08d}.png")
+        with written_whole(folder / f"{state.iteration:08d}.png") as unfinished:
+            sheet(pictures, captions).save(unfinished, "PNG")
         if numbers:
             (folder / f"{state.iteration:08d}.json").write_text(json.dumps(numbers) + "\n", encoding="utf-8")
             for key, value in numbers.items():
@@ -159,9 +158,8 @@ def _forget_after(path: Path, iteration: int) -> None:
     if not path.exists():
         return
     rows = [row for row in path.read_text(encoding="utf-8").splitlines() if _iteration_of(row) <= iteration]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, path)
+    with written_whole(path) as unfinished:
+        unfinished.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
 
 
 def _iteration_of(row: str) -> float:
