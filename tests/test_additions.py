@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,15 @@ def test_another_unet_of_either_layout(folder: Path, tmp_path: Path) -> None:
         load(folder, unet=tmp_path / "student.safetensors")
 
 
+def test_what_is_for_another_family_is_refused_before_it_is_loaded(folder: Path, tmp_path: Path) -> None:
+    theirs = tiny_sd(tmp_path / "sd21", "sd21")
+    with pytest.raises(CheckpointError, match=r"cross_attention_dim 64 where that of 'xl' has 128.*another family"):
+        describe(folder, Additions(unet=theirs / "unet"))
+    tiny_autoencoder(latent_channels=16).save_pretrained(tmp_path / "taesd3")
+    with pytest.raises(CheckpointError, match=r"takes 16 channels where 'xl' has 4.*another family"):
+        describe(folder, Additions(tiny_vae=tmp_path / "taesd3"))
+
+
 def test_a_tiny_decoder_in_every_form_draws_what_diffusers_draws(folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     tiny = tiny_autoencoder()
@@ -171,6 +181,30 @@ def test_presets_say_how_a_student_draws(folder: Path) -> None:
     assert describe(folder, Additions(preset="lcm")).timesteps(4) == [999, 759, 499, 259]
     assert describe(folder, Additions(preset="lightning-x0")).schedule.prediction_type == "sample"
     assert describe(folder).preset == ""
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "preset"),
+    [
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "base"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "linspace"}, "base"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}, "turbo"),
+        ({"_class_name": "LCMScheduler"}, "lcm"),
+    ],
+)
+def test_only_a_folder_that_says_so_draws_in_few_steps(
+    folder: Path, tmp_path: Path, scheduler: dict[str, str], preset: str
+) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    info = describe(copy)
+    assert (info.num_inference_steps, info.guidance_scale) == (
+        PRESETS[preset].num_inference_steps,
+        PRESETS[preset].guidance_scale,
+    )
+
+
+def test_an_unknown_preset_names_the_nearest(folder: Path) -> None:
     with pytest.raises(OnestillError, match="Did you mean 'turbo'"):
         describe(folder, Additions(preset="turboo"))
 

@@ -109,6 +109,14 @@ def test_only_what_is_drawn_with_is_fetched() -> None:
     )
 
 
+def test_a_half_in_one_file_is_not_fetched_with_the_list_of_the_wholes_shards() -> None:
+    stem = "unet/diffusion_pytorch_model"
+    wholes = [f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2)] + [f"{stem}.safetensors.index.json"]
+    assert wanted([*wholes, f"{stem}.fp16.safetensors"]) == [f"{stem}.fp16.safetensors"]
+    halves = [f"{stem}-0000{i}-of-00002.fp16.safetensors" for i in (1, 2)] + [f"{stem}.safetensors.index.fp16.json"]
+    assert wanted([*wholes, *halves]) == sorted(halves)
+
+
 # --- a download, from this machine ---
 
 

@@ -85,6 +85,14 @@ def test_the_base_needs_no_torch() -> None:
     assert not modules_after(code) & heavy
 
 
+@pytest.mark.parametrize("command", [["gallery", "list"], ["gallery", "remove", "x"], ["keys", "list"]], ids=str)
+def test_without_the_database_the_extra_is_named(command: list[str]) -> None:
+    code = f"import sys\nsys.modules['sqlalchemy'] = None\nfrom onestill.cli import main\nsys.exit(main({command}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "onestill[access]" in done.stderr
+
+
 def test_measuring_on_a_gpu_needs_no_openvino() -> None:
     code = "import onestill.cli.bench, onestill.evaluate.floor, onestill.evaluate.latency, onestill.engine.cuda"
     assert "openvino" not in modules_after(code)

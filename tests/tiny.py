@@ -99,13 +99,13 @@ def tiny_kl() -> Any:
     return vae
 
 
-def tiny_autoencoder() -> Any:
+def tiny_autoencoder(latent_channels: int = 4) -> Any:
     vae = AutoencoderTiny(
         encoder_block_out_channels=(8, 8, 8, 8),
         decoder_block_out_channels=(8, 8, 8, 8),
         num_encoder_blocks=(1, 1, 1, 1),
         num_decoder_blocks=(1, 1, 1, 1),
-        latent_channels=4,
+        latent_channels=latent_channels,
         scaling_factor=0.5,
     )
     with torch.no_grad():

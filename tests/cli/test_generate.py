@@ -136,6 +136,7 @@ def test_the_torch_engine_draws_nearly_the_same(drawn: Drawn) -> None:
     [
         ([""], "prompt is empty"),
         (["  \n"], "prompt is empty"),
+        (["a star", "", "--num", 8], "prompt is empty"),
         (["a star", "--size", "33x32"], "cannot draw 33x32 pixels; choose from 32x32"),
         (["a star", "--size", "0x0"], "choose from 32x32"),
         (["a star", "--size", "big"], "WIDTHxHEIGHT"),
@@ -144,6 +145,7 @@ def test_the_torch_engine_draws_nearly_the_same(drawn: Drawn) -> None:
         (["a star", "--steps", -1], "from 1 to 50"),
         (["a star", "--seed", -1], "seed"),
         (["a star", "--seed", 2**63], "seed"),
+        (["a star", "--seed", 2**63 - 9, "--num", 10], "seed"),
         (["a star", "--num", 0], "--num"),
         (["a star", "--guidance-scale", "nan"], "guidance_scale"),
         (["a star", "--sampler", "eulr", "--steps", 2], "euler"),

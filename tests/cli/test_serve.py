@@ -32,6 +32,9 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(refused: Refused, tmp_
     assert "cannot be read" in refused("serve", "--port", "0", "--keys", tmp_path / "none.txt")
     assert "sqlite" in refused("serve", "--port", "0", "--database", "nonsense")
     assert "cannot be read" in refused("serve", "--blocked-words", tmp_path / "none.txt")
+    assert "no LoRA" in refused("serve", "--lora", tmp_path / "none.safetensors")
+    assert "nothing at" in refused("serve", "--tiny-vae", tmp_path / "none")
+    assert "Did you mean 'turbo'?" in refused("serve", "--preset", "turboo")
     assert "package.module:function" in refused("serve", "--image-filter", "nothing.at:all")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "choose another --port" in refused("serve", "--port", taken.getsockname()[1])

@@ -20,7 +20,8 @@ __all__ = ["fetch", "wanted"]
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SMALL = re.compile(r"(model_index\.json|scheduler/\S+\.json|tokenizer(_2)?/[\w.]+\.(json|txt))")
 WEIGHTS = re.compile(
-    rf"(?P<part>{'|'.join(NETWORKS)})/(model|diffusion_pytorch_model)(?P<half>\.fp16)?(-\d+-of-\d+)?\.safetensors"
+    rf"(?P<part>{'|'.join(NETWORKS)})/(model|diffusion_pytorch_model)(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors"
+    r"(\.index(\.fp16)?\.json)?"  # the list of its shards
 )
 
 
@@ -59,9 +60,7 @@ def wanted(files: Iterable[str]) -> list[str]:
         if SMALL.fullmatch(file) or re.fullmatch(rf"({'|'.join(NETWORKS)})/config\.json", file):
             found.append(file)
         elif match := WEIGHTS.fullmatch(file):
-            (halves if match["half"] else wholes).setdefault(match["part"], []).append(file)
-        elif re.fullmatch(rf"({'|'.join(NETWORKS)})/\S+\.safetensors\.index(\.fp16)?\.json", file):
-            found.append(file)
+            (halves if ".fp16" in file else wholes).setdefault(match["part"], []).append(file)
     for part in {*halves, *wholes}:
         found += halves.get(part) or wholes[part]
     return sorted(found)

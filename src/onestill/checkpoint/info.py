@@ -29,6 +29,7 @@ SAMPLER_OF_SCHEDULER = {
 EULER = ("EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler")
 # Stable Diffusion's schedule, which a single file does not hold: every model of these families was trained on it.
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+GIVEN_TO_UNET = ("in_channels", "cross_attention_dim", "addition_embed_type")  # latents, words, sizes
 NATIVE_PX = {SD: 512, SDXL: 1024}
 ONE_STEP_PX = 512  # of SDXL Turbo and SD Turbo
 
@@ -57,6 +58,23 @@ class Additions:
     loras: Sequence[Lora] = ()
     tiny_vae: Path | None = None
     preset: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        unet: str | os.PathLike[str] | None = None,
+        lora: str | os.PathLike[str] | Mapping[str | os.PathLike[str], float] | None = None,
+        tiny_vae: str | os.PathLike[str] | None = None,
+        preset: str | None = None,
+    ) -> Additions:
+        """From what `onestill.load` is given."""
+        loras = lora if isinstance(lora, Mapping) else {lora: 1.0} if lora is not None else {}
+        return cls(
+            unet=None if unet is None else Path(unet),
+            loras=tuple(Lora(Path(path), float(scale)) for path, scale in loras.items()),
+            tiny_vae=None if tiny_vae is None else Path(tiny_vae),
+            preset=preset,
+        )
 
 
 @dataclass(frozen=True)
@@ -181,7 +199,7 @@ def _of_folder(folder: Path) -> ModelInfo:
         raise CheckpointError(f"The UNet in '{folder}' is for inpainting; give a text-to-image model.")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     h, w = _pair(unet["sample_size"])
-    usual = _usual(schedule)
+    usual = _usual(scheduler)
     is_euler = scheduler.get("_class_name") in EULER
     return ModelInfo(
         name=str(manifest.get("name") or folder.resolve().name),
@@ -216,9 +234,11 @@ def _of_folder(folder: Path) -> ModelInfo:
     )
 
 
-def _usual(schedule: NoiseSchedule) -> Preset:
-    """Steps and guidance for a model that does not tell: few-step models start at pure noise, others do not."""
-    return PRESETS[{"trailing": "turbo", "leading": "base", "lcm": "lcm"}[schedule.timestep_spacing]]
+def _usual(scheduler: Mapping[str, Any]) -> Preset:
+    """Steps and guidance for a model that does not tell: few-step models say that they start at pure noise."""
+    if scheduler.get("_class_name") == "LCMScheduler":
+        return PRESETS["lcm"]
+    return PRESETS["turbo" if scheduler.get("timestep_spacing") == "trailing" else "base"]
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -306,11 +326,24 @@ def _with_additions(info: ModelInfo, additions: Additions) -> ModelInfo:
         file, config = _weights_of_addition(additions.unet)
         network = unet_network(file)
         found["unet"] = replace(network, config=config or network.config)
+        own = info.networks["unet"].config if "unet" in info.networks else read_json(info.path, "unet/config.json")
+        for told in GIVEN_TO_UNET:
+            if found["unet"].config.get(told) != own.get(told):
+                raise CheckpointError(
+                    f"The UNet in '{additions.unet}' has {told} {found['unet'].config.get(told)} where that of "
+                    f"'{info.name}' has {own.get(told)}: it is for another family; give one of the model's own."
+                )
         info = replace(info, embeds_guidance=found["unet"].config.get("time_cond_proj_dim") is not None)
     if additions.tiny_vae is not None:
         file, config = _weights_of_addition(additions.tiny_vae)
         network = tiny_vae_network(file)
         found["tiny_vae"] = replace(network, config=config or network.config)
+        channels = found["tiny_vae"].config.get("latent_channels", 4)
+        if channels != info.latent_shape[0]:
+            raise CheckpointError(
+                f"The tiny decoder in '{additions.tiny_vae}' takes {channels} channels where '{info.name}' has "
+                f"{info.latent_shape[0]}: it is for another family; give TAESD, or TAESDXL for SDXL."
+            )
     for lora in additions.loras:
         if not lora.path.is_file():
             raise ModelNotFoundError(f"There is no LoRA '{lora.path}'; give a .safetensors file.")

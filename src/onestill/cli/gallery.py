@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from onestill.cli.keys import opened
 from onestill.cli.options import Json
 from onestill.cli.serve import Database
 from onestill.errors import OnestillError
+
+if TYPE_CHECKING:
+    from onestill.serve.gallery import Gallery
 
 __all__ = ["app"]
 
@@ -22,9 +25,7 @@ MOST = 1000
 @app.command("list")
 def list_all(database: Database = None, as_json: Json = False) -> None:
     """List the newest pictures."""
-    from onestill.serve.gallery import Gallery
-
-    entries = Gallery(opened(database)).page(MOST)
+    entries = shown(database).page(MOST)
     if as_json:
         names = ("id", "prompt", "seed", "num_inference_steps", "width", "height")
         print_json({"pictures": [{name: getattr(entry, name) for name in names} for entry in entries]})
@@ -42,9 +43,15 @@ def remove(
     picture_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="As listed.")], database: Database = None
 ) -> None:
     """Delete pictures for good."""
-    from onestill.serve.gallery import Gallery
-
-    gallery = Gallery(opened(database))
+    gallery = shown(database)
     missing = [name for name in picture_ids if not gallery.remove(name)]
     if missing:
         raise OnestillError(f"There is no picture '{missing[0]}'; see 'onestill gallery list'.")
+
+
+def shown(database: str | None) -> Gallery:
+    """The gallery in a database, which an extra is needed for: what opens it says so, so it comes first."""
+    ledger = opened(database)
+    from onestill.serve.gallery import Gallery
+
+    return Gallery(ledger)

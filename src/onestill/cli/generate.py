@@ -113,6 +113,10 @@ def generate(
 
     started = time.perf_counter()
     from onestill.pipeline import load
+    from onestill.pipeline.checks import checked_prompts, checked_seed
+
+    checked_prompts(prompts)
+    checked_seed(first_seed, len(wanted))
 
     pipe = load(
         model,

@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from onestill.cli.console import note
-from onestill.cli.options import Device, Dtype, Engine, Model
+from onestill.cli.options import (
+    Compile,
+    Device,
+    Dtype,
+    Engine,
+    Loras,
+    Model,
+    Preset,
+    Quantize,
+    TinyVae,
+    Unet,
+    parse_loras,
+    torch_options,
+)
 from onestill.errors import OnestillError, require
 
 if TYPE_CHECKING:
@@ -89,6 +102,12 @@ def serve(
     sign_key: Annotated[Path | None, typer.Option("--sign-key", metavar="PEM", help="The certificate's key.")] = None,
     ray: Annotated[int, typer.Option("--ray", min=0, metavar="N", help="Run N replicas under Ray Serve.")] = 0,
     ray_gpus: Annotated[float, typer.Option("--ray-gpus", min=0, metavar="X", help="GPUs of each replica.")] = 0.0,
+    unet: Unet = None,
+    lora: Loras = None,
+    tiny_vae: TinyVae = None,
+    preset: Preset = None,
+    compiling: Compile = None,
+    quantizing: Quantize = None,
     metrics_for_all: Annotated[
         bool, typer.Option("--metrics-for-all", help="Tell /metrics to every address, not only to this machine's.")
     ] = False,
@@ -106,15 +125,18 @@ def serve(
         metrics_for_all=metrics_for_all,
     )
     hooks = Hooks(blocked, image_filter, no_filter, sign_with, sign_key)
+    added = {"unet": unet, "lora": parse_loras(lora), "tiny_vae": tiny_vae, "preset": preset}
     build = partial(
         built,
         settings,
         hooks,
-        {"model": model, "engine": engine, "device": device, "dtype": dtype, "threads": threads},
+        {"model": model, "engine": engine, "device": device, "dtype": dtype, "threads": threads}
+        | {"options": torch_options(compiling, quantizing)},
+        added,
         {"database": database, "keys": keys, "daily": daily},
         {"days": gallery_days, "most": gallery_most} if gallery else None,
     )
-    check(settings, hooks, model)
+    check(settings, hooks, model, added)
     with listen(host, port) as bound:
         found_host, found_port = bound.getsockname()[:2]
         shown = f"[{found_host}]" if ":" in found_host else found_host
@@ -144,17 +166,23 @@ class Hooks(NamedTuple):
     sign_key: Path | None
 
 
-def check(settings: Settings, hooks: Hooks, model: str) -> Settings:
+def check(settings: Settings, hooks: Hooks, model: str, added: dict[str, Any]) -> Settings:
     """The settings with the hooks in them; what is wrong with the model or a hook is said before anything starts."""
-    from onestill.checkpoint import describe, resolve
+    from onestill.checkpoint import Additions, describe, resolve
 
-    words, looks = filters(describe(resolve(model)), hooks.blocked, hooks.image_filter, hooks.no_filter)
+    info = describe(resolve(model), Additions.of(**added))
+    words, looks = filters(info, hooks.blocked, hooks.image_filter, hooks.no_filter)
     signs = stamp(hooks.sign_with, hooks.sign_key)
     return replace(settings, prompt_filter=words, image_filter=looks, stamp=signs)
 
 
 def built(
-    settings: Settings, hooks: Hooks, model: dict[str, Any], access: dict[str, Any], gallery: dict[str, int] | None
+    settings: Settings,
+    hooks: Hooks,
+    model: dict[str, Any],
+    added: dict[str, Any],
+    access: dict[str, Any],
+    gallery: dict[str, int] | None,
 ) -> Server:
     """A server, its model loaded and warm. Under Ray this runs in each replica, so its arguments can be pickled."""
     from concurrent.futures import ThreadPoolExecutor
@@ -163,10 +191,10 @@ def built(
     from onestill.serve.process import step_back
     from onestill.serve.state import Server
 
-    settings = check(settings, hooks, model["model"])
+    settings = check(settings, hooks, model["model"], added)
 
     def loaded() -> Pipeline:
-        pipe = load(**model)
+        pipe = load(**model, **added)
         # Compiles or loads what the first users would wait for.
         pipe("a red apple", num_images_per_prompt=2 * settings.limits.batch)
         return pipe

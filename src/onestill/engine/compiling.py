@@ -28,6 +28,7 @@ ATTENTIONS = {
 COMPILES = ("none", "regional", "whole")
 QUANTIZES = ("none", "int8", "fp8")
 LEAST_WIDTH = 512  # of a linear layer that is quantised: smaller ones lose quality and gain nothing
+SHAPES = 64  # to compile for, at most: 4 numbers of images, and sizes; torch gives up at 8 unless told
 MODE = "max-autotune-no-cudagraphs"  # the graphs are ours
 
 
@@ -49,7 +50,7 @@ def prepared(networks: Networks, options: TorchOptions, *, on_gpu: bool) -> None
     if on_gpu if options.fuse is None else options.fuse:
         networks.unet.fuse_qkv_projections()
     if options.quantize != "none":
-        _quantize(networks.unet, options, on_gpu)
+        _quantize(networks, options, on_gpu)
 
 
 def _check(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -57,14 +58,16 @@ def _check(name: str, value: str, known: tuple[str, ...]) -> None:
         raise OnestillError(f"{name} is '{value}'; choose from {', '.join(known)}.{near(value, known)}")
 
 
-def _quantize(unet: torch.nn.Module, options: TorchOptions, on_gpu: bool) -> None:
+def _quantize(networks: Networks, options: TorchOptions, on_gpu: bool) -> None:
     if on_gpu and options.compile == "none":
         raise OnestillError(
             f"quantize '{options.quantize}' without compiling is many times slower than none at all; add compile "
             "'regional' or 'whole'."
         )
-    if options.quantize == "fp8" and not (on_gpu and torch.cuda.get_device_capability() >= (8, 9)):
+    if options.quantize == "fp8" and not (on_gpu and torch.cuda.get_device_capability(networks.device) >= (8, 9)):
         raise OnestillError("quantize 'fp8' needs a GPU of NVIDIA's Ada or Hopper generation or later; choose 'int8'.")
+    if options.quantize == "fp8" and networks.dtype != torch.bfloat16:
+        raise OnestillError("quantize 'fp8' computes in bfloat16; load the model with dtype 'bfloat16'.")
     library = require("torchao.quantization", "fast")
     if options.quantize == "fp8":
         config = library.Float8DynamicActivationFloat8WeightConfig(granularity=library.PerRow())
@@ -75,7 +78,7 @@ def _quantize(unet: torch.nn.Module, options: TorchOptions, on_gpu: bool) -> Non
         del name
         return isinstance(module, torch.nn.Linear) and min(module.in_features, module.out_features) >= LEAST_WIDTH
 
-    library.quantize_(unet, config, filter_fn=is_large)
+    library.quantize_(networks.unet, config, filter_fn=is_large)
 
 
 # --- compiling ------------------------------------------------------------------------------------------------------
@@ -88,6 +91,8 @@ def compiled(networks: Networks, options: TorchOptions, info: ModelInfo, dtype: 
     """
     if options.compile != "none":
         _load_artifacts(artifacts(networks, options, info, dtype))
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, SHAPES)
         if options.compile == "regional":
             networks.unet.compile_repeated_blocks(fullgraph=True)
         else:

@@ -11,6 +11,7 @@ Shapes: B images, N noises, K tokens, D width of a token's state, P of a pooled 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import OrderedDict
@@ -68,14 +69,15 @@ class FastEngine(TorchEngine):
         dtype: str | None = None,
         threads: int | None = None,
     ) -> None:
+        if dtype is None and options.quantize == "fp8":
+            dtype = "bfloat16"  # all that torchao's fp8 with a scale for each row takes
         super().__init__(info, device=device, dtype=dtype, threads=threads)
         self.options = options
         on_gpu = self._device.type == "cuda"
         prepared(self._networks, options, on_gpu=on_gpu)
         self._call = compiled(self._networks, options, info, self.dtype)
-        self._graphed = options.graphs and on_gpu
         self._lock = threading.RLock()  # one call at a time: graphs share their memory
-        self._pool: Any = torch.cuda.graph_pool_handle() if self._graphed else None
+        self._graphs = Graphs(self._device) if options.graphs and on_gpu else None
         self._states: OrderedDict[str, tuple[torch.Tensor, torch.Tensor | None, int, str]] = OrderedDict()
         self._encoders: dict[int, Callable[..., Any]] = {}
         self._buckets: OrderedDict[tuple[Any, ...], Bucket] = OrderedDict()
@@ -90,17 +92,23 @@ class FastEngine(TorchEngine):
         found = []
         height, width = (side * self.info.vae_scale_factor for side in job.noise.shape[3:])
         doing = f"draw {len(job.prompts)} pictures of {width}x{height}"
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), _current(self._device):
             try:
                 with memory_told(self._device, doing):
                     for first in range(0, len(job.prompts), BATCHES[-1]):
                         found.append(self._draw(job, slice(first, first + BATCHES[-1])))
             except MemoryError:
-                self._buckets.clear()  # their graphs hold what is missing
-                if self._graphed:
-                    torch.cuda.empty_cache()
+                self._forget()
                 raise
         return Drawn.joined(found)
+
+    def _forget(self) -> None:
+        """Give back what graphs hold. Their common memory is free only when the last of them is gone."""
+        self._buckets.clear()
+        self._encoders.clear()
+        if self._graphs is not None:
+            self._graphs = Graphs(self._device)
+            torch.cuda.empty_cache()
 
     def _draw(self, job: Job, part: slice) -> Drawn:
         prompts = list(job.prompts[part])
@@ -163,11 +171,11 @@ class FastEngine(TorchEngine):
             self._states[text] = (states[i].clone(), kept, tokens[0].cut[i], tokens[0].words_cut[i])
 
     def _encoder(self, size: int, ids: Sequence[torch.Tensor], mask: torch.Tensor | None) -> Callable[..., Any]:
-        if not self._graphed:
+        if self._graphs is None:
             return self._networks.states
         if size not in self._encoders:
             inputs = [one.clone() for one in ids], None if mask is None else mask.clone()
-            run = _captured(lambda: self._networks.states(*inputs), self._pool)
+            run = self._graphs.captured(lambda: self._networks.states(*inputs))
 
             def replay(ids: Sequence[torch.Tensor], mask: torch.Tensor | None) -> Any:
                 for static, new in zip([*inputs[0], inputs[1]], [*ids, mask], strict=True):
@@ -193,7 +201,7 @@ class FastEngine(TorchEngine):
         )
         key = tuple(vars(plan).values())
         if key not in self._buckets:
-            self._buckets[key] = Bucket(self._networks, self._call, plan, self._pool)
+            self._buckets[key] = Bucket(self._networks, self._call, plan, self._graphs)
             while len(self._buckets) > MOST_BUCKETS:
                 self._buckets.popitem(last=False)
         self._buckets.move_to_end(key)
@@ -221,18 +229,50 @@ class Plan:
     guidance_scale: float
 
 
+class Graphs:
+    """Captures CUDA graphs that share their memory and follow each other on a stream of their own device.
+
+    The stream is given because torch's default one is the first GPU's: what another GPU computes meanwhile would be
+    captured by nobody, and the graph would replay nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool: Any = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def captured(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """A function without arguments as a graph: calling it runs the same kernels on the same memory."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UPS):
+                function()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may encode a picture meanwhile, which only they themselves must not do while capturing.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            outputs = function()
+
+        def run() -> Any:
+            graph.replay()
+            return outputs
+
+        return run
+
+
 class Bucket:
-    """The steps and the decoding of one plan, as graphs where there is a pool for them, else as plain calls.
+    """The steps and the decoding of one plan, as graphs or as plain calls.
 
     Args:
         networks: the model.
         call: the UNet, compiled or not, as `Networks.output`.
         plan: what is fixed.
-        pool: the memory that all graphs share; None for plain calls.
+        graphs: what captures them; None for plain calls.
     """
 
-    def __init__(self, networks: Networks, call: Callable[..., torch.Tensor], plan: Plan, pool: Any) -> None:
-        self._networks, self._call, self._plan, self._pool = networks, call, plan, pool
+    def __init__(
+        self, networks: Networks, call: Callable[..., torch.Tensor], plan: Plan, graphs: Graphs | None
+    ) -> None:
+        self._networks, self._call, self._plan, self._graphs = networks, call, plan, graphs
         device = networks.device
         self._noise = torch.zeros((plan.noises, *plan.shape), device=device)
         self._start = torch.zeros((1, *plan.shape[1:]), device=device) if plan.has_start else None
@@ -261,11 +301,11 @@ class Bucket:
         told = [*words, ids] if against is None else [*map(_both, words, against), _both(ids, ids)]
         # Sizes in pixels stay in float32: to bfloat16, 999 is 1000.
         told = [None if one is None else one.to(dtype) for one in told[:2]] + told[2:]
-        if self._pool is None:
+        if self._graphs is None:
             return self.latents(*told)
         if self._run_steps is None:
             self._words = [None if one is None else one.clone() for one in told]
-            self._run_steps = _captured(lambda: self.latents(*self._words), self._pool)
+            self._run_steps = self._graphs.captured(lambda: self.latents(*self._words))
         for static, new in zip(self._words, told, strict=True):
             if static is not None and new is not None:
                 static.copy_(new)
@@ -296,12 +336,12 @@ class Bucket:
 
     def decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents [B, C, h, w] -> pictures uint8 [B, H, W, 3], and whether every number was finite."""
-        if self._pool is None:
+        if self._graphs is None:
             return self.pictures(latents)
         if self._run_decode is None:
             self._decoded = latents.clone()
             static = self._decoded
-            self._run_decode = _captured(lambda: self.pictures(static), self._pool)
+            self._run_decode = self._graphs.captured(lambda: self.pictures(static))
         if self._decoded is not None:
             self._decoded.copy_(latents)
         found: tuple[torch.Tensor, torch.Tensor] = self._run_decode()
@@ -322,24 +362,9 @@ def _pinned(array: NDArray[np.float32], device: torch.device) -> torch.Tensor:
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
-def _captured(function: Callable[[], Any], pool: Any) -> Callable[[], Any]:
-    """A function without arguments as a CUDA graph: calling it runs the same kernels on the same memory."""
-    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(WARM_UPS):
-            function()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may encode a picture meanwhile, which only they themselves must not do while capturing.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        outputs = function()
-
-    def run() -> Any:
-        graph.replay()
-        return outputs
-
-    return run
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Streams, events and graphs belong to the GPU that is current, which is the first one unless told."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class _Clock:

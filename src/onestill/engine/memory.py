@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -47,8 +48,8 @@ def check_memory(info: ModelInfo, dtype: str) -> None:
     """
     count, left = parameters(info), _available()
     fits_halved = dtype == "float32" and left is not None and count * 2 < left
-    smaller = "dtype 'bfloat16'" if fits_halved else "quantize 'int8', or a smaller model"
-    check_memory_left(info.name, count * BYTES[dtype], dtype, f"load it with {smaller}")
+    smaller = "load it with dtype 'bfloat16'" if fits_halved else "choose a smaller model, or export it in int8"
+    check_memory_left(info.name, count * BYTES[dtype], dtype, smaller)
 
 
 def check_memory_left(name: str, needed: int, dtype: str, smaller: str) -> None:
@@ -91,9 +92,9 @@ def memory_told(device: object, doing: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, NotEnoughMemoryError) or not is_memory_error(error):
             raise
+        traceback.clear_frames(error.__traceback__)  # they would keep the tensors that memory is short of
     else:
         return
-    # Outside the handler and without the cause: its frames would keep the tensors that memory is short of.
     if str(device).startswith("cuda"):
         require("torch", "torch").cuda.empty_cache()
     raise NotEnoughMemoryError(

@@ -56,7 +56,7 @@ class TorchEngine:
         self._tokenizers = [PromptTokenizer(info, component) for component in components]
         check_memory(info, self.dtype)
         parts = load_components(info, self.dtype)
-        if self._device.type == "cuda" and parts["vae"].dtype != DTYPES[self.dtype] and torch.cuda.is_bf16_supported():
+        if parts["vae"].dtype != DTYPES[self.dtype] and _has_bfloat16(self._device):
             parts["vae"] = parts["vae"].to(torch.bfloat16)  # its range is float32's, at half the time
         with memory_told(self._device, "hold the model"):
             self._networks = Networks(info, {name: part.to(self._device) for name, part in parts.items()})
@@ -134,6 +134,10 @@ def _found_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise OnestillError(f"torch has no device '{name}' here; use 'cpu'.") from error
     return device
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _drawing(latents: NDArray[np.float32], info: ModelInfo) -> str:

@@ -8,7 +8,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from onestill import __version__
-from onestill.checkpoint import Additions, Lora, ModelInfo
+from onestill.checkpoint import Additions, ModelInfo
 from onestill.engine import Conditioning, Drawn, Engine, Job, TorchOptions, first_latents, load_engine
 from onestill.errors import NotFiniteError
 from onestill.noise import noise_source
@@ -342,13 +341,6 @@ def load(
     Raises:
         OnestillError: the model cannot be found, trusted or run; the sentence says what to do.
     """
-    loras = lora if isinstance(lora, Mapping) else {lora: 1.0} if lora is not None else {}
-    additions = Additions(
-        unet=None if unet is None else Path(unet),
-        loras=tuple(Lora(Path(path), float(scale)) for path, scale in loras.items()),
-        tiny_vae=None if tiny_vae is None else Path(tiny_vae),
-        preset=preset,
-    )
     return Pipeline(
         load_engine(
             engine,
@@ -357,7 +349,7 @@ def load(
             dtype,
             threads=threads,
             quick_start=quick_start,
-            additions=additions,
+            additions=Additions.of(unet, lora, tiny_vae, preset),
             options=options,
         )
     )

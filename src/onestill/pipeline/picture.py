@@ -77,7 +77,7 @@ def _embedded(kind: str, metadata: Mapping[str, str], quality: int) -> dict[str,
             fields.add_text(name, value)
         return {"pnginfo": fields}
     exif = PIL.Image.Exif()
-    exif[EXIF_DESCRIPTION] = parameters
+    exif[EXIF_DESCRIPTION] = parameters.encode()  # Pillow would put a question mark for what is not ASCII
     return {"exif": exif, "quality": quality}
 
 
@@ -88,6 +88,8 @@ def fitted(image: Image | NDArray[np.uint8], height: int, width: int) -> NDArray
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
+        if picture.mode.startswith("I;16"):  # which Pillow cuts off at 255
+            picture = PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
         picture = picture.convert("RGB")
         if picture.size != (width, height):
             picture = PIL.ImageOps.fit(picture, (width, height), PIL.Image.Resampling.LANCZOS)

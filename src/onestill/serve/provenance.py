@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def read_provenance(path: Path) -> dict[str, Any]:
     """
     try:
         with PIL.Image.open(path, formats=tuple(MIME)) as picture:
-            text = getattr(picture, "text", {}).get("parameters") or picture.getexif().get(EXIF_DESCRIPTION)
+            text = getattr(picture, "text", {}).get("parameters") or _described(picture)
             found: dict[str, Any] = {
                 "file": str(path),
                 "format": picture.format,
@@ -104,6 +105,14 @@ def read_provenance(path: Path) -> dict[str, Any]:
     except ImportError:
         return found
     return found | {"manifest": _manifest(c2pa, path, MIME[str(found["format"])])}
+
+
+def _described(picture: PIL.Image.Image) -> str | None:
+    text = picture.getexif().get(EXIF_DESCRIPTION)
+    # Pillow reads each byte as a letter; what is no UTF-8 is of another program, and stays as Pillow read it.
+    with suppress(UnicodeError):
+        return text.encode("latin-1").decode() if isinstance(text, str) else None
+    return text
 
 
 def _manifest(c2pa: Any, path: Path, mime: str) -> dict[str, Any] | None:
