@@ -344,7 +344,8 @@ class ShardWriter:
 
     def _open(self) -> tarfile.TarFile:
         self._partial = self.folder / f".{self._prefix}-{self._number:06d}.tar.{os.getpid()}"
-        self._tar = tarfile.open(self._partial, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed by _finish
+        # Closed by _finish.
+        self._tar = tarfile.open(self._partial, "w", format=tarfile.USTAR_FORMAT, encoding="utf-8")  # noqa: SIM115
         return self._tar
 
     def _finish(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
+KEY_BYTES = 80  # with "0000001-" before it and ".latents.npy" behind, the 100 bytes that a tar header has for a name
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 
@@ -33,6 +34,12 @@ class TarIndex:
     path: Path
     entries: list[Entry]
     damage: list[tuple[str, str]]
+
+
+def plain_key(name: str) -> str:
+    """`name` as a shard's key: folders and dots as hyphens, and at most `KEY_BYTES` of UTF-8, no letter cut in two."""
+    key = name.removeprefix("./").replace("/", "-").replace(".", "-")
+    return key.encode()[:KEY_BYTES].decode(errors="ignore")
 
 
 def _checksum(header: bytes) -> int:
