@@ -210,6 +210,26 @@ def test_tars_of_other_tools_are_read(tmp_path: Path) -> None:
     assert [sample.caption for sample in samples] == ["ein Café"] * 2
 
 
+def test_tars_of_other_tools_are_kept(tmp_path: Path) -> None:
+    names = ["./00002", "./a.b/00002", "a-b/00002", "a-b-00002", "ö" * 90, "ö" * 91, "x" * 88]
+    for shard in ("one", "two"):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for name in names:
+                add(tar, f"{name}.webp", picture(7))
+                add(tar, f"{name}.txt", f"{shard} {name}".encode())
+    reader = ShardReader(tmp_path, shuffle=False, epochs=1)
+    with ShardWriter(tmp_path / "kept", 11) as writer:
+        for sample in reader:
+            writer.keep(sample, {"latents": np.zeros((4, 2, 2), np.float16)})
+    kept = list(ShardReader(tmp_path / "kept", shuffle=False, epochs=1))
+    assert [sample.caption for sample in kept] == [f"{shard} {name}" for shard in ("one", "two") for name in names]
+    assert all("latents" in sample.arrays for sample in kept)
+    found = keys(kept)
+    assert found[:4] == ["00002", "a-b-00002", "0000002-a-b-00002", "0000003-a-b-00002"]
+    assert found[6:8] == ["x" * 88, "0000007-00002"]
+    assert found[11:] == ["ö" * 44, "0000001-" + "ö" * 40, "x" * 88]
+
+
 def test_transparency_lies_on_white(tmp_path: Path) -> None:
     file = io.BytesIO()
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(file, "PNG")

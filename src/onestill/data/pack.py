@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from onestill.data.tarindex import plain_key
+from onestill.data.tarindex import KEY_BYTES, plain_key
 from onestill.errors import DataError
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -24,7 +24,7 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 class Packed:
     """One picture as a shard takes it: WebP bytes, caption, and where its square was cut from, in pixels.
 
-    Long names may share a `key`, as it is cut; `meta["file"]` has the whole name.
+    Long names may share a `key`, which is cut to leave room for a number; `meta["file"]` has the whole name.
     """
 
     key: str
@@ -71,7 +71,7 @@ def _packed(name: str, path: Path, caption: str, size_px: int) -> Packed:
     square.save(file, "WEBP", quality=95, method=4)
     # SDXL is told sizes as they are after scaling the short side, which is where a crop's place is measured.
     crop = [round(top * size_px / side), round(left * size_px / side)]
-    key = plain_key(name.rsplit(".", 1)[0])
+    key = plain_key(name.rsplit(".", 1)[0], KEY_BYTES - len("0000001-"))
     return Packed(key, file.getvalue(), caption, {"file": name, "original_size": [height, width], "crop": crop})
 
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from onestill.data.ahead import Ahead
-from onestill.data.tarindex import IMAGE_SUFFIXES, Entry, read_index
+from onestill.data.tarindex import IMAGE_SUFFIXES, Entry, plain_key, read_index
 from onestill.errors import DataError
 
 _OPEN_FILES = 64
@@ -294,6 +294,7 @@ class ShardWriter:
         self._prefix = prefix
         self._number = first
         self._count = 0
+        self._keys: set[str] = set()
         self._tar: tarfile.TarFile | None = None
         self._partial = Path()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -321,13 +322,20 @@ class ShardWriter:
         stored = [(f"{name}.npy", _npy(array)) for name, array in (arrays or {}).items()]
         for ending, data in ((suffix, image), ("txt", caption.encode()), ("json", text.encode()), *stored):
             tar.addfile(_member(f"{key}.{ending}", data), io.BytesIO(data))
+        self._keys.add(key)
         self._count += 1
         if self._count == self.samples_per_shard:
             self._finish()
 
     def keep(self, sample: Sample, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Add a sample that was read with its picture, byte for byte, with these arrays."""
-        self.write(sample.key, sample.encoded, sample.caption, sample.meta, suffix=sample.suffix, arrays=arrays)
+        """Add a sample that was read with its picture, byte for byte, with these arrays.
+
+        Its key is made plain, and numbered if this shard holds it already, as shards that are read may repeat keys.
+        """
+        key = plain_key(sample.key)
+        if self._count and key in self._keys:
+            key = plain_key(f"{self._count:07d}-{key}")
+        self.write(key, sample.encoded, sample.caption, sample.meta, suffix=sample.suffix, arrays=arrays)
 
     def close(self) -> None:
         """Finish the last shard."""
@@ -344,6 +352,7 @@ class ShardWriter:
 
     def _open(self) -> tarfile.TarFile:
         self._partial = self.folder / f".{self._prefix}-{self._number:06d}.tar.{os.getpid()}"
+        self._keys = set()
         # Closed by _finish.
         self._tar = tarfile.open(self._partial, "w", format=tarfile.USTAR_FORMAT, encoding="utf-8")  # noqa: SIM115
         return self._tar

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
-KEY_BYTES = 80  # with "0000001-" before it and ".latents.npy" behind, the 100 bytes that a tar header has for a name
+KEY_BYTES = 88  # with ".latents.npy" behind it, the 100 bytes that a tar header has for a name
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 
@@ -36,10 +36,10 @@ class TarIndex:
     damage: list[tuple[str, str]]
 
 
-def plain_key(name: str) -> str:
-    """`name` as a shard's key: folders and dots as hyphens, and at most `KEY_BYTES` of UTF-8, no letter cut in two."""
+def plain_key(name: str, most_bytes: int = KEY_BYTES) -> str:
+    """`name` as a shard's key: slashes and dots as hyphens, and at most so many bytes of UTF-8, no letter cut."""
     key = name.removeprefix("./").replace("/", "-").replace(".", "-")
-    return key.encode()[:KEY_BYTES].decode(errors="ignore")
+    return key.encode()[:most_bytes].decode(errors="ignore")
 
 
 def _checksum(header: bytes) -> int:
