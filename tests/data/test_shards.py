@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,24 @@ def test_parts_share_one_order(tmp_path: Path) -> None:
     whole = keys(list(ShardReader(tmp_path, seed=2, epochs=1)))
     parts = [keys(list(ShardReader(tmp_path, seed=2, epochs=1, part=(i, 3)))) for i in range(3)]
     assert [whole[i::3] for i in range(3)] == parts
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 7])
+def test_processes_go_on_at_the_furthest_place_whatever_the_epoch(tmp_path: Path, stop: int) -> None:
+    write(tmp_path, count=5, per_shard=2)
+
+    def readers(n: int, start: ReaderState) -> list[ShardReader]:
+        return [ShardReader(tmp_path, seed=2, epochs=4, part=(i, n), start=start) for i in range(n)]
+
+    def steps(running: list[Iterator[Sample]], count: int) -> list[str]:
+        return [next(samples).key for _ in range(count) for samples in running]
+
+    order = keys(list(ShardReader(tmp_path, seed=2, epochs=4)))
+    before = readers(2, ReaderState())
+    assert steps([iter(reader) for reader in before], stop) == order[: 2 * stop]
+    furthest = max((reader.state for reader in before), key=lambda state: list(state.as_dict().values()))
+    assert steps([iter(reader) for reader in readers(2, furthest)], 10 - stop) == order[2 * stop :]
+    assert keys(list(ShardReader(tmp_path, seed=2, epochs=4, start=furthest))) == order[2 * stop :]
 
 
 def test_odd_samples_are_skipped_counted_and_named(tmp_path: Path) -> None:

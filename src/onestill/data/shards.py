@@ -91,8 +91,8 @@ class ShardReader:
 
     The order is a permutation of all samples that depends on (`seed`, epoch) alone, or the order of the files when
     `shuffle` is off; `start` resumes it exactly. `epochs` ends the iteration after that many (None: never). With
-    `part=(i, n)` the reader takes every n-th place from i on, so that n processes share one order. With `size`
-    (height, width), samples of another size are left out.
+    `part=(i, n)` the reader takes every n-th place from i on, counted through all epochs, so that n processes share one
+    order. With `size` (height, width), samples of another size are left out.
     `images=False` leaves the pictures undecoded, for training from cached arrays. `workers` processes
     read ahead, in the same order; with 0 the caller's thread reads.
 
@@ -167,7 +167,9 @@ class ShardReader:
             epoch, given = self.state.epoch, 0
             whole = self.state.position == 0
             order = self.order(epoch)
-            mine = [place for place in range(self.state.position, len(order)) if place % self._part[1] == self._part[0]]
+            # Places are dealt in one endless round: dealt anew each epoch, processes would drift apart.
+            before, (i, n) = epoch * len(order), self._part
+            mine = [place for place in range(self.state.position, len(order)) if (before + place) % n == i]
             for position, sample in zip(mine, self._read_all(order[mine].tolist()), strict=True):
                 if sample is not None:
                     given += 1
