@@ -161,13 +161,21 @@ def test_odd_samples_are_skipped_counted_and_named(tmp_path: Path) -> None:
             ("list.json", b"[]"),
             ("latin.webp", good),
             ("latin.txt", b"caf\xe9"),
+            ("deep.webp", good),
+            ("deep.txt", b"words"),
+            ("deep.json", b"[" * 100_000),
+            ("header.webp", good),
+            ("header.txt", b"words"),
+            ("header.latents.npy", b"\x93NUMPY\1\0v\0" + b"{'shape': (2,".ljust(118)),
+            ("zip.webp", good),
+            ("zip.txt", b"words"),
+            ("zip.latents.npy", b"PK\3\4" + bytes(100)),
         ):
             add(tar, name, data)
     reader = ShardReader(tmp_path, epochs=1)
     assert keys(list(reader)) == ["fine"]
-    assert sorted(reader.skipped) == [
-        f"odd.tar:{name}" for name in ("cut", "empty", "json", "latin", "list", "nocaption", "noimage", "noise")
-    ]
+    bad = "cut deep empty header json latin list nocaption noimage noise zip"
+    assert sorted(reader.skipped) == [f"odd.tar:{name}" for name in bad.split()]
     assert reader.skipped["odd.tar:nocaption"] == "it has no caption"
     assert reader.skipped["odd.tar:noimage"] == "it has no image"
     assert reader.skipped["odd.tar:noise"] == "its image is of no known kind"
@@ -205,6 +213,27 @@ def test_a_damaged_header_costs_one_sample(tmp_path: Path) -> None:
     reader = ShardReader(tmp_path, shuffle=False, epochs=1)
     assert keys(list(reader)) == ["k000", "k001", "k003", "k004"]
     assert set(reader.skipped) == {f"shard-000000.tar:byte {start}", "shard-000000.tar:k002"}
+
+
+def test_a_size_below_nothing_is_damage(tmp_path: Path) -> None:
+    (path,) = write(tmp_path, count=3, per_shard=3)
+    data = bytearray(path.read_bytes())
+    data[124:136] = b"-0000001000\0"  # a place before the header, to which reading would go back for ever
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    path.write_bytes(data)
+    reader = ShardReader(tmp_path, shuffle=False, epochs=1)
+    assert keys(list(reader)) == ["k001", "k002"]
+    assert reader.skipped["shard-000000.tar:byte 0"] == "no tar header where one should be"
+
+
+def test_sixteen_bits_of_grey_keep_their_grey(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.full((SIDE, SIDE), 100 << 8, np.uint16)).save(file, "PNG")
+    with ShardWriter(tmp_path) as writer:
+        writer.write("grey", file.getvalue(), "grey", {}, suffix="png")
+    (sample,) = ShardReader(tmp_path, epochs=1)
+    assert (sample.image == 100).all()
 
 
 def test_a_missing_or_empty_shard_among_good_ones(tmp_path: Path) -> None:

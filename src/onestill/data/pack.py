@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from onestill.data.picture import DAMAGE, on_white
 from onestill.data.tarindex import KEY_BYTES, plain_key
 from onestill.errors import DataError
 
@@ -51,16 +52,13 @@ def pack(folder: Path, size_px: int, skipped: dict[str, str]) -> Iterator[Packed
         try:
             caption = captions.get(name) or _beside(path)
             yield _packed(name, path, caption, size_px)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except DAMAGE as error:
             skipped[name] = str(error) or type(error).__name__
 
 
 def _packed(name: str, path: Path, caption: str, size_px: int) -> Packed:
     with Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode != "RGB":
-            layers = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
+        image = on_white(ImageOps.exif_transpose(opened))
     width, height = image.size
     side = min(width, height)
     if 2 * side < size_px:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import struct
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,15 +20,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from numpy.lib.format import read_array
 
 from onestill.data.ahead import Ahead
+from onestill.data.picture import DAMAGE, decode_image
 from onestill.data.tarindex import IMAGE_SUFFIXES, Entry, plain_key, read_index
 from onestill.errors import DataError
 
 _OPEN_FILES = 64
-# What Pillow and JSON raise on damaged bytes, by format.
-_DAMAGE = (ValueError, SyntaxError, OSError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ class ShardReader:
         shard, entry = self._entries[number]
         try:
             return self._decode(shard, entry)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             self.skipped[f"{self.paths[shard].name}:{entry.key}"] = str(error) or type(error).__name__
             return None
 
@@ -231,7 +229,7 @@ class ShardReader:
         if not isinstance(meta, dict):
             raise ValueError("its JSON is not an object")
         arrays = {
-            name.removesuffix(".npy"): np.load(io.BytesIO(self._bytes(shard, place)), allow_pickle=False)
+            name.removesuffix(".npy"): read_array(io.BytesIO(self._bytes(shard, place)), allow_pickle=False)
             for name, place in entry.files.items()
             if name.endswith(".npy")
         }
@@ -242,21 +240,6 @@ class ShardReader:
         if self._size is not None and image.shape[:2] != self._size:
             raise ValueError(f"it is {image.shape[0]} x {image.shape[1]} pixels, not {self._size[0]} x {self._size[1]}")
         return Sample(entry.key, image, caption, meta, arrays, encoded, entry.image)
-
-
-def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
-    """An encoded picture as uint8 [H, W, 3], transparent parts on white.
-
-    Raises ValueError, SyntaxError or OSError if it is damaged.
-    """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:
-        raise ValueError("its image is of no known kind") from error
-    if image.mode != "RGB":
-        layers = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
-    return np.array(image, dtype=np.uint8)
 
 
 def sample_shards() -> list[Path]:

@@ -52,7 +52,7 @@ def _octal(field_bytes: bytes) -> int | None:
         return int.from_bytes(field_bytes[1:], "big")
     digits = field_bytes.rstrip(b"\0 ").lstrip(b" ")
     try:
-        return int(digits, 8) if digits else 0
+        return (int(digits, 8) if digits.isdigit() else None) if digits else 0
     except ValueError:
         return None
 
