@@ -45,6 +45,17 @@ def test_count_in_words_names_what_was_skipped(shards: Path, capsys: pytest.Capt
     assert said.err.startswith("note: skipped shard-000001.tar:broken: ")
 
 
+def test_count_takes_nothing_for_markup(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 24)).save(file, "PNG")
+    with ShardWriter(shards, prefix="odd") as writer:
+        writer.write("odd", file.getvalue(), "odd", {"set": "[/]ours", "licence": "[red]MIT"}, suffix="png")
+    assert main(["data", "count", str(shards)]) == 0
+    said = capsys.readouterr().out
+    assert "[/]ours 1" in said
+    assert "[red]MIT 1" in said
+
+
 def test_sheet(shards: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "sheet", str(shards), "--out", "sheet.png", "--number", "4"]) == 0
     assert capsys.readouterr().out == "sheet.png\n"

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from onestill.data import ShardReader, ShardWriter
 from onestill.data.pack import Packed, pack
 from onestill.errors import DataError
 
@@ -71,9 +74,66 @@ def test_captions_from_a_table(tmp_path: Path, table: str) -> None:
     assert samples["a-one"].caption == "one, in red"
 
 
+def test_names_of_any_length_and_letters_fit_a_shard(tmp_path: Path) -> None:
+    names = ["n" * 105, "ö" * 100, "deep/" * 20 + "down"]
+    for name in names:
+        picture(tmp_path / "in" / f"{name}.png")
+    odd = os.fsdecode(b"caf\xe9.png")
+    picture(tmp_path / "in" / odd)
+    skipped: dict[str, str] = {}
+    arrays = {"latents": np.zeros((4, 4, 4), np.float16)}
+    with ShardWriter(tmp_path / "out") as writer:
+        for count, sample in enumerate(pack(tmp_path / "in", 32, skipped), 1):
+            writer.write(f"{count:07d}-{sample.key}", sample.image, sample.caption, sample.meta, arrays=arrays)
+    assert skipped == {}
+    samples = {sample.meta["file"]: sample for sample in ShardReader(tmp_path / "out", epochs=1)}
+    assert samples.keys() == {f"{name}.png" for name in names} | {"caf\N{REPLACEMENT CHARACTER}.png"}
+    assert samples["ö" * 100 + ".png"].key.endswith("-" + "ö" * 40)
+    assert "n" * 80 in samples["n" * 105 + ".png"].key
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_mark_before_the_text_is_no_part_of_it(tmp_path: Path, encoding: str) -> None:
+    picture(tmp_path / "one.png", caption="")
+    picture(tmp_path / "two.png", caption="")
+    (tmp_path / "metadata.csv").write_text("file_name,text\none.png,größer\n", encoding=encoding)
+    (tmp_path / "two.txt").write_text("zwei", encoding=encoding)
+    samples, _ = packed(tmp_path)
+    assert [sample.caption for sample in samples.values()] == ["größer", "zwei"]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_a_table_in_another_encoding_is_told(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "metadata.csv").write_text("file_name,text\none.png,größer\n", encoding=encoding)
+    with pytest.raises(DataError, match="CSV UTF-8"):
+        packed(tmp_path)
+
+
+@pytest.mark.parametrize("table", ['jsonl|{"file_name": "a.png", "text": null}', "csv|file_name,text\na.png\n"])
+def test_a_row_without_a_caption_is_named(tmp_path: Path, table: str) -> None:
+    picture(tmp_path / "a.png", caption="")
+    suffix, text = table.split("|")
+    (tmp_path / f"metadata.{suffix}").write_text(text)
+    samples, skipped = packed(tmp_path)
+    assert samples == {}
+    assert "no caption" in skipped["a.png"]
+
+
+def test_a_line_of_a_table_ends_where_the_line_ends(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", caption="")
+    row = {"file_name": "a.png", "text": "one\N{LINE SEPARATOR}two"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    samples, _ = packed(tmp_path)
+    assert samples["a"].caption == row["text"]
+
+
 def test_folders_and_tables_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no folder"):
         packed(tmp_path / "none")
     (tmp_path / "metadata.jsonl").write_text('{"file": "x.png"}\n')
+    with pytest.raises(DataError, match="file_name and text"):
+        packed(tmp_path)
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\na.png,{'x' * 200_000}\n")
     with pytest.raises(DataError, match="file_name and text"):
         packed(tmp_path)

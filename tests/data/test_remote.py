@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -91,6 +92,42 @@ def test_what_is_not_there(server: str, tmp_path: Path) -> None:
         fetch("memory://nothing/here.tar", tmp_path)
 
 
+@pytest.mark.parametrize("address", ["http://host/sets/", "http://host/", "http://host/..", ""])
+def test_an_address_without_a_file_name(tmp_path: Path, address: str) -> None:
+    with pytest.raises(DataError, match="names no file"):
+        fetch(address, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://host/my shard.tar", "http://host:a/b.tar", "http://[a/b.tar", "http://h/ä.tar"]
+)
+def test_an_address_that_is_none(tmp_path: Path, address: str) -> None:
+    with pytest.raises(DataError, match="%20 and the like"):
+        fetch(address, tmp_path)
+
+
+def test_an_address_with_a_question(server: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="404"):
+        fetch(f"{server}/b.tar?key=a/b", tmp_path)
+    (tmp_path / "b.tar").write_bytes(BODY)
+    assert fetch(f"{server}/b.tar?key=a/b", tmp_path) == tmp_path / "b.tar"
+
+
+def test_an_answer_that_is_no_http(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            with listening.accept()[0] as asked:
+                asked.recv(1000)
+                asked.sendall(b"hello\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(DataError, match="cannot be had"):
+            fetch(f"http://127.0.0.1:{listening.getsockname()[1]}/a.tar", tmp_path)
+        thread.join()
+
+
 def test_object_stores_by_fsspec(tmp_path: Path) -> None:
     with fsspec.open("memory://bucket/b.tar", "wb") as file:
         file.write(BODY)
@@ -107,6 +144,11 @@ def test_hashes_are_kept_to(server: str, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.tar"]
     with pytest.raises(DataError, match="no SHA-256"):
         fetch(f"{server}/short.tar", tmp_path / "out", hashes)
-    sums.write_text("nothing")
-    with pytest.raises(DataError, match="holds no line"):
-        read_hashes(sums)
+    (tmp_path / "out/plain.tar").write_bytes(BODY)
+    with pytest.raises(DataError, match="is there and is not what its SHA-256 says"):
+        fetch(f"{server}/plain.tar", tmp_path / "out", hashes)
+    assert fetch(f"{server}/a.tar", tmp_path / "out", hashes).is_file()
+    for nothing in (b"nothing", "nothing".encode("utf-16")):
+        sums.write_bytes(nothing)
+        with pytest.raises(DataError, match="holds no line"):
+            read_hashes(sums)

@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,24 @@ def test_parts_share_one_order(tmp_path: Path) -> None:
     assert [whole[i::3] for i in range(3)] == parts
 
 
+@pytest.mark.parametrize("stop", [1, 3, 5, 7])
+def test_processes_go_on_at_the_furthest_place_whatever_the_epoch(tmp_path: Path, stop: int) -> None:
+    write(tmp_path, count=5, per_shard=2)
+
+    def readers(n: int, start: ReaderState) -> list[ShardReader]:
+        return [ShardReader(tmp_path, seed=2, epochs=4, part=(i, n), start=start) for i in range(n)]
+
+    def steps(running: list[Iterator[Sample]], count: int) -> list[str]:
+        return [next(samples).key for _ in range(count) for samples in running]
+
+    order = keys(list(ShardReader(tmp_path, seed=2, epochs=4)))
+    before = readers(2, ReaderState())
+    assert steps([iter(reader) for reader in before], stop) == order[: 2 * stop]
+    furthest = max((reader.state for reader in before), key=lambda state: list(state.as_dict().values()))
+    assert steps([iter(reader) for reader in readers(2, furthest)], 10 - stop) == order[2 * stop :]
+    assert keys(list(ShardReader(tmp_path, seed=2, epochs=4, start=furthest))) == order[2 * stop :]
+
+
 def test_odd_samples_are_skipped_counted_and_named(tmp_path: Path) -> None:
     good = picture(1)
     with tarfile.open(tmp_path / "odd.tar", "w") as tar:
@@ -142,13 +161,21 @@ def test_odd_samples_are_skipped_counted_and_named(tmp_path: Path) -> None:
             ("list.json", b"[]"),
             ("latin.webp", good),
             ("latin.txt", b"caf\xe9"),
+            ("deep.webp", good),
+            ("deep.txt", b"words"),
+            ("deep.json", b"[" * 100_000),
+            ("header.webp", good),
+            ("header.txt", b"words"),
+            ("header.latents.npy", b"\x93NUMPY\1\0v\0" + b"{'shape': (2,".ljust(118)),
+            ("zip.webp", good),
+            ("zip.txt", b"words"),
+            ("zip.latents.npy", b"PK\3\4" + bytes(100)),
         ):
             add(tar, name, data)
     reader = ShardReader(tmp_path, epochs=1)
     assert keys(list(reader)) == ["fine"]
-    assert sorted(reader.skipped) == [
-        f"odd.tar:{name}" for name in ("cut", "empty", "json", "latin", "list", "nocaption", "noimage", "noise")
-    ]
+    bad = "cut deep empty header json latin list nocaption noimage noise zip"
+    assert sorted(reader.skipped) == [f"odd.tar:{name}" for name in bad.split()]
     assert reader.skipped["odd.tar:nocaption"] == "it has no caption"
     assert reader.skipped["odd.tar:noimage"] == "it has no image"
     assert reader.skipped["odd.tar:noise"] == "its image is of no known kind"
@@ -188,6 +215,27 @@ def test_a_damaged_header_costs_one_sample(tmp_path: Path) -> None:
     assert set(reader.skipped) == {f"shard-000000.tar:byte {start}", "shard-000000.tar:k002"}
 
 
+def test_a_size_below_nothing_is_damage(tmp_path: Path) -> None:
+    (path,) = write(tmp_path, count=3, per_shard=3)
+    data = bytearray(path.read_bytes())
+    data[124:136] = b"-0000001000\0"  # a place before the header, to which reading would go back for ever
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    path.write_bytes(data)
+    reader = ShardReader(tmp_path, shuffle=False, epochs=1)
+    assert keys(list(reader)) == ["k001", "k002"]
+    assert reader.skipped["shard-000000.tar:byte 0"] == "no tar header where one should be"
+
+
+def test_sixteen_bits_of_grey_keep_their_grey(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.full((SIDE, SIDE), 100 << 8, np.uint16)).save(file, "PNG")
+    with ShardWriter(tmp_path) as writer:
+        writer.write("grey", file.getvalue(), "grey", {}, suffix="png")
+    (sample,) = ShardReader(tmp_path, epochs=1)
+    assert (sample.image == 100).all()
+
+
 def test_a_missing_or_empty_shard_among_good_ones(tmp_path: Path) -> None:
     write(tmp_path, count=3)
     (tmp_path / "void.tar").write_bytes(b"")
@@ -208,6 +256,26 @@ def test_tars_of_other_tools_are_read(tmp_path: Path) -> None:
     samples = list(ShardReader(tmp_path, shuffle=False, epochs=1))
     assert keys(samples) == [long, long]
     assert [sample.caption for sample in samples] == ["ein Café"] * 2
+
+
+def test_tars_of_other_tools_are_kept(tmp_path: Path) -> None:
+    names = ["./00002", "./a.b/00002", "a-b/00002", "a-b-00002", "ö" * 90, "ö" * 91, "x" * 88]
+    for shard in ("one", "two"):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for name in names:
+                add(tar, f"{name}.webp", picture(7))
+                add(tar, f"{name}.txt", f"{shard} {name}".encode())
+    reader = ShardReader(tmp_path, shuffle=False, epochs=1)
+    with ShardWriter(tmp_path / "kept", 11) as writer:
+        for sample in reader:
+            writer.keep(sample, {"latents": np.zeros((4, 2, 2), np.float16)})
+    kept = list(ShardReader(tmp_path / "kept", shuffle=False, epochs=1))
+    assert [sample.caption for sample in kept] == [f"{shard} {name}" for shard in ("one", "two") for name in names]
+    assert all("latents" in sample.arrays for sample in kept)
+    found = keys(kept)
+    assert found[:4] == ["00002", "a-b-00002", "0000002-a-b-00002", "0000003-a-b-00002"]
+    assert found[6:8] == ["x" * 88, "0000007-00002"]
+    assert found[11:] == ["ö" * 44, "0000001-" + "ö" * 40, "x" * 88]
 
 
 def test_transparency_lies_on_white(tmp_path: Path) -> None:

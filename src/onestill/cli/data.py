@@ -65,11 +65,13 @@ def count(shards: Shards = None, as_json: Json = False) -> None:
     if as_json:
         print_json({"samples": sizes.total(), "shards": len(reader.paths), **counted, "skipped": reader.skipped})
         return
+    from rich.markup import escape
+
     console = stdout_console()
     console.print(f"[bold]{sizes.total()}[/] samples in {len(reader.paths)} shards")
     for title, counter in counted.items():
         told = ", ".join(f"{name} {number}" for name, number in counter.most_common())
-        console.print(f"[bold]{title}[/] {told}", highlight=False)
+        console.print(f"[bold]{title}[/] {escape(told)}", highlight=False)
     for name, why in reader.skipped.items():
         note(f"skipped {name}: {why}")
 

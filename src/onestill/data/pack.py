@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from onestill.data.picture import DAMAGE, on_white
+from onestill.data.tarindex import KEY_BYTES, plain_key
 from onestill.errors import DataError
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -20,7 +23,10 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 
 @dataclass(frozen=True)
 class Packed:
-    """One picture as a shard takes it: WebP bytes, caption, and where its square was cut from, in pixels."""
+    """One picture as a shard takes it: WebP bytes, caption, and where its square was cut from, in pixels.
+
+    Long names may share a `key`, which is cut to leave room for a number; `meta["file"]` has the whole name.
+    """
 
     key: str
     image: bytes
@@ -42,20 +48,17 @@ def pack(folder: Path, size_px: int, skipped: dict[str, str]) -> Iterator[Packed
         raise DataError(f"There is no folder {folder}: give one that holds pictures.")
     captions = _table(folder)
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES):
-        name = path.relative_to(folder).as_posix()
+        name = os.fsencode(path.relative_to(folder).as_posix()).decode(errors="replace")
         try:
             caption = captions.get(name) or _beside(path)
             yield _packed(name, path, caption, size_px)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except DAMAGE as error:
             skipped[name] = str(error) or type(error).__name__
 
 
 def _packed(name: str, path: Path, caption: str, size_px: int) -> Packed:
     with Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode != "RGB":
-            layers = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
+        image = on_white(ImageOps.exif_transpose(opened))
     width, height = image.size
     side = min(width, height)
     if 2 * side < size_px:
@@ -66,13 +69,13 @@ def _packed(name: str, path: Path, caption: str, size_px: int) -> Packed:
     square.save(file, "WEBP", quality=95, method=4)
     # SDXL is told sizes as they are after scaling the short side, which is where a crop's place is measured.
     crop = [round(top * size_px / side), round(left * size_px / side)]
-    key = name.rsplit(".", 1)[0].replace("/", "-").replace(".", "-")
+    key = plain_key(name.rsplit(".", 1)[0], KEY_BYTES - len("0000001-"))
     return Packed(key, file.getvalue(), caption, {"file": name, "original_size": [height, width], "crop": crop})
 
 
 def _beside(path: Path) -> str:
     file = path.with_suffix(".txt")
-    caption = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    caption = file.read_text(encoding="utf-8-sig").strip() if file.is_file() else ""
     if not caption:
         raise ValueError(f"it has no caption: write one into {file.name}")
     return caption
@@ -83,12 +86,14 @@ def _table(folder: Path) -> dict[str, str]:
     found = [folder / name for name in TABLES if (folder / name).is_file()]
     if not found:
         return {}
-    text = found[0].read_text(encoding="utf-8")
     try:
+        text = found[0].read_text(encoding="utf-8-sig")  # as Excel marks it
         if found[0].suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             rows = list(csv.DictReader(io.StringIO(text)))
-        return {row["file_name"]: str(row["text"]).strip() for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
+        return {row["file_name"]: str(row["text"] or "").strip() for row in rows}
+    except UnicodeDecodeError as error:
+        raise DataError(f"{found[0]} is not in UTF-8: save it again as UTF-8 (in Excel: CSV UTF-8).") from error
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise DataError(f"{found[0]} is no table of captions: each row needs file_name and text.") from error

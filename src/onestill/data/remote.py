@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import urllib.error
@@ -15,6 +16,14 @@ from onestill.errors import DataError, require
 
 CHUNK = 1 << 20
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_BROKEN = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ConnectionError,
+    TimeoutError,
+    FileNotFoundError,
+    PermissionError,
+)
 
 
 def expand(pattern: str) -> list[str]:
@@ -40,20 +49,24 @@ def fetch(url: str, folder: Path, hashes: Mapping[str, str] | None = None) -> Pa
         hashes: SHA-256 by file name; where given, every file must be named and match.
 
     Raises:
-        DataError: the shard is not there, is cut short, or is not what its hash says.
+        DataError: the shard is not there, is cut short, or is not what its hash says, also where it lay there before.
     """
-    name = url.rsplit("/", 1)[-1].split("?", 1)[0]
+    name = url.split("?", 1)[0].rsplit("/", 1)[-1]
+    if name in ("", ".", ".."):
+        raise DataError(f"'{url}' names no file: give the address of a shard, such as https://host/set-0000.tar.")
     path, partial = folder / name, folder / f".{name}.partial"
     if hashes is not None and name not in hashes:
         raise DataError(f"no SHA-256 is given for '{name}': add its line, or leave the list out.")
     if path.exists():
+        if hashes is not None and sha256(path) != hashes[name]:
+            raise DataError(f"'{path}' is there and is not what its SHA-256 says: delete it, and fetch it again.")
         return path
     folder.mkdir(parents=True, exist_ok=True)
     try:
         _from_web(url, partial) if url.startswith(("http://", "https://")) else _from_store(url, partial)
     except urllib.error.HTTPError as error:
         raise DataError(f"'{url}' cannot be had: the server says {error.code} {error.reason}.") from error
-    except (urllib.error.URLError, ConnectionError, TimeoutError, FileNotFoundError, PermissionError) as error:
+    except _BROKEN as error:
         raise DataError(f"'{url}' cannot be had ({error}): try again, and it goes on where it stopped.") from error
     if hashes is not None and sha256(partial) != hashes[name]:
         partial.unlink()
@@ -64,7 +77,8 @@ def fetch(url: str, folder: Path, hashes: Mapping[str, str] | None = None) -> Pa
 
 def read_hashes(path: Path) -> dict[str, str]:
     """Lines of `sha256sum`: the hash, blanks, the file's name."""
-    found = re.findall(r"^([0-9a-fA-F]{64})\s+\*?(.+?)\s*$", path.read_text(encoding="utf-8"), re.M)
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    found = re.findall(r"^([0-9a-fA-F]{64})\s+\*?(.+?)\s*$", text, re.M)
     if not found:
         raise DataError(f"{path} holds no line of sha256sum: a hash, blanks, a file's name.")
     return {Path(name).name: digest.lower() for digest, name in found}
@@ -72,9 +86,13 @@ def read_hashes(path: Path) -> dict[str, str]:
 
 def _from_web(url: str, partial: Path) -> None:
     held = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={held}-"} if held else {})
     try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={held}-"} if held else {})
         response = urllib.request.urlopen(request, timeout=60)
+    except (http.client.InvalidURL, ValueError) as error:
+        raise DataError(
+            f"'{url}' is no address ({error}): write blanks and letters beyond ASCII as %20 and the like."
+        ) from error
     except urllib.error.HTTPError as error:
         if error.code != 416:  # nothing is left to send: what is held is all
             raise

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import struct
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,15 +20,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from numpy.lib.format import read_array
 
 from onestill.data.ahead import Ahead
-from onestill.data.tarindex import IMAGE_SUFFIXES, Entry, read_index
+from onestill.data.picture import DAMAGE, decode_image
+from onestill.data.tarindex import IMAGE_SUFFIXES, Entry, plain_key, read_index
 from onestill.errors import DataError
 
 _OPEN_FILES = 64
-# What Pillow and JSON raise on damaged bytes, by format.
-_DAMAGE = (ValueError, SyntaxError, OSError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,8 @@ class ShardReader:
 
     The order is a permutation of all samples that depends on (`seed`, epoch) alone, or the order of the files when
     `shuffle` is off; `start` resumes it exactly. `epochs` ends the iteration after that many (None: never). With
-    `part=(i, n)` the reader takes every n-th place from i on, so that n processes share one order. With `size`
-    (height, width), samples of another size are left out.
+    `part=(i, n)` the reader takes every n-th place from i on, counted through all epochs, so that n processes share one
+    order. With `size` (height, width), samples of another size are left out.
     `images=False` leaves the pictures undecoded, for training from cached arrays. `workers` processes
     read ahead, in the same order; with 0 the caller's thread reads.
 
@@ -157,7 +155,7 @@ class ShardReader:
         shard, entry = self._entries[number]
         try:
             return self._decode(shard, entry)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             self.skipped[f"{self.paths[shard].name}:{entry.key}"] = str(error) or type(error).__name__
             return None
 
@@ -167,7 +165,9 @@ class ShardReader:
             epoch, given = self.state.epoch, 0
             whole = self.state.position == 0
             order = self.order(epoch)
-            mine = [place for place in range(self.state.position, len(order)) if place % self._part[1] == self._part[0]]
+            # Places are dealt in one endless round: dealt anew each epoch, processes would drift apart.
+            before, (i, n) = epoch * len(order), self._part
+            mine = [place for place in range(self.state.position, len(order)) if (before + place) % n == i]
             for position, sample in zip(mine, self._read_all(order[mine].tolist()), strict=True):
                 if sample is not None:
                     given += 1
@@ -229,7 +229,7 @@ class ShardReader:
         if not isinstance(meta, dict):
             raise ValueError("its JSON is not an object")
         arrays = {
-            name.removesuffix(".npy"): np.load(io.BytesIO(self._bytes(shard, place)), allow_pickle=False)
+            name.removesuffix(".npy"): read_array(io.BytesIO(self._bytes(shard, place)), allow_pickle=False)
             for name, place in entry.files.items()
             if name.endswith(".npy")
         }
@@ -240,21 +240,6 @@ class ShardReader:
         if self._size is not None and image.shape[:2] != self._size:
             raise ValueError(f"it is {image.shape[0]} x {image.shape[1]} pixels, not {self._size[0]} x {self._size[1]}")
         return Sample(entry.key, image, caption, meta, arrays, encoded, entry.image)
-
-
-def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
-    """An encoded picture as uint8 [H, W, 3], transparent parts on white.
-
-    Raises ValueError, SyntaxError or OSError if it is damaged.
-    """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:
-        raise ValueError("its image is of no known kind") from error
-    if image.mode != "RGB":
-        layers = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
-    return np.array(image, dtype=np.uint8)
 
 
 def sample_shards() -> list[Path]:
@@ -294,6 +279,7 @@ class ShardWriter:
         self._prefix = prefix
         self._number = first
         self._count = 0
+        self._keys: set[str] = set()
         self._tar: tarfile.TarFile | None = None
         self._partial = Path()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -321,13 +307,20 @@ class ShardWriter:
         stored = [(f"{name}.npy", _npy(array)) for name, array in (arrays or {}).items()]
         for ending, data in ((suffix, image), ("txt", caption.encode()), ("json", text.encode()), *stored):
             tar.addfile(_member(f"{key}.{ending}", data), io.BytesIO(data))
+        self._keys.add(key)
         self._count += 1
         if self._count == self.samples_per_shard:
             self._finish()
 
     def keep(self, sample: Sample, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Add a sample that was read with its picture, byte for byte, with these arrays."""
-        self.write(sample.key, sample.encoded, sample.caption, sample.meta, suffix=sample.suffix, arrays=arrays)
+        """Add a sample that was read with its picture, byte for byte, with these arrays.
+
+        Its key is made plain, and numbered if this shard holds it already, as shards that are read may repeat keys.
+        """
+        key = plain_key(sample.key)
+        if self._count and key in self._keys:
+            key = plain_key(f"{self._count:07d}-{key}")
+        self.write(key, sample.encoded, sample.caption, sample.meta, suffix=sample.suffix, arrays=arrays)
 
     def close(self) -> None:
         """Finish the last shard."""
@@ -344,7 +337,9 @@ class ShardWriter:
 
     def _open(self) -> tarfile.TarFile:
         self._partial = self.folder / f".{self._prefix}-{self._number:06d}.tar.{os.getpid()}"
-        self._tar = tarfile.open(self._partial, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed by _finish
+        self._keys = set()
+        # Closed by _finish.
+        self._tar = tarfile.open(self._partial, "w", format=tarfile.USTAR_FORMAT, encoding="utf-8")  # noqa: SIM115
         return self._tar
 
     def _finish(self) -> None:

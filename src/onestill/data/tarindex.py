@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
+KEY_BYTES = 88  # with ".latents.npy" behind it, the 100 bytes that a tar header has for a name
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 
@@ -35,6 +36,12 @@ class TarIndex:
     damage: list[tuple[str, str]]
 
 
+def plain_key(name: str, most_bytes: int = KEY_BYTES) -> str:
+    """`name` as a shard's key: slashes and dots as hyphens, and at most so many bytes of UTF-8, no letter cut."""
+    key = name.removeprefix("./").replace("/", "-").replace(".", "-")
+    return key.encode()[:most_bytes].decode(errors="ignore")
+
+
 def _checksum(header: bytes) -> int:
     # The checksum counts its own eight bytes as spaces.
     return sum(header) - sum(header[148:156]) + 8 * 32
@@ -45,7 +52,7 @@ def _octal(field_bytes: bytes) -> int | None:
         return int.from_bytes(field_bytes[1:], "big")
     digits = field_bytes.rstrip(b"\0 ").lstrip(b" ")
     try:
-        return int(digits, 8) if digits else 0
+        return (int(digits, 8) if digits.isdigit() else None) if digits else 0
     except ValueError:
         return None
 
