@@ -11,12 +11,14 @@ import ipaddress
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from onestill.serve.envelope import ApiError, response_of
+from onestill.serve.envelope import ApiError, response_of, to_api_error
 
 __all__ = ["Guard"]
 
@@ -95,10 +97,12 @@ class Guard:
             if refusal is not None:
                 raise refusal
             await self._app(scope, self._bounded(scope, receive), send_with_headers)
-        except ApiError as error:
+        except ClientDisconnect:
+            return
+        except Exception as error:  # whatever a route raises, its answer has these headers and is counted
             if answered:
                 raise
-            response = response_of(error)
+            response = response_of(to_api_error(error))
             response.headers["connection"] = "close"  # what is left of the body is not waited for
             await response(scope, receive, send_with_headers)
 
@@ -110,9 +114,15 @@ class Guard:
         origin = headers.get("origin")
         if origin is None or (scope["type"] == "http" and scope["method"] in SAFE):
             return None
-        if origin.lower().rstrip("/") in self._origins or urlsplit(origin).netloc.lower() == host.lower():
+        if self._is_listed(origin):
             return None
+        with suppress(ValueError):  # an Origin that is none is foreign
+            if urlsplit(origin).netloc.lower() == host.lower():
+                return None
         return ApiError(403, "Pages of another site may not ask; add it with --allow-origin.", "foreign_origin")
+
+    def _is_listed(self, origin: str) -> bool:
+        return origin.lower().rstrip("/") in self._origins
 
     def _is_known(self, host: str) -> bool:
         try:
