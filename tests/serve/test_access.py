@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fastapi.routing import APIRoute, APIWebSocketRoute
+from websockets.exceptions import ConnectionClosed
 
 from onestill.errors import OnestillError
 from onestill.pipeline import Pipeline
@@ -129,6 +130,39 @@ def test_every_drawing_route_over_its_limit(tiny_pipe: Pipeline, ledger: Ledger)
         assert ledger.list_keys()[0]["today"] == 3
 
 
+def test_a_key_that_is_revoked_ends_its_live_connection(
+    tiny_pipe: Pipeline, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access_module, "KEY_REMEMBERED_S", 0.0)
+    key_id, key = ledger.add_key("me", None)
+    headers = {"authorization": f"Bearer {key}"}
+    access = Access(ledger=ledger, trial=0)
+    with serving(tiny_pipe, access=access) as served, served.live(additional_headers=headers) as socket:
+        socket.send('{"id": 1, "prompt": "a"}')
+        assert answer_on(socket)[0]["type"] == "image"
+        assert ledger.revoke_key(key_id)
+        socket.send('{"id": 2, "prompt": "a"}')
+        answer = answer_on(socket)[0]
+        assert (answer["id"], answer["error"]["code"]) == (2, "invalid_api_key")
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.recv(timeout=20)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1008
+        assert served.server.scheduler.counts["drawn"] == 1
+
+
+def test_a_new_connection_draws_nothing_once_the_day_is_used_up(tiny_pipe: Pipeline, ledger: Ledger) -> None:
+    with serving(tiny_pipe, access=Access(ledger=ledger, trial=2)) as served:
+        with served.live() as socket:
+            for name, expected in ((1, "image"), (2, "image"), (3, "error")):
+                socket.send(json.dumps({"id": name, "prompt": "a"}))
+                assert answer_on(socket)[0]["type"] == expected
+        with served.live() as socket:
+            socket.send('{"id": 1, "prompt": "a", "n": 4}')
+            assert answer_on(socket)[0]["error"]["code"] == "insufficient_quota"
+        assert served.server.scheduler.counts["drawn"] == 2
+
+
 # --- the free trial ---------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +231,7 @@ def test_addresses_are_not_kept(tiny_pipe: Pipeline, url: str, tmp_path: Path) -
     ],
 )
 def test_a_household_of_ipv6_is_one_address(one: str, other: str, same: bool) -> None:
-    assert (access_module._network(one) == access_module._network(other)) is same
+    assert (access_module.network(one) == access_module.network(other)) is same
 
 
 # --- the ledger -------------------------------------------------------------------------------------------------------
@@ -264,6 +298,13 @@ def test_a_database_that_breaks_is_503(tiny_pipe: Pipeline, url: str, tmp_path: 
         answer = served.draw()
         assert (answer.status, answer.error["code"]) == (503, "ledger_unavailable")
         assert "retry-after" in answer.headers
+        headers = {"authorization": f"Bearer {new_key()[1]}"}
+        with served.live(ready=False, additional_headers=headers) as socket:
+            assert answer_on(socket)[0]["error"]["code"] == "ledger_unavailable"
+            with pytest.raises(ConnectionClosed) as closed:
+                socket.recv(timeout=20)
+            assert closed.value.rcvd is not None
+            assert closed.value.rcvd.code == 1013
 
 
 @pytest.mark.parametrize("wrong", ["nonsense", "mysql://a@b/c", "sqlite:////no/such/folder/x.db", "://"])

@@ -63,7 +63,7 @@ def test_names_that_cannot_be_rebound_are_known(served: Served, host: str) -> No
 
 def test_a_foreign_origin_may_look_but_not_ask(served: Served) -> None:
     body = {"prompt": "a"}
-    for origin in ("https://evil.example", "null", "http://127.0.0.1:1", "http://127.0.0.1.evil.example"):
+    for origin in ("https://evil.example", "null", "http://[", "http://127.0.0.1:1", "http://127.0.0.1.evil.example"):
         answer = served.ask("POST", "/v1/images/generations", body, {"origin": origin})
         assert (answer.status, answer.error["code"]) == (403, "foreign_origin"), origin
         assert "access-control-allow-origin" not in answer.headers
@@ -75,6 +75,39 @@ def test_hosts_and_origins_can_be_allowed(tiny_pipe: Pipeline) -> None:
     with serving(tiny_pipe, settings) as served:
         headers = {"host": "draw.example", "origin": "https://app.example"}
         assert served.ask("POST", "/v1/images/generations", {"prompt": "a"}, headers).status == 200
+
+
+def test_a_page_of_an_allowed_origin_can_ask_and_read(tiny_pipe: Pipeline) -> None:
+    path, page, evil = "/v1/images/generations", {"origin": "https://app.example"}, {"origin": "https://evil.example"}
+    wanted = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    with serving(tiny_pipe, Settings(origins=("https://app.example/",))) as served:
+        preflight = served.ask("OPTIONS", path, headers=page | wanted)
+        assert preflight.status == 204
+        assert "POST" in preflight.headers["access-control-allow-methods"]
+        allowed = preflight.headers["access-control-allow-headers"].lower().split(", ")
+        assert {"authorization", "content-type"} <= set(allowed)
+        answers = [
+            preflight,
+            served.ask("POST", path, {"prompt": "a"}, page),
+            served.ask("GET", "/v1/models", None, page),
+        ]
+        answers.append(served.ask("POST", path, {"prompt": ""}, page))
+        assert [answer.status for answer in answers] == [204, 200, 200, 400]
+        for answer in answers:
+            assert answer.headers["access-control-allow-origin"] == "https://app.example"
+            assert answer.headers["cross-origin-resource-policy"] == "cross-origin"
+            assert "access-control-allow-credentials" not in answer.headers
+            assert answer.headers["vary"] == "Origin"
+        others = [served.ask("OPTIONS", path, headers=evil | wanted), served.ask("GET", "/v1/models", None, evil)]
+        others += [
+            served.ask("GET", "/v1/models"),
+            served.ask("OPTIONS", path, headers=page | {"host": "evil.example"}),
+        ]
+        assert [answer.status for answer in others] == [405, 200, 200, 403]
+        for answer in others[:3]:
+            assert "access-control-allow-origin" not in answer.headers
+            assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+            assert answer.headers["vary"] == "Origin"
 
 
 def test_every_answer_says_what_a_browser_may_do_with_it(served: Served) -> None:

@@ -21,10 +21,12 @@ from websockets.sync.client import connect
 from benchmarks.serve.server import running
 from onestill.pipeline import Pipeline
 from onestill.serve.front import FromFront, Front
-from onestill.serve.front_socket import tries
+from onestill.serve.front_socket import _id_in, tries
 from onestill.serve.guard import Guard
+from onestill.serve.realtime import packed
 from onestill.serve.requests import Bounds
 from onestill.serve.run import listen, make_front
+from onestill.serve.state import Settings
 
 from .client import Served, answer_on, serving
 from .test_images import png
@@ -97,6 +99,26 @@ def test_one_request_is_one_picture_however_often_it_is_asked(served: Served) ->
     assert one == two
     assert served.draw().json["data"] != one
     assert served.ask("POST", "/v1/images/generations", {"prompt": "a", "seed": 1}, headers).json["data"] != one
+
+
+def test_a_request_that_fails_is_asked_once(tiny_pipe: Pipeline) -> None:
+    asked: list[int] = []
+
+    def broken(images: Any) -> list[bool]:
+        asked.append(len(images))
+        raise RuntimeError
+
+    with serving(tiny_pipe, Settings(image_filter=broken)) as served, fronted(served.port, patience_s=2) as front:
+        answer = front.draw()
+        assert (answer.status, answer.error["code"]) == (500, "server_fault")
+        assert asked == [1]
+
+
+def test_the_front_reads_ids_as_a_replica_does() -> None:
+    assert _id_in('{"id": 3, "prompt": 5}', 2**20) == 3
+    assert _id_in(packed({"id": 3}, b"x"), 100) == 3
+    for message in ('{"id": 3, "prompt": "' + "a" * 2**16 + '"}', packed({"id": 3}, b"x" * 100), "[3]", "{"):
+        assert _id_in(message, 100) is None
 
 
 def test_nobody_answers(tiny_pipe: Pipeline) -> None:

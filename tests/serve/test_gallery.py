@@ -219,6 +219,13 @@ def test_a_picture_counts_as_one_and_filters_hold_here_too(tiny_pipe: Pipeline, 
         assert len(gallery.page(9)) == 1
 
 
+def test_what_the_gallery_does_not_take_counts_nothing(tiny_pipe: Pipeline, url: str) -> None:
+    with shown(tiny_pipe, url, trial=1, file_bytes=10) as (served, _):
+        owner = Visitor(served)
+        assert [owner.save().error["code"] for _ in range(2)] == ["too_large"] * 2
+        assert served.draw().status == 200
+
+
 def test_off_it_is_not_there(served: Served) -> None:
     for method, path in ROUTES:
         assert served.ask(method, f"/v1/gallery{path.replace('{name}', '0' * 32)}", {}).status == 404

@@ -187,6 +187,19 @@ def test_a_full_queue_says_when_to_come_again(start: Start, gated: Gated) -> Non
     assert scheduler.waiting == 0
 
 
+def test_many_clients_of_one_address_leave_room_for_others(start: Start, gated: Gated) -> None:
+    scheduler = start(waiting=10, waiting_each=2)
+    kept = [occupy(scheduler, gated)]
+    kept += [scheduler.submit(job(), name, "here") for name in "abcde"]
+    with pytest.raises(Busy):
+        scheduler.submit(job(), "f", "here")
+    kept.append(scheduler.submit(job(), "f", "there"))
+    kept += [scheduler.submit(job(), f"key {i}") for i in range(4)]  # who has a key is no address
+    gated.gate.set()
+    for future in kept:
+        future.result(WAIT)
+
+
 def test_cancelled_while_waiting_is_never_drawn(start: Start, gated: Gated) -> None:
     scheduler = start(waiting=1)
     occupied = occupy(scheduler, gated)

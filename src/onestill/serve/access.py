@@ -29,7 +29,7 @@ from onestill.serve.envelope import ApiError
 if TYPE_CHECKING:
     from onestill.serve.ledger import Ledger
 
-__all__ = ["COOKIE", "Access", "Key", "Visitor", "hash_of", "new_key", "read_keys"]
+__all__ = ["COOKIE", "Access", "Key", "Visitor", "hash_of", "network", "new_key", "read_keys"]
 
 COOKIE = "onestill_visitor"
 COOKIE_S = 400 * 24 * 3600  # as long as browsers keep any
@@ -168,7 +168,7 @@ class Access:
         return found
 
     def _anonymous(self, connection: HTTPConnection) -> Visitor:
-        address = self.hidden(_network(connection.client.host if connection.client else ""))
+        address = self.hidden(network(connection.client.host if connection.client else ""))
         cookie = self._visitor_of(connection.cookies.get(COOKIE, ""))
         name = f"visitor:{cookie}" if cookie else f"address:{address}"
         owner = f"visitor:{cookie}" if cookie else ""
@@ -237,7 +237,7 @@ def _today() -> str:
     return datetime.now(UTC).date().isoformat()
 
 
-def _network(address: str) -> str:
+def network(address: str) -> str:
     """An address as it is counted: of IPv6 the 64 bits that are one household's."""
     try:
         found = ipaddress.ip_address(address)

@@ -228,8 +228,3 @@ def _add_refusals(app: FastAPI) -> None:
         if error.status_code == 405 and (allowed := _allowed(app, request.url.path)):
             response.headers["allow"] = allowed
         return response
-
-    @app.exception_handler(Exception)
-    async def fault(request: Request, error: Exception) -> JSONResponse:
-        LOG.error("A request failed.", exc_info=error)
-        return response_of(ApiError(500, "The server failed; its log says more.", "server_fault"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -14,14 +15,21 @@ from onestill.serve.jobs import Busy, NotDrawn
 
 __all__ = ["ApiError", "ErrorBody", "error_object", "from_validation", "response_of", "to_api_error"]
 
-TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 503: "server_error"}
+LOG = logging.getLogger("onestill.serve")
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
 
 
 class ApiError(OnestillError):
     """A request that is refused.
 
     Args:
-        status: of HTTP, 4xx or 503.
+        status: of HTTP, 4xx, 500 or 503.
         message: one sentence that names the fix.
         code: a word for programs.
         param: the field that is wrong.
@@ -66,8 +74,14 @@ def response_of(error: ApiError) -> JSONResponse:
     return JSONResponse({"error": error_object(error)}, error.status, headers)
 
 
-def to_api_error(error: OnestillError) -> ApiError:
-    """An error of the package as an answer: the server's trouble is 429 or 503, the rest the asker's mistake."""
+def to_api_error(error: Exception) -> ApiError:
+    """An error as an answer: the server's trouble is 429 or 503, the rest of the package's the asker's mistake.
+
+    What is no error of the package is a fault of the server: it is logged, and the answer, 500, tells nothing of it.
+    """
+    if not isinstance(error, OnestillError):
+        LOG.error("A request failed.", exc_info=error)
+        return ApiError(500, "The server failed; its log says more.", "server_fault")
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Busy):

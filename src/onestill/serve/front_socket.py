@@ -14,7 +14,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.typing import Origin, Subprotocol
 
-from onestill.serve.realtime import name_in, unpacked
+from onestill.serve.envelope import ApiError
+from onestill.serve.realtime import name_in, opened, unpacked
 
 if TYPE_CHECKING:
     from onestill.serve.front import Front
@@ -107,7 +108,7 @@ class Socket:
             text = message.get("text")
             data: Sent = text if text is not None else message.get("bytes") or b""
             async with self._lock:
-                self._unanswered.append((_id_in(data), data))
+                self._unanswered.append((_id_in(data, self._front.message_bytes), data))
                 with suppress(ConnectionClosed):  # then it is asked again of another
                     await self._here().send(data)
 
@@ -170,10 +171,9 @@ async def tries(patience_s: float) -> AsyncIterator[int]:
         number, pause = number + 1, min(LONGEST_PAUSE_S, pause * 2)
 
 
-def _id_in(message: Sent) -> int | None:
+def _id_in(message: Sent, most: int) -> int | None:
     """What the answer to a message will be named, as the replica reads it."""
     try:
-        fields = json.loads(message) if isinstance(message, str) else unpacked(message)[0]
-    except (ValueError, RecursionError):
+        return name_in(opened(message, most)[0])
+    except ApiError:
         return None
-    return name_in(fields) if isinstance(fields, dict) else None

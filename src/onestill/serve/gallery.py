@@ -85,7 +85,8 @@ class Gallery:
         self._clock = clock
 
     def check_room(self, owner: str, address: str, size: int = 0) -> None:
-        """Raise ApiError (429) when a file of that many bytes would be too much."""
+        """Raise ApiError when a file of that many bytes would be too much: 429 for now, 400 for any gallery."""
+        self._check_size(size)
         with self._ledger.begin() as connection:
             self._check_room(connection, owner, address, size)
 
@@ -113,8 +114,7 @@ class Gallery:
         Raises:
             ApiError: 429, there is no room; 400, the file is too large.
         """
-        if len(file) > self.rules.file_bytes:
-            raise ApiError(400, "This picture is too large for the gallery; take a smaller size.", "too_large")
+        self._check_size(len(file))
         now = self._now()
         expires = now + self.rules.days * DAY_MS
         name = name or secrets.token_hex(16)
@@ -169,6 +169,10 @@ class Gallery:
         if gone:
             self._ledger.wipe()
         return int(gone)
+
+    def _check_size(self, size: int) -> None:
+        if size > self.rules.file_bytes:
+            raise ApiError(400, "This picture is too large for the gallery; take a smaller size.", "too_large")
 
     def _check_room(self, connection: sa.Connection, owner: str, address: str, size: int) -> None:
         rules, alive = self.rules, _TABLE.c.expires_ms > self._now()

@@ -133,11 +133,12 @@ class _Routes:
         await self._access.in_pool(gallery.check_room, owner, visitor.address)
         await server.check_prompt(job.prompt)
         await self._access.check(visitor, 1)
-        pictures = await unless_gone(request, server.scheduler.submit(job, visitor.name))
+        pictures = await unless_gone(request, server.scheduler.submit(job, visitor.name, visitor.address))
         await server.check_pictures(pictures)
-        await self._access.spend(visitor, 1)
         (picture,) = pictures
         file = await _file(server, picture, form.show_prompt)
+        await self._access.in_pool(gallery.check_room, owner, visitor.address, len(file))
+        await self._access.spend(visitor, 1)  # what is refused counts nothing
         add = partial(
             gallery.add,
             name=name,

@@ -11,12 +11,15 @@ import ipaddress
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from onestill.serve.envelope import ApiError, response_of
+from onestill.serve.envelope import ApiError, response_of, to_api_error
 
 __all__ = ["Guard"]
 
@@ -32,6 +35,17 @@ ALWAYS = {
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
         "manifest-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
     ),
+}
+
+# For the pages of origins that were allowed. Cookies are not: whoever asks so is known by key or address.
+PREFLIGHT = {
+    "access-control-allow-methods": "GET, POST, DELETE",
+    "access-control-allow-headers": "Authorization, Content-Type, *",  # the star does not mean Authorization
+    "access-control-max-age": "600",
+}
+SHARED = {
+    "access-control-expose-headers": "Retry-After, X-Request-Id",
+    "cross-origin-resource-policy": "cross-origin",
 }
 
 Watch = Callable[[str, str, int, float], None]
@@ -76,12 +90,19 @@ class Guard:
         started = time.perf_counter()
         answered = False
         request_id = secrets.token_hex(8)
+        asked = Headers(scope=scope)
+        origin = asked.get("origin")
+        listed = origin if origin is not None and self._is_listed(origin) else None
 
         async def send_with_headers(message: Message) -> None:
             nonlocal answered
             if message["type"] == "http.response.start":
                 answered = True
                 headers = MutableHeaders(scope=message)
+                if listed is not None:
+                    headers.update(SHARED | {"access-control-allow-origin": listed})
+                if self._origins:
+                    headers.add_vary_header("Origin")
                 for name, value in ALWAYS.items():
                     headers.setdefault(name, value)
                 took = time.perf_counter() - started
@@ -94,11 +115,16 @@ class Guard:
         try:
             if refusal is not None:
                 raise refusal
+            if listed is not None and scope["method"] == "OPTIONS" and "access-control-request-method" in asked:
+                await Response(status_code=204, headers=PREFLIGHT)(scope, receive, send_with_headers)
+                return
             await self._app(scope, self._bounded(scope, receive), send_with_headers)
-        except ApiError as error:
+        except ClientDisconnect:
+            return
+        except Exception as error:  # whatever a route raises, its answer has these headers and is counted
             if answered:
                 raise
-            response = response_of(error)
+            response = response_of(to_api_error(error))
             response.headers["connection"] = "close"  # what is left of the body is not waited for
             await response(scope, receive, send_with_headers)
 
@@ -110,9 +136,15 @@ class Guard:
         origin = headers.get("origin")
         if origin is None or (scope["type"] == "http" and scope["method"] in SAFE):
             return None
-        if origin.lower().rstrip("/") in self._origins or urlsplit(origin).netloc.lower() == host.lower():
+        if self._is_listed(origin):
             return None
+        with suppress(ValueError):  # an Origin that is none is foreign
+            if urlsplit(origin).netloc.lower() == host.lower():
+                return None
         return ApiError(403, "Pages of another site may not ask; add it with --allow-origin.", "foreign_origin")
+
+    def _is_listed(self, origin: str) -> bool:
+        return origin.lower().rstrip("/") in self._origins
 
     def _is_known(self, host: str) -> bool:
         try:

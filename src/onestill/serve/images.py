@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
+from starlette.types import Receive, Scope, Send
 
-from onestill.errors import OnestillError
 from onestill.serve.access import Visitor
 from onestill.serve.envelope import ApiError, ErrorBody, error_object, from_validation, to_api_error
 from onestill.serve.jobs import Job, Picture
@@ -220,7 +220,7 @@ async def _answer(
     await server.access.check(visitor, len(job.seeds))
     if form.stream:
         return _streamed(server, visitor, form, job, event)
-    future = server.scheduler.submit(job, visitor.name)
+    future = server.scheduler.submit(job, visitor.name, visitor.address)
     pictures = await unless_gone(request, future)
     await server.check_pictures(pictures)
     await server.access.spend(visitor, len(pictures))
@@ -268,7 +268,9 @@ def _streamed(server: Server, visitor: Visitor, form: Generation, job: Job, even
         with suppress(RuntimeError):  # the loop has closed: nobody listens
             loop.call_soon_threadsafe(drawn.put_nowait, item)
 
-    future = server.scheduler.submit(job, visitor.name, on_picture=lambda index, picture: hand_over(picture))
+    future = server.scheduler.submit(
+        job, visitor.name, visitor.address, on_picture=lambda index, picture: hand_over(picture)
+    )
     future.add_done_callback(lambda done: hand_over(None))
 
     async def events() -> AsyncIterator[bytes]:
@@ -291,15 +293,27 @@ def _streamed(server: Server, visitor: Visitor, form: Generation, job: Job, even
                 yield _event(name, await _written(server, form, file, more))
             if not future.cancelled():
                 future.result()
-        except OnestillError as error:
+        except Exception as error:
             yield _event("error", json.dumps({"error": error_object(to_api_error(error))}).encode())
-        finally:
-            future.cancel()
         yield b"data: [DONE]\n\n"
 
-    return StreamingResponse(
-        events(), media_type="text/event-stream", headers={"cache-control": "no-store", "x-accel-buffering": "no"}
-    )
+    return _Events(events(), future)
+
+
+class _Events(StreamingResponse):
+    """Server-sent events of a job, which is withdrawn when they end, also where the client left before the first."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], future: Future[list[Picture]]) -> None:
+        super().__init__(events, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        self._future = future
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._future.cancel()
 
 
 def _event(name: str, data: bytes) -> bytes:

@@ -19,15 +19,14 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from onestill.errors import OnestillError
-from onestill.serve.access import Visitor
+from onestill.serve.access import Visitor, network
 from onestill.serve.envelope import ApiError, error_object, from_validation, to_api_error
 from onestill.serve.jobs import Job, Picture, Superseded
 from onestill.serve.pace import Bucket
 from onestill.serve.requests import KINDS, LARGEST_SEED, Live, job_of, read_upload
 from onestill.serve.state import Server
 
-__all__ = ["converse", "name_in", "packed", "unpacked"]
+__all__ = ["converse", "name_in", "opened", "packed", "unpacked"]
 
 PROTOCOL = "onestill.v1"
 KEY_PROTOCOL = "onestill.key."
@@ -35,6 +34,7 @@ UNANSWERED = 32  # messages whose answers are not sent yet; beyond that no more 
 MOST_JSON = 64 * 1024  # of a message: the longest prompt fits, and reading it holds nobody up
 SEND_S = 20.0  # a client that takes nothing for so long is cut off
 DEFAULT_QUALITY = 85
+REFUSED, FAILED, TRY_LATER = 1008, 1011, 1013  # why a socket is closed
 
 
 def packed(header: Mapping[str, Any], data: bytes) -> bytes:
@@ -61,25 +61,30 @@ async def converse(server: Server, socket: WebSocket) -> None:
     # A browser cannot set headers on a socket; a key in the address would end up in logs.
     key = next((_key_in(name) for name in offered if name.startswith(KEY_PROTOCOL)), None)
     await socket.accept(subprotocol=PROTOCOL if PROTOCOL in offered else None)
-    address = socket.client.host if socket.client else ""
-    connection: _Connection | None = None
-    try:
-        if server.live.total() >= server.bounds.live or server.live[address] >= server.bounds.live_each:
-            raise ApiError(429, "Too many live connections; close one.", "too_many_connections", retry_after_s=5)
-        visitor = await server.access.identify(socket, key)
-        connection = _Connection(server, socket, visitor)
-    except ApiError as error:
-        with suppress(WebSocketDisconnect, RuntimeError):
-            await socket.send_text(json.dumps({"type": "error", "id": None, "error": error_object(error)}))
-            await socket.close(1008 if error.status == 401 else 1013)
+    address = network(socket.client.host if socket.client else "")
+    if server.live.total() >= server.bounds.live or server.live[address] >= server.bounds.live_each:
+        await _refuse(socket, ApiError(429, "Too many live connections; close one.", "too_many_connections"))
         return
     server.live[address] += 1
     try:
-        await connection.run()
+        try:
+            visitor = await server.access.identify(socket, key)
+        except Exception as error:
+            await _refuse(socket, to_api_error(error))
+            return
+        with suppress(WebSocketDisconnect, TimeoutError):  # it left, or took nothing
+            await _Connection(server, socket, key, visitor).run()
     finally:
         server.live[address] -= 1
         if not server.live[address]:
             del server.live[address]
+
+
+async def _refuse(socket: WebSocket, error: ApiError) -> None:
+    """Say why there is no live connection, and close it."""
+    with suppress(WebSocketDisconnect, RuntimeError):
+        await socket.send_text(json.dumps({"type": "error", "id": None, "error": error_object(error)}))
+        await socket.close(REFUSED if error.status == 401 else TRY_LATER)
 
 
 def _key_in(protocol: str) -> str:
@@ -102,16 +107,18 @@ class _Answer(NamedTuple):
 class _Connection:
     """One reader, one sender, and between them the answers in the order they became known."""
 
-    def __init__(self, server: Server, socket: WebSocket, visitor: Visitor) -> None:
+    def __init__(self, server: Server, socket: WebSocket, key: str | None, visitor: Visitor) -> None:
         self._server = server
         self._socket = socket
+        self._key = key
         self._visitor = visitor
         self._slot = server.scheduler.slot()
-        self._answers: asyncio.Queue[_Answer | None] = asyncio.Queue()
+        self._answers: asyncio.Queue[_Answer] = asyncio.Queue()
         self._room = asyncio.Semaphore(UNANSWERED)
         each_s = server.bounds.messages_each_s
         self._rate = Bucket(each_s, 2 * each_s)
-        self._quota_used = False
+        self._quota_short = True  # a message may ask for more than is left, so one looks before drawing
+        self._close_code = FAILED
 
     async def run(self) -> None:
         await self._send(json.dumps(self._ready()))
@@ -126,10 +133,9 @@ class _Connection:
             results = await asyncio.gather(sender, reader, return_exceptions=True)
             if self._socket.application_state is WebSocketState.CONNECTED:
                 with suppress(Exception):
-                    await asyncio.wait_for(self._socket.close(1011), 1)
+                    await asyncio.wait_for(self._socket.close(self._close_code), 1)
         for result in results:
-            expected = (asyncio.CancelledError, WebSocketDisconnect, TimeoutError, RuntimeError)
-            if isinstance(result, BaseException) and not isinstance(result, expected):
+            if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
                 raise result
 
     def _ready(self) -> dict[str, Any]:
@@ -161,36 +167,25 @@ class _Connection:
     async def _take(self, text: str | None, data: bytes | None, came: float) -> None:
         name: int | None = None
         try:
-            self._check_rate()
-            fields, image = self._opened(text, data)
-            if isinstance(fields, dict):
-                name = name_in(fields)
+            in_time = self._rate.take()
+            fields, image = opened(data or b"" if text is None else text, self._server.bounds.message)
+            name = name_in(fields)
+            if not in_time:
+                each_s = self._server.bounds.messages_each_s
+                raise ApiError(429, f"Send at most {each_s:g} messages a second.", "rate_limit", retry_after_s=1)
+            self._visitor = await self._server.access.identify(self._socket, self._key)  # keys are revoked meanwhile
             form = self._server.forms.live.model_validate(fields)
             await self._server.check_prompt(form.prompt)
-            if self._quota_used:  # it may be another day by now
+            if self._quota_short:  # it may be another day by now
                 await self._server.access.check(self._visitor, form.n or 1)
-                self._quota_used = False
+                self._quota_short = False
             picture = await self._server.in_pool(read_upload, image, self._server.bounds.upload_px) if image else None
             self._queue(form, job_of(form, self._server.info, picture), came)
         except ValidationError as error:
             refusal = from_validation(error, self._server.forms.live.model_fields)
             self._answers.put_nowait(_Answer(name, refusal, None, came))
-        except OnestillError as error:
+        except Exception as error:
             self._answers.put_nowait(_Answer(name, to_api_error(error), None, came))
-
-    def _check_rate(self) -> None:
-        if not self._rate.take():
-            each_s = self._server.bounds.messages_each_s
-            raise ApiError(429, f"Send at most {each_s:g} messages a second.", "rate_limit", retry_after_s=1)
-
-    def _opened(self, text: str | None, data: bytes | None) -> tuple[Any, bytes]:
-        most = self._server.bounds.message if text is None else MOST_JSON
-        if len(text or data or "") > most:
-            raise ApiError(413, "The message is too large.", "too_large")
-        try:
-            return (json.loads(text), b"") if text is not None else unpacked(data or b"")
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, "The message is no JSON; see docs/serve.md.", "invalid_body") from error
 
     def _queue(self, form: Live, job: Job, came: float) -> None:
         loop = asyncio.get_running_loop()
@@ -205,30 +200,35 @@ class _Connection:
     # --- down -------------------------------------------------------------------------------------------------------
 
     async def _answer_all(self) -> None:
-        while (answer := await self._answers.get()) is not None:
-            name, result, form, came = answer
+        while self._close_code != REFUSED:
+            answer = await self._answers.get()
+            message: str | bytes
             try:
-                if isinstance(result, ApiError) or form is None:
-                    raise result if isinstance(result, ApiError) else RuntimeError
-                await self._send(await self._picture(form, result.result(), came))
-                self._server.metrics.count("onestill_live_answers_total", answer="image")
+                kind, message = "image", await self._picture(answer)
             except Superseded:
-                await self._send(json.dumps({"type": "superseded", "id": name}))
-                self._server.metrics.count("onestill_live_answers_total", answer="superseded")
+                kind, message = "superseded", json.dumps({"type": "superseded", "id": answer.id})
             except CancelledError:
                 return  # the slot was closed: the connection is over
-            except OnestillError as error:
-                refusal = to_api_error(error)
-                self._quota_used |= refusal.code == "insufficient_quota"
-                told: dict[str, Any] = {"type": "error", "id": name, "error": error_object(refusal)}
-                if refusal.retry_after_s is not None:
-                    told["retry_after_s"] = round(refusal.retry_after_s, 1)
-                await self._send(json.dumps(told))
-                self._server.metrics.count("onestill_live_answers_total", answer="error")
+            except Exception as error:
+                kind, message = "error", self._error(answer.id, to_api_error(error))
+            await self._send(message)
+            self._server.metrics.count("onestill_live_answers_total", answer=kind)
             self._room.release()
 
-    async def _picture(self, form: Live, pictures: list[Picture], came: float) -> bytes:
-        server = self._server
+    def _error(self, name: int | None, refusal: ApiError) -> str:
+        self._quota_short |= refusal.code == "insufficient_quota"
+        if refusal.status == 401:
+            self._close_code = REFUSED
+        told: dict[str, Any] = {"type": "error", "id": name, "error": error_object(refusal)}
+        if refusal.retry_after_s is not None:
+            told["retry_after_s"] = round(refusal.retry_after_s, 1)
+        return json.dumps(told)
+
+    async def _picture(self, answer: _Answer) -> bytes:
+        server, form = self._server, answer.form
+        if isinstance(answer.result, ApiError) or form is None:
+            raise answer.result if isinstance(answer.result, ApiError) else RuntimeError
+        pictures = answer.result.result()
         await server.check_pictures(pictures)
         started = time.perf_counter()
         kind = form.format or "jpeg"
@@ -256,17 +256,35 @@ class _Connection:
         left = await server.access.left(self._visitor)
         if left is not None:
             header["left"] = left
-        header["timings"]["total_ms"] = round((time.perf_counter() - came) * 1000, 2)
+            self._quota_short |= left < server.bounds.live_n
+        header["timings"]["total_ms"] = round((time.perf_counter() - answer.came) * 1000, 2)
         return packed(header, b"".join(files))
 
     async def _send(self, message: str | bytes) -> None:
         sending = self._socket.send_text(message) if isinstance(message, str) else self._socket.send_bytes(message)
-        await asyncio.wait_for(sending, SEND_S)
+        try:
+            await asyncio.wait_for(sending, SEND_S)
+        except RuntimeError as error:  # closed already, by either side
+            raise WebSocketDisconnect(1006) from error
 
 
-def name_in(fields: Mapping[str, Any]) -> int | None:
+def opened(message: str | bytes, most: int) -> tuple[Any, bytes]:
+    """What a message says, and the bytes that came with it, `most` at most.
+
+    Raises:
+        ApiError: it is too large, or none.
+    """
+    if len(message) > (MOST_JSON if isinstance(message, str) else most):
+        raise ApiError(413, "The message is too large.", "too_large")
+    try:
+        return (json.loads(message), b"") if isinstance(message, str) else unpacked(message)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, "The message is no JSON; see docs/serve.md.", "invalid_body") from error
+
+
+def name_in(fields: Any) -> int | None:
     """The id of a message that may be wrong otherwise, so that its error can name it."""
-    name = fields.get("id")
+    name = fields.get("id") if isinstance(fields, dict) else None
     if isinstance(name, float) and name.is_integer():
         name = int(name)
     return name if isinstance(name, int) and not isinstance(name, bool) and 0 <= name <= LARGEST_SEED else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -45,7 +46,9 @@ def refused_picture(found: Sequence[bool]) -> None:
 
 
 def blocked_words(path: Path) -> PromptFilter:
-    """A filter that refuses prompts with one of the words or phrases of a file, one a line, whatever their case.
+    """A filter that refuses prompts with one of the words or phrases of a file, one a line.
+
+    Case, accents and letters that cannot be seen make no difference, as they make none to a tokenizer.
 
     Raises:
         OnestillError: the file cannot be read, or holds none.
@@ -54,15 +57,25 @@ def blocked_words(path: Path) -> PromptFilter:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise OnestillError(f"The words in '{path}' cannot be read; give a text file, one word a line.") from error
-    words = [line for line in lines if line and not line.startswith("#")]
+    words = [word for line in lines if not line.startswith("#") and (word := _plain(line))]
     if not words:
         raise OnestillError(f"'{path}' holds no words; write one a line.")
-    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(re.escape(word.casefold()) for word in words)})(?!\w)")
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)")
 
     def refuse(prompt: str) -> str | None:
-        return "it holds a blocked word" if pattern.search(" ".join(prompt.casefold().split())) else None
+        return "it holds a blocked word" if pattern.search(_plain(prompt)) else None
 
     return refuse
+
+
+def _plain(text: str) -> str:
+    """A text without case, accents and what cannot be seen, its words apart by one space."""
+    letters = (
+        letter
+        for letter in unicodedata.normalize("NFKD", text)
+        if letter in "\t\n\r" or (unicodedata.category(letter)[0] != "C" and unicodedata.category(letter) != "Mn")
+    )
+    return " ".join("".join(letters).replace("\ufffd", "").casefold().split())
 
 
 def named_filter(name: str) -> Any:

@@ -45,7 +45,7 @@ class Limits:
 
     Attributes:
         waiting: pictures in the queue, slots not counted.
-        waiting_each: of those, of one client.
+        waiting_each: of those, of one client; of one address half of `waiting`, where that is more.
         batch: pictures in one call of the pipeline.
         window_ms: how long a call waits for more pictures when more than one client waits already.
         timeout_s: how long a request may wait for its first turn.
@@ -73,7 +73,7 @@ class Slot:
         Raises:
             Closing, EngineFault: the server takes no work at present.
         """
-        return self._scheduler._add(job, self._client, None)
+        return self._scheduler._add(job, self._client, "", None)
 
     def close(self) -> None:
         """Give the slot up: what waits is cancelled, what runs is stopped at its next stage."""
@@ -111,21 +111,22 @@ class Scheduler:
     # --- asking -----------------------------------------------------------------------------------------------------
 
     def submit(
-        self, job: Job, client: str, on_picture: Callable[[int, Picture], None] | None = None
+        self, job: Job, client: str, address: str = "", on_picture: Callable[[int, Picture], None] | None = None
     ) -> Future[list[Picture]]:
         """Queue a job.
 
         Args:
             job: what to draw.
             client: who asks; jobs of one client take turns with those of others.
+            address: where from, as many clients may be one person; "" where that says nothing.
             on_picture: called in the model's thread with each picture's index as it is drawn, in any order.
 
         Raises:
-            Busy: the queue is full, or the client's part of it.
+            Busy: the queue is full, or the client's part of it, or the address's.
             Closing, EngineFault: the server takes no work at present.
         """
         with self._changed:
-            return self._add(job, self._turns.named(client), on_picture)
+            return self._add(job, self._turns.named(client), address, on_picture)
 
     def slot(self) -> Slot:
         """A place for one live connection."""
@@ -180,14 +181,14 @@ class Scheduler:
     # --- the queue, all under the lock ------------------------------------------------------------------------------
 
     def _add(
-        self, job: Job, client: Client, on_picture: Callable[[int, Picture], None] | None
+        self, job: Job, client: Client, address: str, on_picture: Callable[[int, Picture], None] | None
     ) -> Future[list[Picture]]:
         with self._changed:
             self._check_open()
             self._sweep()
             if not client.live:
-                self._check_room(job, client)
-            task = Task(job, Future(), client, time.monotonic(), on_picture)
+                self._check_room(job, client, address)
+            task = Task(job, Future(), client, time.monotonic(), address, on_picture)
             replaced = self._turns.add(task)
             self.counts["superseded"] += len(replaced)
             self._changed.notify_all()
@@ -203,11 +204,14 @@ class Scheduler:
             self.counts["refused"] += 1
             raise EngineFault("The engine fails at present; try again later.", left)
 
-    def _check_room(self, job: Job, client: Client) -> None:
-        new = len(job.seeds)
+    def _check_room(self, job: Job, client: Client, address: str) -> None:
+        new, limits = len(job.seeds), self.limits
         own = sum(task.waiting for task in client.tasks)
-        everyone = sum(task.waiting for task in self._turns.tasks() if not task.client.live)
-        if own + new > self.limits.waiting_each or everyone + new > self.limits.waiting:
+        queued = [task for task in self._turns.tasks() if not task.client.live]
+        everyone = sum(task.waiting for task in queued)
+        here = sum(task.waiting for task in queued if address and task.address == address)
+        most_here = max(limits.waiting // 2, limits.waiting_each)
+        if own + new > limits.waiting_each or here + new > most_here or everyone + new > limits.waiting:
             self.counts["refused"] += 1
             wait_s = max(1.0, everyone * self._picture_s)
             raise Busy(f"The queue is full, with {everyone} pictures waiting; try again in a moment.", wait_s)

@@ -24,6 +24,7 @@ class Task:
 
     Attributes:
         submitted: when, in seconds of the caller's clock.
+        address: where it was asked from, hidden; "" where that says nothing.
         on_picture: called with each picture's index as it is drawn.
         started: how many of its pictures have had their turn.
         pictures: index -> what was drawn.
@@ -33,6 +34,7 @@ class Task:
     future: Future[list[Picture]]
     client: Client
     submitted: float
+    address: str = ""
     on_picture: Callable[[int, Picture], None] | None = None
     started: int = 0
     pictures: dict[int, Picture] = field(default_factory=dict)

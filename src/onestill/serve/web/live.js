@@ -84,13 +84,24 @@ export class Live {
       this.on.state("live");
       return this.flush();
     }
+    if (message.type === "error" && message.id === null && this.ready) return this.giveUp(message);
     const request = this.asked.get(message.id);
     this.asked.delete(message.id);
     if (message.type === "error") {
-      if (message.id === null && !this.ready) this.refusal = message.error;
+      if (!this.ready || message.error.type === "authentication_error") this.refusal = message.error;
       this.on.refused(message.error, request, message.retry_after_s);
     }
     this.flush();
+  }
+
+  // Something was refused, and what is not told. Nothing is waited for any more; the newest is not sent again at once,
+  // as it may be what was wrong, but when this.on asks or the connection is made again.
+  giveUp(message) {
+    const newest = [...this.asked.values()].pop();
+    this.asked.clear();
+    if (this.pending) this.flush();
+    else this.pending = newest ?? null;
+    this.on.refused(message.error, newest, message.retry_after_s);
   }
 
   receivePictures(data) {
