@@ -11,7 +11,6 @@ and it continues. The teacher's steps take nearly all of the time.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shlex
 import sys
@@ -34,6 +33,7 @@ from onestill.evaluate import (
     Result,
     evaluate,
     fid_ratio,
+    fingerprint,
     load_network,
     sheets,
 )
@@ -140,7 +140,7 @@ def drawer(pipeline: onestill.Pipeline, steps: int, guidance: float, sampler: st
 def contender(pipeline: onestill.Pipeline, group: str, steps: int, guidance: float, sampler: str) -> Contender:
     """A pipeline at one number of steps; its settings name the weights: saved pictures are never another model's."""
     settings = {
-        "weights": fingerprint(pipeline.info.path),
+        "weights": fingerprint(pipeline.info),
         "engine": pipeline.engine.name,
         "dtype": pipeline.engine.dtype,
         "sampler": sampler,
@@ -150,14 +150,6 @@ def contender(pipeline: onestill.Pipeline, group: str, steps: int, guidance: flo
 
 def named(group: str, steps: int) -> str:
     return f"{group}, {steps} step{'s' if steps > 1 else ''}"
-
-
-def fingerprint(folder: Path) -> str:
-    """The hash of every weight in a model's folder."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def sweep(
@@ -346,15 +338,15 @@ def run(options: argparse.Namespace) -> Path:
     counts = ", ".join(f"{sum(sample.split == split for sample in samples)} {split}" for split in SPLITS)
     about = About(
         title=f"One step against {last}",
-        lead=f"The model '{student.info.name}' draws in one step what its teacher draws in {last}: "
+        lead=f"The model '{student.info.name}' in one step beside its teacher in {last}: "
         f"{len(samples):,} captions that no training saw, from the same seeds, nothing picked by hand.",
         sets={
             "prompts": f"{len(samples):,} captions of held-out icons, one each: {counts}",
             "reference": "the real pictures of those captions",
             "floor": f"{len(others):,} other held-out pictures",
             "networks": ", ".join(f"{network.name} ({network.fingerprint})" for network in networks),
-            "teacher": f"{options.teacher.name} ({fingerprint(options.teacher)}), {sampler}, guidance {guidance:g}",
-            "student": f"{options.student.name} ({fingerprint(options.student)}), {student.info.sampler}, no guidance",
+            "teacher": f"{options.teacher.name} ({fingerprint(teacher.info)}), {sampler}, guidance {guidance:g}",
+            "student": f"{options.student.name} ({fingerprint(student.info)}), {student.info.sampler}, no guidance",
             "engine": f"{teacher.engine.name}, {teacher.engine.dtype}, {teacher.engine.device}",
             "took": f"{(time.monotonic() - began) / 60:.1f} minutes, less what an earlier run had drawn",
         },

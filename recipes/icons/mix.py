@@ -33,9 +33,7 @@ SHARES = {"emoji": 0.52, "colour": 0.12, "mono": 0.30, "composition": 0.06}
 GEOMETRY_WEIGHT = 4.0
 # The plain shapes are few rows: this makes them about every tenth one-colour sample.
 SHAPE_WEIGHT = 24.0
-# What only one or two sets have a word for is mostly an interface idea.
-RARE_WEIGHT = 0.4
-# What hardly any set draws is mostly interface jargon ("dock row"), which a small model cannot tell apart.
+# What is drawn in hardly any style is mostly interface jargon ("dock row"), which a small model cannot tell apart.
 RARE, RARE_WEIGHT = 3, 0.2
 MAIN_MONO_STYLES = {"solid", "solid emoji", "stencil emoji", "outline", "duotone", "pixel art"}
 
@@ -73,7 +71,7 @@ def _mono_weight(row: Row, rows_of_concept: int, styles_of_concept: int) -> floa
     weight = 1.0 if row["style"] in MAIN_MONO_STYLES else 0.3
     if row["style"] == "solid":
         weight *= 2
-    if styles_of_concept < 3:
+    if styles_of_concept < RARE:
         weight *= RARE_WEIGHT
     if shape:
         weight *= GEOMETRY_WEIGHT

@@ -177,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--samples-per-shard", type=int, default=2500)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--done", type=Path, help="an empty file to leave when everything is written")
     options = parser.parse_args(arguments)
     rows = read_rows(options.parquet)
     for split in options.splits:
@@ -192,6 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             str(minilm_tokenizer()),
         )
         render(plan, options.processes)
+    if options.done:
+        options.done.touch()
 
 
 if __name__ == "__main__":

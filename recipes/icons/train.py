@@ -17,7 +17,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SIZE_PX = {"cpu": 128, "gpu": 256}
-STAGES = ("shards", "1-autoencoder", "cache", "common", "2-evaluator", "3-teacher", "4-student", "ship", "report")
+STAGES = ("shards", "1-autoencoder", "cache", "common", "2-evaluator", "3-teacher", "4-student", "ship-teacher",
+          "ship", "report")  # fmt: skip
 
 
 def module(name: str, *arguments: str) -> list[str]:
@@ -29,9 +30,9 @@ def command(stage: str, form: str, parquet: str, runs: Path, data: Path) -> tupl
     vae = runs / "autoencoder/export/vae"
     teacher, student = runs / "teacher/export/unet", runs / "student/export/unet"
     if stage == "shards":
-        held = data / "concept/shard-000000.tar"
         arguments = ("--parquet", parquet, "--out", str(data), "--size", str(SIZE_PX[form]))
-        return held, module("recipes.icons.render", *arguments)
+        done = ("--done", str(data / "shards.done"))
+        return data / "shards.done", module("recipes.icons.render", *arguments, *done)
     if stage == "cache":
         arguments = ("--shards", str(data / "train"), "--autoencoder", str(vae), "--out", str(data / "cached"))
         arguments += ("--device", "cuda", "--workers", "12") if form == "gpu" else ("--device", "cpu")
@@ -40,6 +41,10 @@ def command(stage: str, form: str, parquet: str, runs: Path, data: Path) -> tupl
     if stage == "common":
         arguments = ("--shards", str(data / "cached"), "--out", str(data / "common"))
         return data / "common.done", module("recipes.icons.common", *arguments, "--done", str(data / "common.done"))
+    if stage == "ship-teacher":
+        place = ("--out", str(runs / "icons-teacher"), "--name", "icons-teacher", "--steps", "25", "--force")
+        arguments = ("--unet", str(teacher), "--autoencoder", str(vae), *place)
+        return runs / "icons-teacher/onestill.json", module("recipes.icons.ship", *arguments)
     if stage == "ship":
         made = runs / "icons/onestill.json"
         place = ("--out", str(runs / "icons"), "--int8", "--force")
@@ -77,11 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{stage}: {' '.join(line)}", flush=True)
         if not options.dry_run:
             subprocess.run(line, check=True)
-            if stage == "ship":
-                unet, autoencoder = runs / "teacher/export/unet", runs / "autoencoder/export/vae"
-                teacher = ("--unet", str(unet), "--autoencoder", str(autoencoder))
-                place = ("--out", str(runs / "icons-teacher"), "--name", "icons-teacher", "--steps", "25", "--force")
-                subprocess.run(module("recipes.icons.ship", *teacher, *place), check=True)
 
 
 if __name__ == "__main__":

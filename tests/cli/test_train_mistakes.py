@@ -16,8 +16,10 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from onestill.cli import main
+from onestill.data import ShardWriter
 from onestill.train import state
 from tests.cli.test_train import RECIPE
+from tests.tiny import WIDTH
 from tests.train.parts import write_parts
 
 Refused = Callable[..., str]
@@ -133,6 +135,69 @@ def test_shards_that_were_not_cached(refused: Refused, distil: Path) -> None:
     said = refused("train", distil, "--set", 'data.shards=["shards"]')
     assert "the shards hold no 'latents'" in said
     assert "onestill data cache" in said
+
+
+def cached(here: Path, channels: int, width: int) -> None:
+    """Shards as another model's cache, with latents of `channels` and text `width` wide."""
+    with ShardWriter(here / "cached") as writer:
+        for i in range(2):
+            arrays = {"latents": np.zeros((channels, 4, 4), np.float16), "text": np.zeros((16, width), np.float16)}
+            arrays["mask"] = np.ones(16, np.bool_)
+            writer.write(f"{i}", picture(), "noise", {}, suffix="png", arrays=arrays)
+
+
+@pytest.mark.parametrize(("channels", "width"), [(16, WIDTH), (4, 48)])
+def test_shards_of_another_model(refused: Refused, distil: Path, here: Path, channels: int, width: int) -> None:
+    cached(here, channels, width)
+    wrong = f"cached for another model: their latents have {channels} channels and their text is {width} wide"
+    assert wrong in refused("train", distil)
+    unet = "sample_size=4 channels=4 head_dim=8 groups=8 block_out_channels=[16] attention=[true]".split()
+    sets = ["autoencoder=parts/model/vae", "text_encoder=parts/model", f"unet.text_width={WIDTH}"]
+    sets += [f"unet.{part}" for part in unet]
+    distil.write_text(DISTIL.replace('method = "add"', 'method = "diffusion"').split("[add]")[0])
+    arguments = [part for one in sets for part in ("--set", f"diffusion.{one}")]
+    assert wrong in refused("train", distil, *arguments)
+    arguments += ["--set", "diffusion.unet.text_width=8"]
+    assert "set diffusion.unet.text_width" in refused("train", distil, *arguments)
+
+
+def test_shards_that_do_not_fit_a_tower(refused: Refused, distil: Path, here: Path) -> None:
+    cached(here, 16, 48)
+    distil.write_text(DISTIL.replace('method = "add"', 'method = "contrastive"').split("[add]")[0])
+    arguments = ("--set", "contrastive.space=latents", "--set", "contrastive.channels=16")
+    assert "set contrastive.channels and contrastive.text_width" in refused("train", distil, *arguments)
+
+
+def test_parts_that_do_not_fit(refused: Refused, distil: Path, here: Path) -> None:
+    def said(*sets: str) -> str:
+        return refused("train", distil, "--dry-run", *[part for one in sets for part in ("--set", f"add.{one}")])
+
+    tower = ("feature_network=tower", "tower_layers=[0]")
+    assert "trained on latents of 4 channels" in said(*tower, "tower=parts/latents", "adversarial_space=pixels")
+    assert "trained on pixels of 3 channels" in said(*tower, "tower=parts/pixels")
+    assert "head_width must be a multiple of 8" in said("head_width=100")
+    shutil.copytree("parts/model/text_encoder", "words")
+    assert "holds no whole tokenizer" in said("text_encoder=words")
+    distil.write_text(DISTIL.replace('method = "add"', 'method = "ladd"').replace("[add]", "[ladd]"))
+    zeros = ("--set", "ladd.warm_timestep_weights=[0,0,0,0]")
+    assert "warm_timestep_weights are all zero" in refused("train", distil, *zeros)
+
+
+def test_autoencoders_that_do_not_fit_together(refused: Refused, small: Path) -> None:
+    kl = ("--set", "autoencoder.kind=kl", "--set", "autoencoder.widths=[12, 24]")
+    assert "autoencoder.widths must be multiples of 8" in refused("train", small, "--dry-run", *kl)
+    blocks = ("--set", "autoencoder.encoder_blocks=[0, 1, 1]")
+    assert "must be as long as each other" in refused("train", small, "--dry-run", *blocks)
+
+
+def test_a_dry_run_tells_of_shards_that_are_not_there(
+    distil: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(distil), "--dry-run"]) == 0
+    assert "no shard or folder cached" in json.loads(capsys.readouterr().out)["missing"]
+    cached(here, 4, WIDTH)
+    assert main(["train", str(distil), "--dry-run"]) == 0
+    assert "missing" not in json.loads(capsys.readouterr().out)
 
 
 def test_a_student_of_other_latents(refused: Refused, distil: Path, here: Path) -> None:

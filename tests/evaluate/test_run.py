@@ -140,8 +140,10 @@ def test_wrong_pictures_and_names_are_refused(tmp_path: Path) -> None:
     painter = Painter()
     network = colour_network()
     twice = [Contender("a b", painter, 1), Contender("a-b", painter, 1)]
-    with pytest.raises(DataError, match="names differ"):
+    with pytest.raises(DataError, match="unlike 'a b' and 'a-b'"):
         evaluate(twice, PROTOCOL, reference(), [network], tmp_path)
+    with pytest.raises(DataError, match="needs a feature network"):
+        evaluate(twice[:1], PROTOCOL, reference(), [], tmp_path)
     floats = Contender("floats", lambda p, s: np.zeros((len(p), 8, 8, 3)), 1)  # type: ignore[arg-type, return-value]
     with pytest.raises(DataError, match="floats gave float64"):
         evaluate([floats], PROTOCOL, reference(), [network], tmp_path)

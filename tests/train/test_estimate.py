@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,18 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "distillation_space": "pixels",
             "vit_crop": 0.0,
         },
+        {"feature_network": "tower", "tower": "latents", "tower_layers": [0, 1, 3]},
+        {"feature_network": "both", "tower": "pixels", "tower_layers": [0, 2], "adversarial_space": "pixels"},
     ],
 )
 def test_the_plan_is_what_a_step_does(parts: Path, options: dict[str, Any]) -> None:
     if options["feature_network"] == "vit":
         options = {**options, "vit": str(parts / "dinov2")}
+    if "tower" in options:
+        options = {**options, "tower": str(parts / options["tower"])}
     recipe = add_recipe(parts, **options)
     planned = estimate(recipe, parts / "none")
+    assert "left_out" not in planned
     method = Method(recipe.options, recipe.loop)
     method.to(torch.device("cpu"))
     state = TrainState(method.networks, method.optimizers, {}, torch.Generator().manual_seed(0))
@@ -94,6 +100,22 @@ def test_recipes_of_big_models_are_planned_without_them(path: Path) -> None:
     passes = planned["flops_per_step"] / recipe.loop.batch_size / a_pass
     assert 3 < passes < 30
     assert planned["gigabytes_per_device"]["total"] < 141  # an H200
+
+
+def test_a_students_own_size_is_planned(parts: Path, tmp_path: Path) -> None:
+    config = json.loads((parts / "model/unet/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "block_out_channels": [64, 128]}))
+    plain = estimate(add_recipe(parts, feature_network="teacher"), parts)
+    wide = estimate(add_recipe(parts, feature_network="teacher", student=str(tmp_path)), parts)
+    assert wide["parameters"]["teacher"] == plain["parameters"]["teacher"] == plain["parameters"]["student"]
+    assert wide["parameters"]["student"] > 8 * plain["parameters"]["student"]
+    assert wide["flops_per_step"] > 3 * plain["flops_per_step"]
+    with pytest.raises(CheckpointError, match="holds no config"):
+        estimate(add_recipe(parts, feature_network="teacher", student="none"), parts)
+
+
+def test_a_tower_that_is_not_there_is_told(parts: Path) -> None:
+    assert "tower and its heads" in estimate(add_recipe(parts, tower="none"), parts)["left_out"]
 
 
 def test_a_plan_needs_configs(parts: Path) -> None:

@@ -10,14 +10,16 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from onestill.errors import RecipeError
+from onestill.train.log import Log
 from onestill.train.loop import TrainingStoppedError
 from onestill.train.methods.autoencoder import Method
 from onestill.train.recipe import LoopOptions
-from onestill.train.state import checkpoints
+from onestill.train.state import TrainState, checkpoints
 from onestill.train.turns import learning_rate_factor
 from tests.train.small import NoiseBatches, rows, small_recipe, small_train
 
@@ -144,6 +146,31 @@ def test_a_row_without_a_number_is_still_json(tmp_path: Path) -> None:
 
     row = json.loads((tmp_path / "metrics.jsonl").read_text(encoding="utf-8"), parse_constant=refuse)
     assert row["l1"] is None
+
+
+def test_a_sheets_numbers_are_json_whatever_they_are(tmp_path: Path) -> None:
+    state = TrainState({}, {}, {}, torch.Generator())
+    with Log(tmp_path, "small", state, 1) as log:
+        log.sheet(state, np.zeros((1, 8, 8, 3), np.uint8), [""], {"steps_4_to_1": math.nan, "other": 1.0})
+    numbers = json.loads((tmp_path / "sheets/00000000.json").read_text(encoding="utf-8"))
+    assert numbers == {"steps_4_to_1": None, "other": 1.0}
+
+
+def test_an_export_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(self: Method, state: TrainState, folder: Path) -> None:
+        export(self, state, folder)
+        raise KeyboardInterrupt
+
+    export = Method.export
+    with monkeypatch.context() as patch:
+        patch.setattr(Method, "export", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            small_train(tmp_path, 1)
+    assert not (tmp_path / "export").exists()
+    for _ in range(2):  # the second in the place of the first
+        small_train(tmp_path, 1, resume=True)
+        assert (tmp_path / "export/vae/config.json").is_file()
+        assert nothing_half_written(tmp_path)
 
 
 def test_nan_upon_nan_stops_the_run(tmp_path: Path) -> None:

@@ -60,6 +60,18 @@ def test_one_command_runs_the_stages_in_order(form: str, capsys: pytest.CaptureF
     assert all(f"icons/{form}/" in line for line in lines[-3:])
 
 
+def test_each_stage_has_a_mark_of_its_own_that_comes_last(tmp_path: Path) -> None:
+    from recipes.icons import train
+
+    made = {stage: train.command(stage, "cpu", "t.parquet", tmp_path / "r", tmp_path / "d") for stage in train.STAGES}
+    assert len({result for result, _ in made.values()}) == len(made)
+    for stage in ("shards", "cache", "common"):
+        result, line = made[stage]
+        assert line[line.index("--done") + 1] == str(result)
+    result, line = made["ship-teacher"]
+    assert line[line.index("--out") + 1] == str(result.parent)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")

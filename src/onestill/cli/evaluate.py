@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +20,7 @@ from onestill.errors import DataError, require
 if TYPE_CHECKING:
     from onestill.data import Sample
     from onestill.evaluate import Contender, Evaluation
-    from onestill.evaluate.protocol import Pictures
+    from onestill.evaluate.protocol import Generate, Pictures
     from onestill.pipeline import Pipeline
 
 __all__ = ["evaluate"]
@@ -68,11 +69,12 @@ def evaluate(
     from onestill.evaluate import evaluate as run
     from onestill.pipeline import load
 
-    pipes = [load(model, engine=engine, device=device, dtype=dtype) for model in models or ["icons"]]
+    asked = models or ["icons"]
+    pipes = [load(model, engine=engine, device=device, dtype=dtype) for model in asked]
     contenders = [
-        contender(pipe, count or pipe.info.num_inference_steps, guidance_scale)
-        for pipe in pipes
-        for count in steps or [0]
+        one
+        for pipe, name in zip(pipes, names_of(asked, pipes), strict=True)
+        for one in contenders_of(pipe, name, steps, guidance_scale)
     ]
     samples = read_reference(reference, number, seed, pipes[0])
     protocol = Protocol(
@@ -83,7 +85,7 @@ def evaluate(
     )
     net = load_network(network, text_model, device=device or "cpu")
     done = 0
-    with progress("evaluating", len(contenders) * len(samples)) as advance:
+    with progress("evaluating", len(contenders) * protocol.num_pictures) as advance:
 
         def told(name: str, drawn: int, total: int) -> None:
             nonlocal done
@@ -98,13 +100,42 @@ def evaluate(
         print(page)
 
 
-def contender(pipe: Pipeline, steps: int, guidance_scale: float | None) -> Contender:
-    """A pipeline with fixed settings, under the name `MODEL, N steps`."""
-    import numpy as np
+def names_of(asked: Sequence[str], pipes: Sequence[Pipeline]) -> list[str]:
+    """How a report calls each model: by its own name, or as it was asked for where several have the same one."""
+    count = Counter(pipe.info.name for pipe in pipes)
+    return [pipe.info.name if count[pipe.info.name] == 1 else one for one, pipe in zip(asked, pipes, strict=True)]
 
-    from onestill.evaluate import Contender
+
+def contenders_of(
+    pipe: Pipeline, name: str, steps: Sequence[int] | None, guidance_scale: float | None
+) -> list[Contender]:
+    """A pipeline at each number of steps, or at its own, under the name `MODEL, N steps`."""
+    from onestill.evaluate import Contender, fingerprint
 
     guidance = pipe.info.guidance_scale if guidance_scale is None else guidance_scale
+    settings = {
+        "weights": fingerprint(pipe.info),
+        "engine": pipe.engine.name,
+        "device": pipe.engine.device,
+        "dtype": pipe.engine.dtype,
+        "sampler": pipe.info.sampler,
+    }
+    return [
+        Contender(
+            f"{name}, {count} step{'s' if count > 1 else ''}",
+            drawer(pipe, count, guidance),
+            count,
+            guidance,
+            name,
+            settings,
+        )
+        for count in steps or [pipe.info.num_inference_steps]
+    ]
+
+
+def drawer(pipe: Pipeline, steps: int, guidance: float) -> Generate:
+    """A contender's `generate`, in as few calls as its consecutive seeds allow."""
+    import numpy as np
 
     def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Pictures:
         parts = []
@@ -115,15 +146,7 @@ def contender(pipe: Pipeline, steps: int, guidance_scale: float | None) -> Conte
             parts += [np.asarray(image) for image in drawn]
         return np.stack(parts)
 
-    name = f"{pipe.info.name}, {steps} step{'s' if steps > 1 else ''}"
-    settings = {
-        "version": pipe.info.version,
-        "folder": str(pipe.info.path),
-        "engine": pipe.engine.name,
-        "device": pipe.engine.device,
-        "dtype": pipe.engine.dtype,
-    }
-    return Contender(name, generate, steps, guidance, pipe.info.name, settings)
+    return generate
 
 
 def consecutive(seeds: Sequence[int]) -> Iterator[tuple[int, int]]:

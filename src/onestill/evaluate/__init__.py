@@ -13,6 +13,7 @@ from onestill.evaluate.networks import load_network
 from onestill.evaluate.protocol import Contender, Network, Protocol
 from onestill.evaluate.run import Evaluation, evaluate, fid_ratio
 from onestill.evaluate.statistics import FeatureStatistics, density_and_coverage, frechet_distance, kernel_distance
+from onestill.evaluate.weights import fingerprint
 
 __all__ = [
     "ColourTest",
@@ -30,6 +31,7 @@ __all__ = [
     "evaluate",
     "feature_diversity",
     "fid_ratio",
+    "fingerprint",
     "frechet_distance",
     "kernel_distance",
     "load_network",

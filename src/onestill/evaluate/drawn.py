@@ -166,8 +166,7 @@ def draw(
     """
     seeds = protocol.diversity_seeds
     pairs = colour_prompts(protocol.colour_test) if protocol.colour_test else []
-    more = len(protocol.diversity_indices) * len(seeds) + len(pairs) * len(protocol.colour_seeds)
-    total = len(protocol.prompts) + more
+    total = protocol.num_pictures
     done, seconds = 0, 0.0
 
     def batches(prompts: list[str], all_seeds: list[int]) -> Iterator[Pictures]:

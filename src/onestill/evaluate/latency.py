@@ -189,20 +189,9 @@ def _ours(setting: Setting) -> tuple[Draw, dict[str, Any]]:
     return draw, {"engine": engine.name, "device": engine.device, "dtype": engine.dtype}
 
 
-def _diffusers(setting: Setting) -> tuple[Draw, dict[str, Any]]:
+def _diffusers_pipeline(setting: Setting, folder: Path, device: str, dtype: Any) -> Any:
     """As diffusers' documentation has it, and compiled as its page on speed has it."""
     torch, diffusers = require("torch", "torch"), require("diffusers", "torch")
-    from onestill.checkpoint import describe, resolve
-
-    folder = resolve(setting.model)
-    if folder.is_file():
-        raise OnestillError("diffusers needs other files from a hub for a single file; compare on a folder or Hub id.")
-    info = describe(folder)
-    if setting.threads is not None:
-        torch.set_num_threads(setting.threads)
-    warnings.simplefilter("ignore")
-    device = setting.device or "cpu"
-    dtype = getattr(torch, setting.dtype or ("float32" if device == "cpu" else "float16"))
     pipe = diffusers.DiffusionPipeline.from_pretrained(str(folder.resolve()), torch_dtype=dtype)
     if setting.tiny_vae is not None:
         pipe.vae = diffusers.AutoencoderTiny.from_pretrained(setting.tiny_vae, torch_dtype=dtype)
@@ -214,6 +203,24 @@ def _diffusers(setting: Setting) -> tuple[Draw, dict[str, Any]]:
         pipe.fuse_qkv_projections(vae=setting.tiny_vae is None)
         pipe.unet = torch.compile(pipe.unet, mode="max-autotune", fullgraph=True)
         pipe.vae.decode = torch.compile(pipe.vae.decode, mode="max-autotune", fullgraph=True)
+    return pipe
+
+
+def _diffusers(setting: Setting) -> tuple[Draw, dict[str, Any]]:
+    """One call of diffusers' pipeline, timed in its three parts."""
+    torch = require("torch", "torch")
+    from onestill.checkpoint import describe, resolve
+
+    folder = resolve(setting.model)
+    if folder.is_file():
+        raise OnestillError("diffusers needs other files from a hub for a single file; compare on a folder or Hub id.")
+    info = describe(folder)
+    if setting.threads is not None:
+        torch.set_num_threads(setting.threads)
+    warnings.simplefilter("ignore")
+    device = setting.device or "cpu"
+    dtype = getattr(torch, setting.dtype or ("float32" if device == "cpu" else "float16"))
+    pipe = _diffusers_pipeline(setting, folder, device, dtype)
     steps = setting.steps or info.num_inference_steps
     sizes = {"height": setting.height or info.height, "width": setting.width or info.width}
     sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None

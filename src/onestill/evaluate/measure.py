@@ -119,7 +119,7 @@ class Measure:
 
     @staticmethod
     def _spacing(features: NDArray[Any]) -> float:
-        """Mean distance between pictures of different prompts, over up to 512 of them."""
+        """Mean distance between pictures of different prompts, over at most 1023 of them, evenly spaced."""
         some = np.asarray(features[:: max(1, len(features) // 512)], np.float64)
         squares = ((some**2).sum(1)[:, None] + (some**2).sum(1)[None] - 2 * some @ some.T).clip(0)
         return float(np.sqrt(squares)[np.triu_indices(len(some), 1)].mean())

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onestill.errors import DataError
-from onestill.evaluate.colour import ColourTest
+from onestill.evaluate.colour import ColourTest, colour_prompts
 
 __all__ = ["Contender", "Generate", "Network", "Pictures", "Protocol"]
 
@@ -129,6 +129,13 @@ class Protocol:
         """Indices of the prompts that are drawn with every diversity seed."""
         count = min(self.num_diversity_prompts, len(self.prompts))
         return tuple(int(i) for i in np.linspace(0, len(self.prompts) - 1, count).round())
+
+    @property
+    def num_pictures(self) -> int:
+        """How many pictures a contender draws: the prompts', and those of diversity and colours."""
+        diversity = len(self.diversity_indices) * len(self.diversity_seeds)
+        test = self.colour_test
+        return len(self.prompts) + diversity + (len(colour_prompts(test)) * len(self.colour_seeds) if test else 0)
 
     def fingerprint(self, contender: Contender, networks: Sequence[Network]) -> str:
         """sha256 of everything that decides what a contender's saved features are."""

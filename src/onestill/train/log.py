@@ -72,7 +72,7 @@ class Log:
             return
         speed = (state.nimg - self._nimg_written(state)) / max(self._seconds, 1e-9)
         row: dict[str, Any] = {"iteration": state.iteration, "nimg": state.nimg}
-        row |= {key: mean if math.isfinite(mean) else None for key, mean in means.items()}  # JSON knows no NaN
+        row |= _for_json(means)
         self._events_row(state, means, speed)
         row |= {"images_per_s": round(speed, 2), "data_wait": round(self._waited_s / max(self._seconds, 1e-9), 4)}
         row |= {"bad_steps": state.bad_steps}
@@ -100,7 +100,8 @@ class Log:
         with written_whole(folder / f"{state.iteration:08d}.png") as unfinished:
             sheet(pictures, captions).save(unfinished, "PNG")
         if numbers:
-            (folder / f"{state.iteration:08d}.json").write_text(json.dumps(numbers) + "\n", encoding="utf-8")
+            with written_whole(folder / f"{state.iteration:08d}.json") as unfinished:
+                unfinished.write_text(json.dumps(_for_json(numbers)) + "\n", encoding="utf-8")
             for key, value in numbers.items():
                 self._events.add_scalar(key, value, state.iteration)
             self._warn(state, numbers)
@@ -145,6 +146,11 @@ def _over_processes(means: dict[str, float]) -> dict[str, float]:
         return means
     finite = {key: [one[key] for one in every if math.isfinite(one.get(key, math.nan))] for key in means}
     return {key: sum(values) / len(values) if values else math.nan for key, values in finite.items()}
+
+
+def _for_json(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON knows no NaN."""
+    return {key: number if math.isfinite(number) else None for key, number in numbers.items()}
 
 
 def _mean(values: list[Tensor]) -> float:

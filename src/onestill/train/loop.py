@@ -9,6 +9,7 @@ device with the same number of threads. Several processes (`parallel`) run this 
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from onestill.checkpoint import written_whole
 from onestill.errors import OnestillError, RecipeError
 from onestill.train import parallel
 from onestill.train.log import Log
@@ -98,14 +100,7 @@ def train(recipe: Recipe, method: Method, batches: Batches, *, resume: bool = Fa
     rows_at_once(options, parallel.world())
     device = _device(options)
     state = _start(recipe, method, device)
-    if parallel.is_main():
-        sweep(out / "checkpoints")
-    parallel.wait()
-    if resume and (found := checkpoints(out / "checkpoints")):
-        load_checkpoint(state, found[-1], recipe.fingerprint(), recipe.default_fingerprint())
-        batches.load_state(state.data)
-    if parallel.is_main():
-        (out / "recipe.json").write_text(json.dumps(recipe.resolved(), indent=1) + "\n", encoding="utf-8")
+    _open(recipe, state, batches, resume)
     # Without the cache of casts, which would hand a network's weights of before its turn to the next turn.
     autocast = partial(torch.autocast, device.type, torch.bfloat16, options.precision == "bf16", cache_enabled=False)
     bad_in_a_row = 0
@@ -141,8 +136,33 @@ def train(recipe: Recipe, method: Method, batches: Batches, *, resume: bool = Fa
     if interrupt.asked and state.iteration < options.iterations:
         _save(state, out / "checkpoints", recipe)
         raise KeyboardInterrupt
-    method.export(state, out / "export")
+    _export(method, state, out / "export")
     return state
+
+
+def _open(recipe: Recipe, state: TrainState, batches: Batches, resume: bool) -> None:
+    """Go to the run's last checkpoint, where it is to be resumed, and write down its recipe."""
+    out = Path(recipe.out)
+    if parallel.is_main():
+        sweep(out / "checkpoints")
+    parallel.wait()
+    if resume and (found := checkpoints(out / "checkpoints")):
+        load_checkpoint(state, found[-1], recipe.fingerprint(), recipe.default_fingerprint())
+        batches.load_state(state.data)
+    if parallel.is_main():
+        with written_whole(out / "recipe.json") as unfinished:
+            unfinished.write_text(json.dumps(recipe.resolved(), indent=1) + "\n", encoding="utf-8")
+
+
+def _export(method: Method, state: TrainState, folder: Path) -> None:
+    """The method's export, in its place when it is whole: whoever finds it there may take it for finished."""
+    unfinished = folder.with_name(f".{folder.name}")
+    if parallel.is_main():
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a killed run
+    method.export(state, unfinished)
+    if parallel.is_main():
+        drop_checkpoint(folder)
+        unfinished.replace(folder)
 
 
 def _device(options: LoopOptions) -> torch.device:

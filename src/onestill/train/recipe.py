@@ -156,13 +156,16 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
     for key in ("name", "out"):
         if not isinstance(table.get(key), str) or not table[key]:
             raise RecipeError(f"the recipe needs a text '{key}', for example {key} = \"my-run\".")
+    loop = fill(LoopOptions, table.get("loop", {}), "loop")
+    if loop.compile and method != "diffusion":
+        raise RecipeError(f"loop.compile is for the method diffusion alone, not for {method}: leave it out.")
     options = importlib.import_module(f"onestill.train.methods.{method}").Options
     return Recipe(
         name=table["name"],
         method=method,
         out=table["out"],
         data=fill(DataOptions, table.get("data", {}), "data"),
-        loop=fill(LoopOptions, table.get("loop", {}), "loop"),
+        loop=loop,
         options=fill(options, table.get(method, {}), method),
     )
 

@@ -12,6 +12,7 @@ import diffusers
 import torch
 import transformers
 
+from onestill.errors import DataError
 from onestill.train import parallel
 from onestill.train.batches import COLLATE, Reader, SampleBatches
 from onestill.train.denoiser import unet_folder
@@ -40,7 +41,8 @@ def train_recipe(
         reader: opens the part (i, n) of the data that `[data]` names, every n-th sample from i on; given by the
             caller, since training knows no file format.
         dry_run: read and check everything, build the networks, print the resolved recipe, their sizes and, for a
-            distillation, what it will cost on so many `devices` (0: as many as there are processes); stop.
+            distillation, what it will cost on so many `devices` (0: as many as there are processes); stop. Under
+            `missing` it says what keeps the data from being read.
     """
     recipe = read_recipe(path, overrides)
     transformers.utils.logging.disable_progress_bar()  # it would tear the line that shows the training
@@ -51,7 +53,12 @@ def train_recipe(
     rank, world = parallel.rank(), parallel.world()
     rows = rows_at_once(recipe.loop, world) * recipe.loop.accumulate
     if dry_run:
-        say(json.dumps(_plan(recipe, path.parent, devices or world), indent=1))
+        plan = _plan(recipe, path.parent, devices or world)
+        try:
+            reader(recipe.data, (rank, world))
+        except DataError as error:  # a plan may be older than its data
+            plan["missing"] = str(error)
+        say(json.dumps(plan, indent=1))
         return None
     module = importlib.import_module(f"onestill.train.methods.{recipe.method}")
     method = module.Method(recipe.options, recipe.loop)

@@ -202,7 +202,7 @@ def load_checkpoint(state: TrainState, folder: Path, fingerprint: str, defaults:
 
 
 def drop_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint, if it is there; killed halfway, it leaves nothing that looks like one."""
+    """Delete a checkpoint or an export, if it is there; killed halfway, it leaves nothing that looks like one."""
     if folder.exists():
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         os.replace(folder, aside)

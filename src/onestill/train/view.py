@@ -78,7 +78,9 @@ class Views:
         self.options, self.space = options, space
         self.networks: list[FeatureNetwork] = []
         if options.feature_network in ("tower", "both"):
-            self.networks.append(TowerFeatures(Path(options.tower), tuple(options.tower_layers)))
+            tower = TowerFeatures(Path(options.tower), tuple(options.tower_layers))
+            _check_tower(tower, options, space)
+            self.networks.append(tower)
         if options.feature_network == "vit":
             self.networks.append(ViTFeatures(Path(options.vit), tuple(options.vit_layers), options.vit_size))
         if options.feature_network in ("teacher", "both"):
@@ -176,6 +178,15 @@ class View:
             (down, right), size = self._corner, self._views.options.vit_size
             x = x[:, :, down : down + size, right : right + size]
         return x
+
+
+def _check_tower(tower: TowerFeatures, options: ViewOptions, space: LatentSpace) -> None:
+    shown, channels = options.adversarial_space, 3 if options.adversarial_space == "pixels" else space.channels
+    if (tower.space, tower.channels) != (shown, channels):
+        raise RecipeError(
+            f"the tower {options.tower} was trained on {tower.space} of {tower.channels} channels, and "
+            f"adversarial_space shows it {shown} of {channels}: give another tower, or change adversarial_space."
+        )
 
 
 def _check(options: ViewOptions) -> None:

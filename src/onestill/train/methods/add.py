@@ -245,6 +245,8 @@ def check(options: Options) -> None:
         raise RecipeError("timestep_weights needs one number for each of student_timesteps.")
     if not sum(options.timestep_weights) > 0:
         raise RecipeError("timestep_weights are all zero: give at least one timestep a weight.")
+    if options.head_width % 8:
+        raise RecipeError("head_width must be a multiple of 8: the heads normalise their channels in 8 groups.")
     if options.teacher_low > options.teacher_high:
         raise RecipeError("teacher_low must not be above teacher_high.")
     if options.weighting == "nfsd" and (options.teacher_steps > 1 or options.teacher_guidance != 1.0):

@@ -120,7 +120,7 @@ class Method:
         return metrics
 
     def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
-        """The first batch's pictures above what becomes of them."""
+        """The first pictures since the run began or was resumed, above what becomes of them."""
         assert self._shown is not None
         averaged = build(self.options).to(self._shown.device)
         averaged.load_state_dict(state.averaged("autoencoder"))
@@ -129,7 +129,7 @@ class Method:
         return to_pictures(torch.cat([self._shown, y])), self._captions + ["reconstruction"] * len(y)
 
     def export(self, state: TrainState, folder: Path) -> None:
-        """The averaged autoencoder in diffusers' format, with the scale that makes its latents unit-variance."""
+        """The averaged autoencoder in diffusers' format, its scale 1 until `LatentSpace.calibrate` has seen latents."""
         averaged = build(self.options)
         averaged.load_state_dict({k: v.cpu() for k, v in state.averaged("autoencoder").items()})
         if is_main():
@@ -137,8 +137,14 @@ class Method:
 
 
 def build(options: Options) -> AutoencoderTiny | AutoencoderKL:
-    """The autoencoder that `options` describe, with random weights. Its factor is 2 ** (number of stages - 1)."""
+    """The autoencoder that `options` describe, with random weights. Its factor is 2 ** (number of stages - 1).
+
+    Raises:
+        RecipeError: sizes that do not fit together.
+    """
     if options.kind == "kl":
+        if any(width % 8 for width in options.widths):
+            raise RecipeError("autoencoder.widths must be multiples of 8: its layers normalise in 8 groups.")
         return AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * len(options.widths),
             up_block_types=("UpDecoderBlock2D",) * len(options.widths),
@@ -151,6 +157,8 @@ def build(options: Options) -> AutoencoderTiny | AutoencoderKL:
             mid_block_add_attention=False,
         )
     stages = len(options.encoder_blocks)
+    if stages != len(options.decoder_blocks):
+        raise RecipeError("encoder_blocks and decoder_blocks must be as long as each other: one number for each size.")
     autoencoder = AutoencoderTiny(
         latent_channels=options.latent_channels,
         encoder_block_out_channels=(options.encoder_width,) * stages,

@@ -69,6 +69,11 @@ class Method:
             raise DataError("a contrastive tower for pixels needs the pictures: set data.images = true.")
         x = batch[shown].to(device)  # [B, C, H, W]
         text, mask = batch["text"].to(device), batch["mask"].to(device)
+        if (x.shape[1], text.shape[-1]) != (options.channels, options.text_width):
+            raise DataError(
+                f"the shards' {shown} have {x.shape[1]} channels and their text is {text.shape[-1]} wide: "
+                "set contrastive.channels and contrastive.text_width to that."
+            )
         if options.shift:
             dx, dy = state.draw.shared(-options.shift, options.shift, 2)
             x = torch.roll(x, (dy, dx), (2, 3))

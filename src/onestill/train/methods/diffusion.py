@@ -25,6 +25,7 @@ from onestill.train.denoiser import (
     UNetOptions,
     build_like,
     build_unet,
+    check_cached,
     load_unet,
     training_schedule,
 )  # fmt: skip
@@ -73,6 +74,12 @@ class Method:
             )
         encoder = TextEncoder(options.text_encoder)
         self.empty, self.sheet_text = encoder([""]), encoder(SHEET_PROMPTS)
+        width = self.empty.text.shape[-1]
+        if self.teacher.config["cross_attention_dim"] != width:
+            raise RecipeError(
+                f"the UNet takes text {self.teacher.config['cross_attention_dim']} wide and the text encoder's is "
+                f"{width} wide: set diffusion.unet.text_width."
+            )
 
     def to(self, device: torch.device) -> None:
         self.teacher.to(device, memory_format=torch.channels_last)
@@ -85,6 +92,7 @@ class Method:
         options, denoiser = self.options, self.denoiser
         device, draw = self.empty.text.device, state.draw
         x0, condition = batch["latents"].to(device), batch_condition(batch, device)
+        check_cached(self.teacher, x0, condition)
         timesteps = draw.integers(0, denoiser.last, len(x0)).to(device)
         eps = draw.normal(*x0.shape).to(device)
         dropped = (draw.uniform(len(x0)) < options.caption_dropout).to(device)

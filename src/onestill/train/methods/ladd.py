@@ -43,6 +43,8 @@ class Method(add.Method):
     def __init__(self, options: Options, loop: LoopOptions) -> None:
         if len(options.warm_timestep_weights) != len(options.student_timesteps):
             raise RecipeError("warm_timestep_weights needs one number for each of student_timesteps.")
+        if options.warm_iterations and not sum(options.warm_timestep_weights) > 0:
+            raise RecipeError("warm_timestep_weights are all zero: give one a weight, or set warm_iterations to 0.")
         super().__init__(options, loop)
 
     def timestep_weights(self, state: TrainState) -> list[float]:
