@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tomllib
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,16 @@ def test_compose_gives_the_proxy_all_that_its_template_wants() -> None:
         f"two:{port}",
     )
     assert all(one["condition"] == "service_healthy" for one in proxy["depends_on"].values())
+
+
+def test_compose_gives_the_address_of_the_proxy_to_nobody_else() -> None:
+    """Docker hands out the first that is free of the range, and the proxy starts last."""
+    (pool,) = COMPOSE["networks"]["default"]["ipam"]["config"]
+    subnet, others = ip_network(pool["subnet"]), ip_network(pool["ip_range"])
+    proxy = ip_address(COMPOSE["services"]["proxy"]["networks"]["default"]["ipv4_address"])
+    assert others.subnet_of(subnet)  # type: ignore[arg-type]
+    assert proxy in subnet
+    assert proxy not in others
 
 
 def filled(text: str) -> str:

@@ -187,6 +187,23 @@ def test_a_connection_that_asks_nothing_is_closed(tiny_pipe: Pipeline, monkeypat
         assert client.recv(100) == b""
 
 
+def test_a_connection_that_asks_nothing_more_is_closed(tiny_pipe: Pipeline, monkeypatch: Any) -> None:
+    monkeypatch.setattr(run, "HEADERS_S", 1)
+    monkeypatch.setattr(run, "KEEP_ALIVE_S", 1)
+    with serving(tiny_pipe) as served, socket.create_connection(("127.0.0.1", served.port), timeout=20) as client:
+        for pause_s in (0.5, 0):  # who asks again in time is answered
+            client.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b'{"status":"ok"}'):
+                more = client.recv(1000)
+                assert more
+                answer += more
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            time.sleep(pause_s)
+        client.sendall(b"G")
+        assert client.recv(1000) == b""
+
+
 def test_an_answer_that_nobody_reads_is_not_kept(monkeypatch: Any) -> None:
     monkeypatch.setattr(run, "UNREAD_S", 0.3)
     ended: list[str] = []

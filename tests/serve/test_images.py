@@ -11,12 +11,15 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import pytest
 
 from onestill.pipeline import Pipeline
+from onestill.pipeline.picture import fitted
 from onestill.serve.images import _Events
 from onestill.serve.jobs import Picture
+from onestill.serve.requests import read_upload
 
 from .client import Served
 
@@ -80,6 +83,21 @@ def test_an_edit_starts_from_the_picture(served: Served, tiny_pipe: Pipeline) ->
     found = np.asarray(opened(answer.json["data"][0]["b64_json"]), np.int16)
     assert np.abs(found - np.asarray(same, np.int16)).max() <= 1
     assert b"event: image_edit.completed" in served.edit(png(), stream="true").body
+
+
+def test_an_upload_is_fitted_before_it_waits(served: Served) -> None:
+    """A turned and transparent one as the pipeline would do it, and the pipeline changes nothing more."""
+    ramp = np.add.outer(np.arange(300), np.arange(500)).astype(np.uint8)
+    file, exif = io.BytesIO(), PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6
+    PIL.Image.fromarray(np.stack([ramp, ramp[::-1], 255 - ramp, ramp], 2), "RGBA").save(file, "PNG", exif=exif)
+    for size in (None, "auto", "32x32"):
+        form = served.server.forms.live(id=1, prompt="a", size=size)
+        image = read_upload(file.getvalue(), form, served.server.info, 150_000)
+        assert (image.size, image.mode) == ((32, 32), "RGB")
+        with PIL.Image.open(file) as upload:
+            np.testing.assert_array_equal(image, fitted(upload, 32, 32))
+        np.testing.assert_array_equal(image, fitted(image, 32, 32))
 
 
 WRONG: list[tuple[Any, str | None]] = [

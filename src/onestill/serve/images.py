@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from PIL.Image import Image
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -101,9 +102,7 @@ def router_for(server: Server) -> APIRouter:
         visitor = await server.access.identify(request)
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise ApiError(400, "The body must be a form: send it as multipart/form-data.", "invalid_body")
-        fields, upload = await _form(request)
-        form = checked(server, server.forms.edit, fields)
-        image = await server.in_pool(read_upload, upload, server.bounds.upload_px)
+        form, image = await _form_and_image(server, request)
         job = job_of(form, server.info, image, request_id=request.headers.get("x-request-id"))
         return await _answer(server, request, visitor, form, job, "image_edit")
 
@@ -148,6 +147,13 @@ async def json_body(request: Request) -> Any:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "The body is no JSON; check its quotes and commas.", "invalid_body") from error
+
+
+async def _form_and_image(server: Server, request: Request) -> tuple[Edit, Image]:
+    """The fields of a multipart body, and its picture, fitted; nobody keeps the upload itself while they wait."""
+    fields, upload = await _form(request)
+    form = checked(server, server.forms.edit, fields)
+    return form, await server.in_pool(read_upload, upload, form, server.info, server.bounds.upload_px)
 
 
 async def _form(request: Request) -> tuple[dict[str, Any], bytes]:

@@ -179,7 +179,11 @@ class _Connection:
             if self._quota_short:  # it may be another day by now
                 await self._server.access.check(self._visitor, form.n or 1)
                 self._quota_short = False
-            picture = await self._server.in_pool(read_upload, image, self._server.bounds.upload_px) if image else None
+            picture = (
+                await self._server.in_pool(read_upload, image, form, self._server.info, self._server.bounds.upload_px)
+                if image
+                else None
+            )
             self._queue(form, job_of(form, self._server.info, picture), came)
         except ValidationError as error:
             refusal = from_validation(error, self._server.forms.live.model_fields)

@@ -14,6 +14,7 @@ from PIL.Image import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from onestill.checkpoint import ModelInfo
+from onestill.pipeline.picture import fitted
 from onestill.serve.envelope import ApiError
 from onestill.serve.jobs import Job
 
@@ -197,9 +198,7 @@ def job_of(
     if not form.prompt.strip():
         raise ApiError(400, "The prompt is empty; say what to draw.", "invalid_value", param="prompt")
     n = getattr(form, "n", None) or 1
-    height, width = info.height, info.width
-    if form.size not in (None, "auto"):
-        width, height = (int(part) for part in str(form.size).split("x"))
+    height, width = _size_of(form, info)
     first = form.seed
     if first is None:
         named = hashlib.sha256(request_id.encode()).digest() if request_id else secrets.token_bytes(4)
@@ -216,8 +215,24 @@ def job_of(
     )
 
 
-def read_upload(data: bytes, most_px: int) -> Image:
-    """The picture in an upload, read whole. Only PNG, JPEG and WebP are tried, and its size is read before its pixels.
+def _size_of(form: Generation | Live | Shown, info: ModelInfo) -> tuple[int, int]:
+    """(height, width) in pixels that a checked request asks for; the model's own where it names none."""
+    if form.size in (None, "auto"):
+        return info.height, info.width
+    width, height = (int(part) for part in str(form.size).split("x"))
+    return height, width
+
+
+def read_upload(data: bytes, form: Edit | Live, info: ModelInfo, most_px: int) -> Image:
+    """The picture in an upload, fitted to the size that its request asks for, as it may wait long to be drawn from.
+
+    Only PNG, JPEG and WebP are tried, and its size is read before its pixels.
+
+    Args:
+        data: the file.
+        form: the checked request that it came with.
+        info: the model's.
+        most_px: pixels that it may have.
 
     Raises:
         ApiError: it is none of those, damaged, or larger than `most_px` pixels.
@@ -229,8 +244,7 @@ def read_upload(data: bytes, most_px: int) -> Image:
                 width, height = picture.size
                 if width * height > most_px or max(width, height) > 64 * min(width, height):
                     raise PIL.Image.DecompressionBombError
-                picture.load()
-                return picture.copy()
+                return PIL.Image.fromarray(fitted(picture, *_size_of(form, info)))
     except PIL.Image.DecompressionBombError as error:
         raise ApiError(
             400,

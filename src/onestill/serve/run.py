@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from onestill.errors import OnestillError
 from onestill.serve.app import create_app
@@ -23,6 +23,7 @@ from onestill.serve.state import Server
 __all__ = ["listen", "make_front", "make_server", "run"]
 
 HEADERS_S = 10.0  # a connection that has not asked anything by then is closed
+KEEP_ALIVE_S = 30  # one that was answered may be silent for so long, and then has the time above
 UNREAD_S = 20.0  # a client that reads nothing of its answer for so long is cut off
 CONNECTIONS = 2000
 DRAIN_S = 5.0  # for what was accepted; with what follows, exit comes within ten seconds
@@ -97,7 +98,7 @@ def _config(
         proxy_headers=trusted_proxies is not None,
         forwarded_allow_ips=trusted_proxies,
         limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=30,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,
     )
 
@@ -121,14 +122,22 @@ class _BoundedHttp(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.loop.call_later(HEADERS_S, self._close_if_silent)
+        self._silence = self.loop.call_later(HEADERS_S, self._close_if_silent, None)
 
-    def _close_if_silent(self) -> None:
-        if (
-            getattr(self, "cycle", None) is None
-            and not self.transport.is_closing()
-            and self.transport.get_protocol() is self
-        ):
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._silence.cancel()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        # uvicorn's own timer ends with the first byte of the next request.
+        self._silence.cancel()
+        self._silence = self.loop.call_later(KEEP_ALIVE_S + HEADERS_S, self._close_if_silent, self.cycle)
+        super().on_response_complete()
+
+    def _close_if_silent(self, answered: RequestResponseCycle | None) -> None:
+        """Close the connection if the request after `answered`, or its first, is not there yet."""
+        is_ours = not self.transport.is_closing() and self.transport.get_protocol() is self
+        if is_ours and self.cycle is answered:
             self.transport.close()
 
     def pause_writing(self) -> None:

@@ -103,7 +103,7 @@ export class Gallery {
       one.type = "button";
       image.alt = t("restore", { prompt: entry.prompt, seed: entry.seed });
       one.addEventListener("click", () => {
-        this.page.restore({ prompt: entry.prompt, seed: String(entry.seed), steps: entry.num_inference_steps });
+        this.page.restore({ prompt: entry.prompt, seed: String(entry.seed), steps: entry.num_inference_steps, size: `${entry.width}x${entry.height}` });
         $("prompt").focus();
       });
       const words = document.createElement("p");

@@ -4,11 +4,11 @@ import { Live } from "./live.js";
 import { Past } from "./past.js";
 import { Sketch } from "./sketch.js";
 import { t, translatePage } from "./text.js";
+import { showTimes } from "./times.js";
 
 const $ = (id) => document.getElementById(id);
 const PAUSE_MS = 1200; // after that a picture is one to keep
-const PARTS = ["queue", "encode", "denoise", "decode", "compress", "network"];
-const KEY = "onestill.key";
+const KEY = "onestill.key", KEY_LETTERS = /^[\x21-\x7e]*$/;
 
 const shown = { id: 0, urls: [], seeds: [], request: null, blobs: [] };
 let model, live, past, gallery, sketch, pauseTimer, frameAsked = false, paused = false;
@@ -88,10 +88,13 @@ async function show(header, blobs, request, took) {
   Object.assign(shown, { id: header.id, urls, seeds, request, blobs });
   $("pictures").replaceChildren(...(images.length > 1 ? images.map((image, i) => choice(image, seeds[i], alt)) : images));
   $("frame").dataset.count = images.length;
-  for (const id of ["download", "copy", "share"]) $(id).disabled = false;
+  for (const id of ["download", "copy"]) $(id).disabled = false;
+  $("share").disabled = Boolean(request.image);
+  $("share").title = request.image ? t("noLink") : "";
   gallery?.offer({ ...request.fields, seed: seeds[0] }, urls[0], Boolean(request.image));
   showTimes(header.timings, took);
-  say(header.left === undefined ? (header.notes ?? []).join(" ") : t("left", { n: header.left }));
+  say((header.notes ?? []).join(" "));
+  $("left").textContent = header.left === undefined ? "" : t("left", { n: header.left }); // spoken when the typing stops
   if (paused) await settle(); // a model that takes longer than the pause
 }
 
@@ -109,33 +112,6 @@ function choice(image, own, prompt) {
   return button;
 }
 
-function showTimes(timings, took) {
-  const parts = Object.fromEntries(PARTS.map((name) => [name, timings[`${name}_ms`] ?? 0]));
-  parts.network = Math.max(0, took - PARTS.reduce((sum, name) => sum + parts[name], 0));
-  const text = (ms) => (ms < 10 ? ms.toFixed(1) : Math.round(ms)) + " ms";
-  $("total").textContent = text(took);
-  const bits = PARTS.map((name, i) => {
-    const bit = document.createElement("i");
-    bit.className = `part${i}`;
-    bit.style.flex = `${parts[name]} 0 0`;
-    return bit;
-  });
-  $("bar").replaceChildren(...bits);
-  $("bar").setAttribute("aria-label", PARTS.map((name) => `${t(name)} ${text(parts[name])}`).join(", "));
-  const rows = PARTS.map((name, i) => {
-    const row = document.createElement("div");
-    const [swatch, term, value] = ["i", "dt", "dd"].map((tag) => document.createElement(tag));
-    swatch.className = `part${i}`;
-    term.textContent = t(name);
-    value.textContent = text(parts[name]);
-    term.prepend(swatch, " ");
-    row.append(term, value);
-    return row;
-  });
-  $("parts").replaceChildren(...rows);
-  for (const id of ["bar", "parts", "total-of"]) $(id).hidden = false;
-}
-
 function say(text) {
   if ($("notice").textContent !== text) $("notice").textContent = text;
 }
@@ -144,16 +120,25 @@ function say(text) {
 async function settle() {
   const { request, seeds, blobs } = shown;
   if (!request || request.fields.prompt !== words()) return;
-  const entry = { prompt: $("prompt").value.trim(), style: chosenStyle(), seed: seeds[0], steps: steps() };
+  const entry = shownEntry();
   history.replaceState(null, "", "#" + address(entry));
-  $("spoken").textContent = t("drawn", { prompt: request.fields.prompt, seed: seeds[0] });
+  $("spoken").textContent = [t("drawn", { prompt: request.fields.prompt, seed: seeds[0] }), $("left").textContent].filter(Boolean).join(". ");
   await past.add(entry, blobs[0]);
+}
+
+// What names the picture that is shown, whatever is typed by now.
+function shownEntry() {
+  const { prompt: all, num_inference_steps, size } = shown.request.fields;
+  const style = model.styles.find((one) => all.endsWith(`, ${one}`)) ?? "";
+  const prompt = style ? all.slice(0, -`, ${style}`.length) : all;
+  return { prompt, style, seed: shown.seeds[0], steps: num_inference_steps, size, fromPicture: Boolean(shown.request.image) };
 }
 
 function address(entry) {
   const parts = new URLSearchParams({ prompt: entry.prompt, seed: entry.seed });
   if (entry.style) parts.set("style", entry.style);
-  if (entry.steps > 1) parts.set("steps", entry.steps);
+  if (entry.steps !== model.num_inference_steps) parts.set("steps", entry.steps);
+  if (entry.size !== model.size) parts.set("size", entry.size);
   return parts.toString().replaceAll("+", "%20");
 }
 
@@ -162,6 +147,7 @@ function restore(entry) {
   if (/^\d{1,16}$/.test(entry.seed ?? "")) $("seed").value = entry.seed;
   $("steps").value = entry.steps ?? model.num_inference_steps;
   $("steps-out").textContent = steps();
+  $("size").value = model.sizes.includes(entry.size) ? entry.size : model.size;
   pressStyle(entry.style ?? "");
   grow();
   ask();
@@ -208,8 +194,7 @@ async function copy() {
 }
 
 async function share() {
-  const entry = { prompt: $("prompt").value.trim(), style: chosenStyle(), seed: shown.seeds[0], steps: steps() };
-  history.replaceState(null, "", "#" + address(entry));
+  history.replaceState(null, "", "#" + address(shownEntry()));
   if (!navigator.clipboard?.writeText) return say(t("noCopy"));
   await navigator.clipboard.writeText(location.href);
   say(t("linked"));
@@ -235,13 +220,32 @@ function state(name, seconds) {
 function refused(error, request, retry) {
   const told = { no_api_key: "needKey", invalid_api_key: "badKey", insufficient_quota: "quota", too_many_connections: "tooMany" }[error.code];
   say(told ? t(told) : error.message);
-  if (error.code === "no_api_key" || error.code === "invalid_api_key") $("key-dialog").showModal();
+  if (error.code === "no_api_key" || error.code === "invalid_api_key") askKey();
   if (error.type === "server_error" || error.code === "rate_limit") {
     $("link").dataset.state = "busy";
     $("link-text").textContent = t("busy");
     // The newest words are asked for again once the server had a moment.
-    setTimeout(() => { state("live"); if (request) ask(); }, 1000 * Math.min(30, retry ?? 1));
+    setTimeout(() => { if (live.ready) state("live"); if (request) ask(); }, 1000 * Math.min(30, retry ?? 1));
   }
+}
+
+function askKey() {
+  $("key-field").value = live.key;
+  $("key-dialog").returnValue = "";
+  $("key-dialog").showModal();
+}
+
+function takeKey() {
+  // Chromium gives the focus back, but not the keys, until the field is focused anew.
+  $("prompt").blur();
+  $("prompt").focus();
+  if ($("key-dialog").returnValue !== "save") return;
+  const key = $("key-field").value.trim();
+  if (!KEY_LETTERS.test(key)) return refused({ code: "invalid_api_key" }); // no header or protocol could carry it
+  store(KEY, key);
+  say("");
+  live.reopen(key);
+  gallery?.reload();
 }
 
 // --- wiring -------------------------------------------------------------------------------------------------------
@@ -278,7 +282,7 @@ function addIdeas() {
     button.type = "button";
     button.textContent = idea;
     button.addEventListener("click", () => {
-      restore({ prompt: idea, style: chosenStyle(), seed: seed(), steps: steps() });
+      restore({ prompt: idea, style: chosenStyle(), seed: seed(), steps: steps(), size: $("size").value });
       $("prompt").focus();
     });
     $("ideas").append(button);
@@ -346,20 +350,9 @@ function wire() {
   $("copy").addEventListener("click", guarded(copy));
   $("share").addEventListener("click", guarded(share));
   $("forget").addEventListener("click", () => past.forget());
-  $("open-key").addEventListener("click", () => {
-    $("key-field").value = live.key;
-    $("key-dialog").showModal();
-  });
-  $("key-dialog").addEventListener("close", () => {
-    // Chromium gives the focus back, but not the keys, until the field is focused anew.
-    $("prompt").blur();
-    $("prompt").focus();
-    if ($("key-dialog").returnValue !== "save") return;
-    store(KEY, $("key-field").value.trim());
-    say("");
-    live.reopen(store(KEY) || $("key-field").value.trim());
-    gallery?.reload();
-  });
+  $("open-key").addEventListener("click", askKey);
+  $("cancel-key").addEventListener("click", () => $("key-dialog").close("cancel"));
+  $("key-dialog").addEventListener("close", takeKey);
   addEventListener("hashchange", fromAddress);
 }
 
@@ -382,7 +375,7 @@ async function start() {
   addStyles();
   addSizes();
   live = new Live({ state, picture: show, refused });
-  live.key = store(KEY);
+  if (KEY_LETTERS.test(store(KEY))) live.key = store(KEY);
   sketch = new Sketch($("sketch"), $("colours"), Math.min(...model.size.split("x").map(Number)), ask);
   past = new Past($("history"), restore, (count) => {
     $("forget").hidden = !count;

@@ -1,7 +1,8 @@
-// What was drawn before, kept in this browser: prompt, seed, steps and a small picture of each.
+// What was drawn before, kept in this browser: what names each, and a small picture of it.
 import { t } from "./text.js";
 
 const NAME = "onestill.past", MOST = 48, SIDE = 128;
+const NAMING = ["prompt", "style", "seed", "steps", "size"];
 
 export class Past {
   // list: an <ol>; restore(entry): called when one is chosen; shown(count): called when there are more or fewer
@@ -17,7 +18,9 @@ export class Past {
   }
 
   async add(entry, blob) {
-    if (this.entries.some((one) => one.prompt === entry.prompt && one.seed === entry.seed && one.steps === entry.steps)) return;
+    // One that started from a picture is like no other: what it started from is not kept.
+    const same = (one) => !one.fromPicture && NAMING.every((name) => one[name] === entry[name]);
+    if (!entry.fromPicture && this.entries.some(same)) return;
     this.entries.unshift({ ...entry, picture: await small(blob) });
     this.entries.length = Math.min(this.entries.length, MOST);
     this.keep();

@@ -13,7 +13,7 @@ const LANGUAGES = {
     key: "Key", keyTitle: "Your key", save: "Save", cancel: "Cancel",
     keyHint: "With a key you draw beyond the free trial. It stays in this browser.",
     ideas: "a red apple; a blue star; a green leaf",
-    drawn: "Drawn: {prompt}, seed {seed}", copied: "The picture is copied.", linked: "The link is copied.",
+    drawn: "Drawn: {prompt}, seed {seed}", copied: "The picture is copied.", linked: "The link is copied.", noLink: "A link names pictures from words alone.",
     noCopy: "This browser does not let pages copy; use PNG or the address bar.",
     left: "{n} free pictures left today.", quota: "Today's free pictures are used up; they start anew at midnight UTC. With a key you can go on.",
     needKey: "This server needs a key.", badKey: "This key is not valid.", tooMany: "Too many pages are open here; close one.",
