@@ -88,7 +88,7 @@ export class Live {
     const request = this.asked.get(message.id);
     this.asked.delete(message.id);
     if (message.type === "error") {
-      if (!this.ready || message.error.type === "authentication_error") this.refusal = message.error;
+      if (message.error.type === "authentication_error") this.refusal = message.error;
       this.on.refused(message.error, request, message.retry_after_s);
     }
     this.flush();
