@@ -48,9 +48,10 @@ def settings(base: Setting, tiny: str | None) -> dict[str, dict[str, Setting]]:
         together |= options
         needs = {"compile": "regional"} if "quantize" in options else {}  # never without, as it is slower then
         alone = PLAIN | options | needs
+        rung = replace(base, dtype="bfloat16") if name == "fp8" else base  # the one type that it is had in
         found[name] = {
-            "alone": replace(base, options=alone, tiny_vae=tiny if name == "tiny VAE" else None),
-            "together": replace(base, options=dict(together), tiny_vae=tiny if wants_tiny else None),
+            "alone": replace(rung, options=alone, tiny_vae=tiny if name == "tiny VAE" else None),
+            "together": replace(rung, options=dict(together), tiny_vae=tiny if wants_tiny else None),
         }
     return found
 

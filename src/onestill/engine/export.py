@@ -31,7 +31,7 @@ from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
 from onestill import __version__
-from onestill.checkpoint import MANIFEST, ModelInfo, describe, sha256, verify, weights_file, written_whole
+from onestill.checkpoint import MANIFEST, ModelInfo, describe, read_json, sha256, verify, weights_file, written_whole
 from onestill.engine.calibrate import write_int8
 from onestill.engine.ir import FOLDER, PARTS, point_into_weights, write_index
 from onestill.engine.openvino import OpenVinoEngine
@@ -99,6 +99,9 @@ def save_folder(
         for config in unfinished.glob("*/config.json"):
             _forget_origin(config)
         _load_in_float32(unfinished / "text_encoder" / "config.json")
+        for file in unfinished.glob("tokenizer/tokenizer.json"):  # whose indents are a third of it
+            compact = json.dumps(read_json(file.parent, file.name), ensure_ascii=False, separators=(",", ":"))
+            file.write_text(compact, encoding="utf-8")
         for file in unfinished.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)  # the libraries leave weights readable by their owner only
         describe(unfinished)
@@ -343,7 +346,8 @@ def write_manifest(folder: Path, **facts: Any) -> Path:
     }
     manifest = {"format": FORMAT, "onestill": __version__, **facts, "files": files}
     with written_whole(folder / MANIFEST) as unfinished:
-        unfinished.write_text(json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
+        unfinished.write_text(text + "\n", encoding="utf-8")
     describe(folder)
     verify(folder, contents=True, use_stamps=False)
     return folder / MANIFEST
