@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -40,6 +40,8 @@ def points(count: int, draw: torch.Generator) -> Tensor:
 
 class ExactTeacher(nn.Module):
     """The v of the eight Gaussians' posterior mean."""
+
+    config: ClassVar = {"in_channels": 2, "cross_attention_dim": 1}
 
     def forward(self, x: Tensor, timesteps: Tensor, text: Tensor) -> SimpleNamespace:
         alpha, sigma = ALPHA[timesteps].view(-1, 1), SIGMA[timesteps].view(-1, 1)

@@ -10,8 +10,10 @@ from onestill.checkpoint import ModelInfo
 __all__ = ["fingerprint"]
 
 
-def fingerprint(info: ModelInfo) -> str:
+def fingerprint(model: ModelInfo | Path) -> str:
     """The hash of every weight that a model draws with: of its folder or file, and of what is put on top of it.
+
+    A path is a folder of weights that need not be a whole model's, or a single file.
 
     Names of files count within a folder; where the folder lies, or what a single file is called, does not.
     """
@@ -22,15 +24,17 @@ def fingerprint(info: ModelInfo) -> str:
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
 
-    if info.path.is_dir():
+    path = model if isinstance(model, Path) else model.path
+    if path.is_dir():
         # A folder may hold the OpenVINO form alone; beside other weights it is made from them.
-        for file in sorted(info.path.rglob("*.safetensors")) or sorted(info.path.rglob("*.bin")):
-            add(str(file.relative_to(info.path)), file)
+        for file in sorted(path.rglob("*.safetensors")) or sorted(path.rglob("*.bin")):
+            add(str(file.relative_to(path)), file)
     else:
-        add("", info.path)
-    for role, network in sorted(info.networks.items()):
-        if network.file != info.path:
-            add(role, network.file)
-    for lora in info.loras:
-        add(f"lora {lora.scale}", lora.path)
+        add("", path)
+    if isinstance(model, ModelInfo):
+        for role, network in sorted(model.networks.items()):
+            if network.file != path:
+                add(role, network.file)
+        for lora in model.loras:
+            add(f"lora {lora.scale}", lora.path)
     return digest.hexdigest()[:16]
