@@ -48,9 +48,10 @@ def cached(model: Path) -> dict[str, Any]:
     """A batch of four captioned pictures, cached as `onestill data cache` does it."""
     draw = np.random.default_rng(0)
     captions = ["a red star", "a blue cat", "", "a star"]
+    metas = [{"original_size": [64, 48], "crop": [3, 0]}, {"original_size": None, "crop": 3}, {}, {}]
     samples = [
         SimpleNamespace(image=draw.integers(0, 256, (32, 32, 3), dtype=np.uint8), caption=caption, meta=meta)
-        for caption, meta in zip(captions, [{"original_size": [64, 48], "crop": [3, 0]}, {}, {}, {}], strict=True)
+        for caption, meta in zip(captions, metas, strict=True)
     ]
     made: list[Any] = []
 

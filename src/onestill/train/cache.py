@@ -81,7 +81,13 @@ def _sizes(sample: Any) -> NDArray[np.int32]:
     """SDXL's micro-conditioning: original height and width, crop's top and left, height and width as they are."""
     now = list(sample.image.shape[:2])
     meta: Mapping[str, Any] = getattr(sample, "meta", {})
-    return np.array([*meta.get("original_size", now), *meta.get("crop", [0, 0]), *now], np.int32)
+    return np.array([*_pair(meta.get("original_size"), now), *_pair(meta.get("crop"), [0, 0]), *now], np.int32)
+
+
+def _pair(told: Any, default: list[int]) -> list[int]:
+    """Two whole numbers from a sample's JSON, which others wrote; the default where it says something else."""
+    is_pair = isinstance(told, list) and len(told) == 2 and all(type(one) is int for one in told)
+    return told if is_pair else default
 
 
 def _chunks(samples: Iterable[ImageSample], size: int) -> Iterator[Sequence[ImageSample]]:
