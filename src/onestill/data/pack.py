@@ -13,9 +13,10 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from onestill.data.picture import DAMAGE, on_white
+from onestill.data.picture import DAMAGE
 from onestill.data.tarindex import KEY_BYTES, plain_key
 from onestill.errors import DataError
+from onestill.pipeline.picture import on_white
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TABLES = ("metadata.jsonl", "metadata.csv")

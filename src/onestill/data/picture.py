@@ -1,4 +1,4 @@
-"""Pictures of any kind -> RGB, and what damaged ones raise."""
+"""Encoded pictures -> pixels, and what damaged ones raise."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import tokenize
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
+
+from onestill.pipeline.picture import on_white
 
 # What Pillow, JSON and NumPy raise on damaged bytes, by format.
 DAMAGE = (
@@ -21,16 +23,6 @@ DAMAGE = (
     tokenize.TokenError,
     Image.DecompressionBombError,
 )
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """An image as RGB, transparent parts on white."""
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16"):  # which Pillow cuts off at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    layers = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
 
 
 def decode_image(data: bytes) -> npt.NDArray[np.uint8]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,10 +52,10 @@ def _octal(field_bytes: bytes) -> int | None:
     if field_bytes[:1] == b"\x80":
         return int.from_bytes(field_bytes[1:], "big")
     digits = field_bytes.rstrip(b"\0 ").lstrip(b" ")
-    try:
-        return (int(digits, 8) if digits.isdigit() else None) if digits else 0
-    except ValueError:
-        return None
+    if not digits:
+        return 0
+    # `int` would read a sign, or an underline, as well.
+    return int(digits, 8) if re.fullmatch(rb"[0-7]+", digits) else None
 
 
 def _is_header(block: bytes) -> bool:

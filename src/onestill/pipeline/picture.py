@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from onestill.checkpoint import written_whole
 from onestill.errors import ImageError, OutputError
 
-__all__ = ["fitted", "picture_bytes", "save_picture"]
+__all__ = ["fitted", "on_white", "picture_bytes", "save_picture"]
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 EXIF_DESCRIPTION = 0x010E
@@ -85,14 +85,19 @@ def fitted(image: Image | NDArray[np.uint8], height: int, width: int) -> NDArray
     """A picture as uint8 [height, width, 3]: upright, on white where transparent, its longer sides cut evenly."""
     try:
         picture = PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else PIL.ImageOps.exif_transpose(image)
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
-        if picture.mode.startswith("I;16"):  # which Pillow cuts off at 255
-            picture = PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        picture = picture.convert("RGB")
+        picture = on_white(picture)
         if picture.size != (width, height):
             picture = PIL.ImageOps.fit(picture, (width, height), PIL.Image.Resampling.LANCZOS)
     except (AttributeError, OSError, TypeError, ValueError, SyntaxError) as error:
         raise ImageError(f"The image cannot be used ({error}); give a PIL image or uint8 [H, W, 3].") from error
     return np.asarray(picture, dtype=np.uint8)
+
+
+def on_white(picture: Image) -> Image:
+    """A picture of any mode as RGB, on white where it is transparent."""
+    if picture.mode.startswith("I;16"):  # which Pillow cuts off at 255
+        picture = PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
