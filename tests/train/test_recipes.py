@@ -41,11 +41,14 @@ def test_every_recipe_parses(path: Path) -> None:
 def test_the_stages_hand_on_what_they_make(form: str) -> None:
     stages = {path.stem: read_recipe(path) for path in RECIPES if path.parent.name == form}
     made = {recipe.method: recipe.out for recipe in stages.values()}
-    assert set(made) == {"autoencoder", "contrastive", "diffusion", "add"}
+    assert set(made) == {"autoencoder", "contrastive", "diffusion", "add", *(["decoder"] if form == "cpu" else [])}
     student = stages["4-student"].options
     assert student.teacher == f"{made['diffusion']}/export/unet"
     assert student.autoencoder == f"{made['autoencoder']}/export/vae"
     assert stages["3-teacher"].options.autoencoder == student.autoencoder
+    if form == "cpu":
+        larger = stages["5-decoder"].options
+        assert (larger.autoencoder, larger.student) == (student.autoencoder, f"{made['add']}/export/unet")
     assert all(recipe.loop.device == {"cpu": "cpu", "gpu": "cuda"}[form] for recipe in stages.values())
 
 
@@ -53,11 +56,13 @@ def test_the_stages_hand_on_what_they_make(form: str) -> None:
 def test_one_command_runs_the_stages_in_order(form: str, capsys: pytest.CaptureFixture[str]) -> None:
     from recipes.icons import train
 
-    train.main(["--parquet", "icons.parquet", "--form", form, "--from", "cache", "--to", "4-student", "--dry-run"])
+    train.main(["--parquet", "icons.parquet", "--form", form, "--from", "cache", "--to", "5-decoder", "--dry-run"])
     lines = capsys.readouterr().out.splitlines()
-    stages = ["cache", *(["common"] if form == "cpu" else []), "2-evaluator", "3-teacher", "4-student"]
-    assert [line.partition(":")[0] for line in lines] == stages
-    assert all(f"icons/{form}/" in line for line in lines[-3:])
+    trained = ["2-evaluator", "3-teacher", "4-student"]
+    cpu = ["cache", "common", *trained, "large-shards", "5-decoder"]
+    told = dict(line.split(":", 1) for line in lines)
+    assert list(told) == (cpu if form == "cpu" else ["cache", *trained])
+    assert all(f"icons/{form}/" in told[stage] for stage in told if stage[0].isdigit())
 
 
 def test_each_stage_has_a_mark_of_its_own_that_comes_last(tmp_path: Path) -> None:
@@ -65,7 +70,7 @@ def test_each_stage_has_a_mark_of_its_own_that_comes_last(tmp_path: Path) -> Non
 
     made = {stage: train.command(stage, "cpu", "t.parquet", tmp_path / "r", tmp_path / "d") for stage in train.STAGES}
     assert len({result for result, _ in made.values()}) == len(made)
-    for stage in ("shards", "cache", "common"):
+    for stage in ("shards", "cache", "common", "large-shards"):
         result, line = made[stage]
         assert line[line.index("--done") + 1] == str(result)
     result, line = made["ship-teacher"]
@@ -113,6 +118,12 @@ def test_all_stages_in_a_tiny_form(runs: Path) -> None:
     student, parent = (load_unet(runs / stage / "export/unet") for stage in ("4-student", "3-teacher"))
     assert student.config["block_out_channels"] == parent.config["block_out_channels"]
     assert any(not torch.equal(a, b) for a, b in zip(student.parameters(), parent.parameters(), strict=True))
+
+    given = [f"decoder.{part}" for part in (*parts, f'student="{runs}/4-student/export/unet"', "window=4")]
+    given += ["decoder.encoder_blocks=[0, 0, 0, 1, 1, 1]", "decoder.decoder_blocks=[1, 1, 1, 0, 0, 0]"]
+    run("5-decoder", runs, "sample", *given, "decoder.adversarial_from=1", "decoder.discriminator_width=4")
+    larger = LatentSpace(runs / "5-decoder/export/vae")
+    assert (larger.factor, larger.scale) == (2 * LatentSpace(vae).factor, LatentSpace(vae).scale)
 
     for stage in STAGES:
         last = rows(runs, stage)[-1]

@@ -96,3 +96,25 @@ def level_embedding(timesteps: Tensor) -> Tensor:
     rates = torch.exp(-math.log(10000.0) * torch.arange(half, device=timesteps.device) / half)
     angles = timesteps.float().unsqueeze(1) * rates
     return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+class PatchDiscriminator(nn.Module):
+    """[B, 3, H, W] -> what each layer makes of it, last the logits [B, 1, H/8, W/8] of patches of some 40 pixels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [
+                spectral_norm(nn.Conv2d(3, width, 4, 2, 1)),
+                spectral_norm(nn.Conv2d(width, 2 * width, 4, 2, 1)),
+                spectral_norm(nn.Conv2d(2 * width, 4 * width, 4, 2, 1)),
+                spectral_norm(nn.Conv2d(4 * width, 1, 3, 1, 1)),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        made = []
+        for layer in self.layers[:-1]:
+            x = F.leaky_relu(layer(x), 0.2)
+            made.append(x)
+        return [*made, self.layers[-1](x)]

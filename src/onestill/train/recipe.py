@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 
 from onestill.errors import RecipeError, near
 
-METHODS = ("autoencoder", "contrastive", "diffusion", "add", "ladd", "lcm")
+METHODS = ("autoencoder", "contrastive", "diffusion", "add", "ladd", "lcm", "decoder")
 
 T = TypeVar("T")
 

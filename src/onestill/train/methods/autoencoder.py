@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from onestill.engine.torch import most_likely_latents
 from onestill.errors import RecipeError
 from onestill.train.batches import to_pictures
 from onestill.train.conditioning import load_autoencoder
+from onestill.train.discriminator import PatchDiscriminator
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator, unit_moments
 from onestill.train.parallel import is_main
 from onestill.train.recipe import LoopOptions, option
@@ -107,13 +107,13 @@ class Method:
 
         playing = options.adversarial > 0 and state.iteration >= options.adversarial_from
         if playing:
-            logits = self.discriminator(y)
+            logits = self.discriminator(y)[-1]
             if state.iteration >= options.adversarial_from + options.adversarial_warmup:
                 loss = loss + options.adversarial * hinge_generator([logits])
             metrics["fake_logits"] = logits.mean()
         update("autoencoder", loss)
         if playing:
-            real, fake = self.discriminator(x), self.discriminator(y.detach())
+            real, fake = self.discriminator(x)[-1], self.discriminator(y.detach())[-1]
             game = hinge_discriminator([real], [fake])
             update("discriminator", game)
             metrics |= {"discriminator": game, "real_logits": real.mean()}
@@ -205,25 +205,3 @@ def keep_variance(autoencoder: AutoencoderTiny) -> None:
                 for conv in (layer.conv[0], layer.conv[2]):
                     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
                     conv.bias.zero_()
-
-
-class PatchDiscriminator(nn.Module):
-    """[B, 3, H, W] -> logits [B, 1, H/8, W/8], each judging a patch of about 40 pixels."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        norm = nn.utils.parametrizations.spectral_norm
-        self.layers = nn.ModuleList(
-            [
-                norm(nn.Conv2d(3, width, 4, 2, 1)),
-                norm(nn.Conv2d(width, 2 * width, 4, 2, 1)),
-                norm(nn.Conv2d(2 * width, 4 * width, 4, 2, 1)),
-                norm(nn.Conv2d(4 * width, 1, 3, 1, 1)),
-            ]
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = F.leaky_relu(layer(x), 0.2)
-        logits: Tensor = self.layers[-1](x)
-        return logits

