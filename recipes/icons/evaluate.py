@@ -347,6 +347,7 @@ def run(options: argparse.Namespace) -> Path:
             "networks": ", ".join(f"{network.name} ({network.fingerprint})" for network in networks),
             "teacher": f"{options.teacher.name} ({fingerprint(teacher.info)}), {sampler}, guidance {guidance:g}",
             "student": f"{options.student.name} ({fingerprint(student.info)}), {student.info.sampler}, no guidance",
+            "sizes": f"teacher {_size(teacher)}, student {_size(student)}; the network sees all at its own size",
             "engine": f"{teacher.engine.name}, {teacher.engine.dtype}, {teacher.engine.device}",
             "took": f"{(time.monotonic() - began) / 60:.1f} minutes, less what an earlier run had drawn",
         },
@@ -361,6 +362,10 @@ def run(options: argparse.Namespace) -> Path:
     targets = targets_of(evaluation, evaluation.result(one), evaluation.result(most), weak)
     report = Report(about, evaluation, targets, sheets_of(evaluation, one, most), [tried, *more], hero=one)
     return write_report(report, options.out)
+
+
+def _size(pipeline: onestill.Pipeline) -> str:
+    return f"{pipeline.info.width} x {pipeline.info.height} px"
 
 
 def _tried_of(fields: dict[str, Any]) -> Tried:

@@ -31,14 +31,15 @@ def module(name: str, *arguments: str) -> list[str]:
 def command(stage: str, form: str, parquet: str, runs: Path, data: Path) -> tuple[Path, list[str]]:
     """What a stage leaves behind when it is whole, and the command that makes it."""
     vae = runs / "autoencoder/export/vae"
-    shown, large = (runs / "decoder/export/vae", data.with_name(f"icons{LARGE_PX}")) if form == "cpu" else (vae, data)
+    shown, large = runs / "decoder/export/vae" if form == "cpu" else vae, data.with_name(f"icons{LARGE_PX}")
     teacher, student = runs / "teacher/export/unet", runs / "student/export/unet"
     if stage == "shards":
         arguments = ("--parquet", parquet, "--out", str(data), "--size", str(SIZE_PX[form]))
         done = ("--done", str(data / "shards.done"))
         return data / "shards.done", module("recipes.icons.render", *arguments, *done)
     if stage == "large-shards":
-        arguments = ("--parquet", parquet, "--out", str(large), "--size", str(LARGE_PX), "--samples", "30000")
+        arguments = ("--parquet", parquet, "--out", str(large), "--size", str(LARGE_PX))
+        arguments += ("--splits", "train", "--samples", "30000")
         return large / "shards.done", module("recipes.icons.render", *arguments, "--done", str(large / "shards.done"))
     if stage == "cache":
         arguments = ("--shards", str(data / "train"), "--autoencoder", str(vae), "--out", str(data / "cached"))
@@ -50,7 +51,7 @@ def command(stage: str, form: str, parquet: str, runs: Path, data: Path) -> tupl
         return data / "common.done", module("recipes.icons.common", *arguments, "--done", str(data / "common.done"))
     if stage == "ship-teacher":
         place = ("--out", str(runs / "icons-teacher"), "--name", "icons-teacher", "--steps", "25", "--force")
-        arguments = ("--unet", str(teacher), "--autoencoder", str(shown), *place)
+        arguments = ("--unet", str(teacher), "--autoencoder", str(vae), *place)
         return runs / "icons-teacher/onestill.json", module("recipes.icons.ship", *arguments)
     if stage == "ship":
         made = runs / "icons/onestill.json"
@@ -60,7 +61,7 @@ def command(stage: str, form: str, parquet: str, runs: Path, data: Path) -> tupl
     if stage == "report":
         folders = ("--teacher", str(runs / "icons-teacher"), "--student", str(runs / "icons"))
         network = ("--network", str(runs / "evaluator/export"), "--out", str(runs / "report"))
-        return runs / "report/report.json", module("recipes.icons.evaluate", "--data", str(large), *folders, *network)
+        return runs / "report/report.json", module("recipes.icons.evaluate", "--data", str(data), *folders, *network)
     results = {
         "1-autoencoder": vae / "config.json",
         "2-evaluator": runs / "evaluator/export/contrastive.json",

@@ -170,7 +170,8 @@ class Method:
         side = x.shape[-1]
         window = min(self.options.window or side, side)
         factor = 2 ** (len(blocks) - 1 - self.options.window_from)
-        down, right = state.draw.shared(0, side - window, 2)
+        # Half a window beyond the edges and back, or what lies at an edge would hardly ever be seen.
+        down, right = (min(max(at, 0), side - window) for at in state.draw.shared(-window // 2, side - window // 2, 2))
         # A few cells more on every side that has them, so that what is compared has seen what it will see.
         top, left = max(0, down - MARGIN), max(0, right - MARGIN)
         x = x[:, :, top : down + window + MARGIN, left : right + window + MARGIN]
