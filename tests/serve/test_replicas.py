@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import signal
 import threading
 import urllib.error
@@ -40,7 +41,7 @@ def test_two_replicas_share_keys_and_counts_and_one_may_die(tiny_folder: Path) -
                             status = 200
                         except urllib.error.HTTPError as error:
                             status = error.code
-                        except OSError:
+                        except (OSError, http.client.HTTPException):  # before the answer, or in the middle of it
                             continue
                         break
                     else:
