@@ -54,8 +54,6 @@ CAVEATS = (
     "Captions of the concept split name things that training never showed; they weigh on all figures.",
     "Milliseconds are of whole batches on a machine that may have been doing other work; benchmarks/ measures speed.",
 )
-
-
 TEXTS = {
     "compare": """The first captions of the shuffled held-out set; every contender starts from the same noise. Nothing
         was picked by hand.""",
@@ -339,7 +337,8 @@ def run(options: argparse.Namespace) -> Path:
     about = About(
         title=f"One step against {last}",
         lead=f"The model '{student.info.name}' in one step beside its teacher in {last}: "
-        f"{len(samples):,} captions that no training saw, from the same seeds, nothing picked by hand.",
+        f"{len(samples):,} captions that no training saw, from the same seeds, nothing picked by hand."
+        f"{_decoders(teacher, student)}",
         sets={
             "prompts": f"{len(samples):,} captions of held-out icons, one each: {counts}",
             "reference": "the real pictures of those captions",
@@ -347,7 +346,6 @@ def run(options: argparse.Namespace) -> Path:
             "networks": ", ".join(f"{network.name} ({network.fingerprint})" for network in networks),
             "teacher": f"{options.teacher.name} ({fingerprint(teacher.info)}), {sampler}, guidance {guidance:g}",
             "student": f"{options.student.name} ({fingerprint(student.info)}), {student.info.sampler}, no guidance",
-            "sizes": f"teacher {_size(teacher)}, student {_size(student)}; the network sees all at its own size",
             "engine": f"{teacher.engine.name}, {teacher.engine.dtype}, {teacher.engine.device}",
             "took": f"{(time.monotonic() - began) / 60:.1f} minutes, less what an earlier run had drawn",
         },
@@ -364,8 +362,10 @@ def run(options: argparse.Namespace) -> Path:
     return write_report(report, options.out)
 
 
-def _size(pipeline: onestill.Pipeline) -> str:
-    return f"{pipeline.info.width} x {pipeline.info.height} px"
+def _decoders(*both: onestill.Pipeline) -> str:
+    teacher, student = (f"{one.info.width} x {one.info.height} px" for one in both)
+    told = f" The teacher draws {teacher} by a decoder of its own, the student {student} by another"
+    return "" if teacher == student else f"{told}: what sets them apart is the decoders' as well."
 
 
 def _tried_of(fields: dict[str, Any]) -> Tried:
