@@ -54,6 +54,8 @@ CAVEATS = (
     "Captions of the concept split name things that training never showed; they weigh on all figures.",
     "Milliseconds are of whole batches on a machine that may have been doing other work; benchmarks/ measures speed.",
 )
+
+
 TEXTS = {
     "compare": """The first captions of the shuffled held-out set; every contender starts from the same noise. Nothing
         was picked by hand.""",

@@ -113,13 +113,14 @@ class Method:
         x = x.contiguous(memory_format=torch.channels_last)  # [B, 3, H, W] in [-1, 1]
         if self._shown is None:
             self._shown, self._captions = x[:4].clone(), list(batch["captions"][:4])
-        latents, known = self.latents(x, batch["captions"], state)  # [B, C, h, w]; [B, 1, 1, 1]
+        clean = self.old.encode(halved(x))  # [B, C, h, w]
+        latents, known = self.latents(clean, batch["captions"], state)  # the same; [B, 1, 1, 1]
         y, (rows, columns) = self.decoded(latents, state)  # [B, 3, window, window]
         target = x[:, :, rows, columns]
 
         # --- the encoder: a quarter is enough, as all but its first layers were trained before ---
         some = x[: max(1, len(x) // 4)]
-        kept = F.mse_loss(most_likely_latents(self.autoencoder, some) * self.old.scale, self.old.encode(halved(some)))
+        kept = F.mse_loss(most_likely_latents(self.autoencoder, some) * self.old.scale, clean[: len(some)])
         update("encoder", kept)
 
         # --- the decoder: the picture, as far as its latents know it, and always that it looks like one ---
@@ -143,21 +144,21 @@ class Method:
         return metrics
 
     @torch.no_grad()
-    def latents(self, x: Tensor, captions: Sequence[str], state: TrainState) -> tuple[Tensor, Tensor]:
-        """What is decoded for pictures x [B, C, h, w], and how well it knows them, 0 to 1 [B, 1, 1, 1].
+    def latents(self, clean: Tensor, captions: Sequence[str], state: TrainState) -> tuple[Tensor, Tensor]:
+        """What is decoded instead of latents `clean` [B, C, h, w], and how well it knows them, 0 to 1 [B, 1, 1, 1].
 
         The student's know a picture as well as what it saw of it: alpha of its timestep, which is 0 for pure noise.
         """
-        clean, draw = self.old.encode(halved(x)), state.draw
-        made = round(self.options.student_share * len(x))  # S
-        slight = clean + self.options.latent_noise * draw.normal(*clean.shape).to(x.device)
+        draw, device = state.draw, clean.device
+        made = round(self.options.student_share * len(clean))  # S
+        slight = clean + self.options.latent_noise * draw.normal(*clean.shape).to(device)
         timesteps = torch.tensor(self.student.schedule.timesteps(STUDENT_STEPS))
-        at = timesteps[draw.integers(0, STUDENT_STEPS - 1, len(x))][:made].to(x.device)
-        noise = draw.normal(*clean.shape).to(x.device)[:made]
+        at = timesteps[draw.integers(0, STUDENT_STEPS - 1, len(clean))][:made].to(device)
+        noise = draw.normal(*clean.shape).to(device)[:made]
         alpha, sigma = self.student.signal(at)
-        told = self.words(captions[:made]).to(x.device) if made else None
+        told = self.words(captions[:made]).to(device) if made else None
         x0 = self.student.x0(add_noise(clean[:made], noise, alpha, sigma), at, told) if told else clean[:0]
-        known = torch.cat([alpha, torch.ones(len(x) - made, 1, 1, 1, device=x.device)])
+        known = torch.cat([alpha, torch.ones(len(clean) - made, 1, 1, 1, device=device)])
         return torch.cat([x0, slight[made:]]), known
 
     def decoded(self, latents: Tensor, state: TrainState) -> tuple[Tensor, tuple[slice, slice]]:
