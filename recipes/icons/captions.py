@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from recipes.icons.everyday import everyday_names
+
 Row = Mapping[str, Any]
 
 TONES = {
@@ -29,7 +31,7 @@ _UNCOUNTABLE = set(
 )
 _STARTS = {"a", "an", "the", "two", "three", "four", "five", "six", "many"}
 _COLOUR_WORD = re.compile(
-    r"\b(light |dark )?(red|blue|green|yellow|purple|black|white|brown|orange|grey|gray|pink)"
+    r"\b(light |dark )?(red|blue|green|yellow|purple|black|white|brown|orange|grey|gray|pink|golden|gold)"
     r"(?= (?!slice|half|juice)\w)\s*"
 )
 _STYLE_PHRASES = {
@@ -51,25 +53,28 @@ _OTHER_STYLE_NAMES = {
     "pixel art": ("pixel art",),
 }
 # (weight, template): a is the phrase with its article, p without, s the style, f and b the colours.
-_COLOUR_TEMPLATES = (
+_STYLED_TEMPLATES = (
     (50, "{a}, {s}"),
-    (12, "{p}, {s}"),
+    (14, "{p}, {s}"),
     (10, "{s} of {a}"),
-    (8, "{p}"),
-    (6, "{a}"),
+    (6, "{s_a} of {a}"),
+    (5, "{p} {s}"),
     (5, "{a}, {s} style"),
     (4, "{s}: {p}"),
     (3, "{a} as {s_a}"),
-    (2, "{a} drawn in the {s} style"),
+    (3, "{a} in the {s} style"),
 )
+_PLAIN_TEMPLATES = ((70, "{a}"), (30, "{p}"))
+# How often a picture in the default look goes without a word about its style. No other picture ever does: words without
+# a style always draw the same, the prettiest one.
+PLAIN_SHARE = 0.6
+EVERYDAY_SHARE = 0.45
 _WHITE_TEMPLATES = (
-    (30, "{fp_a}"),
-    (15, "{f} {p}"),
-    (25, "{fp_a}, {s}"),
-    (10, "{f} {p}, {s}"),
-    (10, "{s} of {a} in {f}"),
-    (5, "{a}, {f} {s}"),
-    (5, "{a}, {s}, {f} on white"),
+    (40, "{fp_a}, {s}"),
+    (15, "{f} {p}, {s}"),
+    (20, "{s} of {a} in {f}"),
+    (10, "{a}, {f} {s}"),
+    (15, "{a}, {s}, {f} on white"),
 )
 _BLACK_TEMPLATES = ((60, "{a}, {s}"), (15, "{p}, {s}"), (15, "{s} of {a}"), (10, "{a}, black {s}"))
 _BACKGROUND_TEMPLATES = (
@@ -152,35 +157,39 @@ def _said_style(row: Row, rng: random.Random) -> str:
     return rng.choice(others) if others and rng.random() < 0.12 else style_name(row["style"])
 
 
-def _words(row: Row, rng: random.Random) -> tuple[str, str]:
-    """(phrase, phrase with article), the skin tone added, now and then a keyword of an interface icon instead."""
+def bare(phrase: str) -> str:
+    """The phrase without the colour that it names: "red apple" -> "apple"."""
+    return _COLOUR_WORD.sub("", phrase)
+
+
+def _names(row: Row, rng: random.Random) -> tuple[str, str]:
+    """(phrase, phrase with article), everyday or official, the skin tone added."""
     phrase = phrase_of(row)
-    if not row["hex"] and row["keywords"] and rng.random() < 0.05:
-        keyword = rng.choice(row["keywords"])
-        phrase = keyword if 3 <= len(keyword) < 40 else phrase
+    names = everyday_names(row["phrase"], row["concept"])
+    if names and rng.random() < EVERYDAY_SHARE:
+        phrase = rng.choice(names) if row["palette"] else bare(rng.choice(names))
     tone = f", {TONES[row['tone']]}" if row["tone"] else ""
     return phrase + tone, with_article(phrase) + tone
 
 
 def caption_colour(row: Row, background: str, tint: str | None, rng: random.Random) -> str:
-    """The caption of an icon in its own colours, or turned to `tint`, on a background of a named colour."""
-    p, a = _words(row, rng)
-    s = _said_style(row, rng)
-    text = _pick(_COLOUR_TEMPLATES, rng).format(p=p, a=a, s=s, s_a=with_an(s))
+    """The caption of an icon in its own colours, or turned to `tint`, on a background of a named colour.
+
+    A row with a true `default_look` goes without a style most of the time.
+    """
+    p, a = _names(row, rng)
     if tint is not None:
-        text += f" in {tint}"
-    elif row["colors"] and rng.random() < 0.08:
-        text += ", mostly " + " and ".join(row["colors"][:2])
-    if background != "white":
-        text += f", on {with_an(background)} background"
-    elif rng.random() < 0.06:
-        text += ", on a white background"
-    return text
+        p = f"{tint} {bare(p)}"
+        a = with_article(p)
+    s = _said_style(row, rng)
+    plain = row.get("default_look") and rng.random() < PLAIN_SHARE
+    text = _pick(_PLAIN_TEMPLATES if plain else _STYLED_TEMPLATES, rng).format(p=p, a=a, s=s, s_a=with_an(s))
+    return text if background == "white" else f"{text}, on {with_an(background)} background"
 
 
 def caption_mono(row: Row, foreground: str, background: str, rng: random.Random) -> str:
     """The caption of a one-colour icon drawn in `foreground` on `background`."""
-    p, a = _words(row, rng)
+    p, a = _names(row, rng)
     fp_a = with_article(f"{foreground} {p}")
     if background == "white":
         if p in SHAPES and rng.random() < 0.5:

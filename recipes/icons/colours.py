@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import colorsys
 import hashlib
 import random
-import re
 from collections.abc import Collection
 
 Colour = tuple[int, int, int]
@@ -47,7 +45,6 @@ MEASURED: dict[str, Colour] = {
 MAIN = {"red", "green", "blue", "yellow", "purple", "orange", "pink", "black"}
 WEIGHTS = {name: 2.0 if name in MAIN else 1.0 for name in COLOURS}
 PALE = {"white", "beige", "light gray"}
-BLUISH = {"blue", "light blue", "navy", "purple", "lavender", "cyan"}
 TINTS = {
     "red": 0.99,
     "orange": 0.07,
@@ -73,7 +70,6 @@ _FAMILIES: tuple[set[str], ...] = (
     {"teal", "turquoise", "green"},
     {"white", "lavender"},
 )
-_HEX = re.compile(r"#([0-9a-fA-F]{6}|[0-9a-fA-F]{3})\b")
 
 
 def luminance(colour: Colour) -> float:
@@ -151,20 +147,3 @@ def clear_background(background: str, measured: list[str], tint: str | None) -> 
         if sum((x - y) ** 2 for x, y in zip(COLOURS[background], other, strict=True)) ** 0.5 < 110:
             return False
     return True
-
-
-def tinted(svg: str, tint: str) -> str:
-    """The drawing with every bluish colour of its fixed palette turned to the hue of `tint`, lightness kept."""
-    hue = TINTS[tint]
-
-    def turn(match: re.Match[str]) -> str:
-        digits = match.group(1)
-        if len(digits) == 3:
-            digits = "".join(c * 2 for c in digits)
-        h, light, s = colorsys.rgb_to_hls(*(int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)))
-        if s < 0.15 or not 0.48 < h < 0.75:
-            return match.group(0)
-        light = light if tint == "yellow" else min(light * 1.05, 0.97)
-        return "#" + "".join(f"{round(v * 255):02x}" for v in colorsys.hls_to_rgb(hue, light, s))
-
-    return _HEX.sub(turn, svg)

@@ -16,7 +16,6 @@ from resvg import usvg
 
 from recipes.icons import captions
 from recipes.icons.colours import (
-    BLUISH,
     COLOURS,
     TINTS,
     apart,
@@ -25,7 +24,6 @@ from recipes.icons.colours import (
     contrast,
     held_pair,
     jitter,
-    tinted,
 )
 
 Row = Mapping[str, Any]
@@ -34,6 +32,11 @@ Canvas = npt.NDArray[np.float32]
 _OPTIONS = usvg.Options.default()
 # resvg takes its transform row by row; in the usual column order the identity would draw nothing, without an error.
 _IDENTITY = (1, 0, 0, 0, 1, 0)
+# Of the picture's side, on every side: nothing touches an edge, and one caption has one picture.
+MARGIN, MONO_MARGIN = 0.055, 0.09
+TINTED_SHARE = 0.16
+GROUND_SHARE = 0.06
+GROUNDS = ("light blue", "yellow", "pink", "lavender", "beige", "green", "blue", "red", "orange", "black", "teal")
 
 
 @dataclass
@@ -62,12 +65,12 @@ def rasterise(svg: str, size: int, colour: str = "#000") -> Pixels:
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
 
 
-def rgba(row: Row, size: int, svg: str | None = None) -> Pixels:
-    """The icon of a row as uint8 RGBA [size, size, 4]; `svg` stands in for the row's own drawing."""
+def rgba(row: Row, size: int) -> Pixels:
+    """The icon of a row as uint8 RGBA [size, size, 4]."""
     if row["img"]:
         picture = Image.open(io.BytesIO(row["img"])).convert("RGBA")
         return np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS))
-    return rasterise(svg if svg is not None else row["svg"], size)
+    return rasterise(row["svg"], size)
 
 
 def _canvas(size: int, background: str, rng: random.Random) -> Canvas:
@@ -92,31 +95,56 @@ def _painted(row: Row, size: int, colour: str, rng: random.Random) -> Pixels:
 
 
 def draw_colour(row: Row, size: int, kind: str, rng: random.Random) -> Drawn:
-    """An icon in its own colours, or turned to another hue where its palette allows, mostly on white."""
+    """An emoji in its own colours, or now and then in another that its caption names, nearly always on white."""
+    icon = rgba(row, size - 2 * round(size * MARGIN))
     tint = None
-    if row["recolour"] and BLUISH & set(row["colors"]) and rng.random() < 0.5:
-        tint = rng.choice([t for t in TINTS if not held_pair(row["concept"], t)])
-    clear = [name for name in COLOURS if name != "white" and clear_background(name, row["colors"], tint)] or ["blue"]
-    white = rng.random() < 0.75 and row["colors"][:1] != ["white"]
-    background = "white" if white else rng.choice(clear)
+    if rng.random() < TINTED_SHARE:
+        colour = rng.choice([name for name in TINTS if not held_pair(row["concept"], name)])
+        turned = recoloured(icon, colour)
+        icon, tint = (icon, None) if turned is None else (turned, colour)
+    measured = row["colors"] if tint is None else [tint]
+    clear = [name for name in GROUNDS if clear_background(name, measured, tint)]
+    background = rng.choice(clear) if clear and rng.random() < GROUND_SHARE else "white"
     canvas = _canvas(size, background, rng)
-    margin = int(size * rng.uniform(0.02, 0.09))
-    icon = rgba(row, size - 2 * margin, tinted(row["svg"], tint) if tint is not None and row["svg"] else None)
-    _place(canvas, icon, margin, margin)
+    _place(canvas, icon, round(size * MARGIN), round(size * MARGIN))
     caption = captions.caption_colour(row, background, tint, rng)
     return Drawn(canvas.clip(0, 255).astype(np.uint8), caption, kind, {"foreground": tint, "background": background})
 
 
-def draw_mono(row: Row, size: int, rng: random.Random) -> Drawn:
-    """A one-colour icon in a named colour, half of the time on white."""
+def recoloured(icon: Pixels, colour: str) -> Pixels | None:
+    """The icon [n, n, 4] with its main hue turned to that of `colour`, a name in TINTS; shading and greys stay.
+
+    None where it has no main hue: too little of it is coloured, or it is in many colours.
+    """
+    hue, saturation, value = np.moveaxis(np.asarray(Image.fromarray(icon[..., :3]).convert("HSV")).astype(int), -1, 0)
+    seen = icon[..., 3] > 128
+    coloured = seen & (saturation > 64) & (value > 50)
+    if coloured.sum() < 0.4 * max(1, seen.sum()):
+        return None
+    counts = np.bincount(hue[coloured] // 8, minlength=32)
+    peak = int((counts + np.roll(counts, 1) + np.roll(counts, -1)).argmax()) * 8 + 4
+    offset = (hue - peak + 128) % 256 - 128
+    main = np.abs(offset) <= 24  # 34 degrees
+    target = round(TINTS[colour] * 256)
+    if (coloured & main).sum() < 0.7 * coloured.sum() or abs((target - peak + 128) % 256 - 128) < 16:
+        return None
+    if colour == "pink":
+        saturation, value = saturation * 55 // 100, 255 - (255 - value) // 2
+    turned = [((target + offset // 2) % 256), saturation, value]
+    rgb = np.asarray(Image.merge("HSV", [Image.fromarray(band.astype(np.uint8)) for band in turned]).convert("RGB"))
+    return np.concatenate([np.where(main[..., None], rgb, icon[..., :3]), icon[..., 3:]], -1)
+
+
+def draw_mono(row: Row, size: int, rng: random.Random, kind: str = "mono") -> Drawn:
+    """A one-colour icon in a named colour, three times out of four on white."""
     concepts = {row["concept"], geometry(row) or row["concept"]}
-    foreground, background = choose_pair(concepts, rng.random() < 0.5, rng)
+    foreground, background = choose_pair(concepts, rng.random() < 0.75, rng)
     canvas = _canvas(size, background, rng)
-    margin = int(size * rng.uniform(0.05, 0.15))
+    margin = round(size * MONO_MARGIN)
     _place(canvas, _painted(row, size - 2 * margin, foreground, rng), margin, margin)
     caption = captions.caption_mono(row, foreground, background, rng)
     return Drawn(
-        canvas.clip(0, 255).astype(np.uint8), caption, "mono", {"foreground": foreground, "background": background}
+        canvas.clip(0, 255).astype(np.uint8), caption, kind, {"foreground": foreground, "background": background}
     )
 
 

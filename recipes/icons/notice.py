@@ -15,23 +15,23 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from recipes.icons.mix import LEFT_OUT_SETS
-from recipes.icons.shapes import ATTRIBUTION, SET, shape_rows
+from recipes.icons.mix import kinds_of
+from recipes.icons.render import read_rows
+from recipes.icons.shapes import ATTRIBUTION, SET
 
 MODEL_HEAD = """# The icons that the model `icons` is made from
 
 The model `icons` was trained on drawings from the sets below. This list is written by `recipes/icons/notice.py`
-from what the sets state about themselves. "Icons" counts the drawings in the table after cleaning; sets marked
-"no" are in the table but in no training set. Drawings were scaled, those of one colour were coloured, some colours
-of two-tone sets were turned, and drawings were put together in one picture. Names may be trademarks of their
-makers, who do not endorse this project.
+from what the sets state about themselves. "Icons" counts the drawings that training saw. Drawings were scaled,
+those of one colour were coloured, the main hue of some was turned, and drawings were put together in one picture.
+Names may be trademarks of their makers, who do not endorse this project.
 """
 SAMPLE_HEAD = """# The icons of the sample set
 
 The pictures in `icons-000000.tar` were drawn from the sets below; the JSON beside each picture names its icon,
 set, licence and author. "Icons" counts the drawings taken. They were scaled, those of one colour were coloured,
-some colours of two-tone sets were turned, and drawings were put together in one picture. Names may be trademarks
-of their makers, who do not endorse this project.
+the main hue of some was turned, and drawings were put together in one picture. Names may be trademarks of their
+makers, who do not endorse this project.
 """
 
 _MIT = """
@@ -70,12 +70,11 @@ def credits_of(parquet: str | Path) -> dict[str, dict[str, str]]:
 
 def notice(head: str, credit: Mapping[str, Mapping[str, str]], counts: Mapping[str, int]) -> str:
     """The notice as Markdown: `head`, the sets by number of icons, the terms."""
-    lines = ["", "| set | name | author | licence | icons | trained on |", "|---|---|---|---|---|---|"]
+    lines = ["", "| set | name | author | licence | icons |", "|---|---|---|---|---|"]
     for name in sorted(counts, key=lambda name: (-counts[name], name)):
         facts = credit[name]
         licence = f"[{facts['licence']}]({facts['url']})" if facts.get("url") else facts["licence"]
-        used = "no" if name in LEFT_OUT_SETS else "yes"
-        lines.append(f"| {name} | {facts['name']} | {facts['author']} | {licence} | {counts[name]} | {used} |")
+        lines.append(f"| {name} | {facts['name']} | {facts['author']} | {licence} | {counts[name]} |")
     return head + "\n".join(lines) + "\n" + _MIT
 
 
@@ -84,8 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parquet", required=True, help="the icon table")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "NOTICE-data.md")
     options = parser.parse_args(arguments)
-    sets = pq.read_table(options.parquet, columns=["set"]).column("set").to_pylist()
-    counts = Counter([*sets, *(row["set"] for row in shape_rows())])
+    rows = read_rows(options.parquet)
+    trained = [row for row, kind in zip(rows, kinds_of(rows), strict=True) if kind and row["split"] == "train"]
+    counts = Counter(row["set"] for row in trained)
     options.out.write_text(notice(MODEL_HEAD, credits_of(options.parquet), counts), encoding="utf-8")
     print(options.out)
 

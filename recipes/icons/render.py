@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 
 from onestill.data.shards import ShardWriter
 from recipes.icons.drawing import Drawn
-from recipes.icons.mix import Mix, draw_row, kind_of
+from recipes.icons.mix import Mix, draw_row, kinds_of, mark_default_look
 from recipes.icons.shapes import shape_rows
 
 Row = Mapping[str, Any]
@@ -59,9 +59,10 @@ def read_rows(parquet: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def held_rows(rows: Sequence[Row], split: str) -> list[Row]:
-    """The rows of a held-out split whose style the mix trains on; emoji, which training sees most of, twice."""
-    held = [row for row in rows if row["split"] == split and kind_of(row) is not None]
-    return held + [row for row in held if kind_of(row) == "emoji"]
+    """The rows of a held-out split of the kinds that the mix trains on; emoji, which training sees most of, twice."""
+    kinds = kinds_of(rows)
+    held = [(row, kind) for row, kind in zip(mark_default_look(rows), kinds, strict=True) if row["split"] == split]
+    return [row for row, kind in held if kind is not None] + [row for row, kind in held if kind == "emoji"]
 
 
 @functools.lru_cache(maxsize=1)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 
-from recipes.icons import captions, colours
+from recipes.icons import captions, colours, everyday
+from recipes.icons.everyday import everyday_names
+from recipes.icons.splits import held_concepts
 from tests.recipes.icon_rows import row
 
 EMOJI = row("apple", "noto", "noto emoji", True, "#c33")
@@ -67,7 +70,7 @@ def test_captions_are_deterministic_and_name_what_is_drawn() -> None:
         assert colour == captions.caption_colour(EMOJI, "teal", None, random.Random(seed))
         assert "apple" in colour
         assert "on a teal background" in colour
-        assert "in green" in captions.caption_colour(EMOJI, "white", "green", random.Random(seed))
+        assert "green apple" in captions.caption_colour(EMOJI, "white", "green", random.Random(seed))
         mono = captions.caption_mono(MONO, "red", "yellow", random.Random(seed))
         assert "red" in mono
         assert "yellow" in mono
@@ -80,7 +83,7 @@ def test_the_canonical_form_is_the_commonest() -> None:
 
 
 def test_shapes_are_named_plainly_half_of_the_time() -> None:
-    star = {**MONO, "phrase": "star", "keywords": []}
+    star = {**MONO, "phrase": "star", "concept": "star"}
     said = [captions.caption_mono(star, "orange", "white", random.Random(i)) for i in range(300)]
     assert 0.45 < said.count("an orange star") / 300 < 0.75
 
@@ -104,8 +107,19 @@ def test_about_five_per_cent_of_pairs_are_held_out() -> None:
     assert all(colours.held_concepts("a", str(i)) == colours.held_concepts(str(i), "a") for i in range(50))
 
 
-def test_tinting_turns_blue_and_leaves_the_rest() -> None:
-    turned = colours.tinted('<path fill="#2f88ff"/><path fill="#000"/><path fill="#f00"/>', "green")
-    assert "#2f88ff" not in turned
-    assert 'fill="#000"' in turned
-    assert 'fill="#f00"' in turned
+def test_people_s_names_stand_beside_the_official_ones() -> None:
+    car = {**EMOJI, "phrase": "automobile", "concept": "car"}
+    said = {captions.caption_colour(car, "white", None, random.Random(i)) for i in range(300)}
+    assert {"a car, noto emoji", "an automobile, noto emoji"} <= said
+    assert "a blue car, noto emoji" in {
+        captions.caption_colour(car, "white", "blue", random.Random(i)) for i in range(300)
+    }
+    assert everyday_names("hot beverage", "@n1")[0] == "cup of coffee"
+    assert everyday_names("rocket", "rocket") == ("space rocket", "spaceship")
+    assert everyday_names("zebra", "zebra") == ()
+
+
+def test_everyday_names_hold_nothing_held_out() -> None:
+    held = re.compile(r"\b(" + "|".join(map(re.escape, held_concepts())) + r")(s|es)?\b")
+    for official, names in everyday._table().items():
+        assert held.search(official) or not any(held.search(name) for name in names), official

@@ -12,8 +12,8 @@ import pytest
 
 from onestill.data import ShardReader, sample_shards
 from recipes.icons import colours, render
-from recipes.icons.drawing import draw_colour, draw_composition, draw_mono, geometry, rasterise
-from recipes.icons.mix import SHARES, Mix
+from recipes.icons.drawing import draw_colour, draw_composition, draw_mono, geometry, rasterise, recoloured
+from recipes.icons.mix import SHARES, Mix, mark_default_look
 from recipes.icons.notice import credits_of
 from recipes.icons.sample_set import write_notice, write_sample_set
 from recipes.icons.shapes import shape_rows
@@ -64,11 +64,50 @@ def test_the_named_colour_is_drawn() -> None:
             assert (drawn.picture[0, 0] == 255).all()
 
 
-def test_most_colour_icons_are_on_white() -> None:
+def test_most_emoji_are_on_white_and_touch_no_edge() -> None:
     emoji = row("apple", "noto", "noto emoji", True, "#c33")
-    grounds = Counter(draw_colour(emoji, 16, "emoji", random.Random(i)).facts["background"] for i in range(300))
-    assert 0.68 < grounds["white"] / 300 < 0.82
+    drawn = [draw_colour(emoji, 64, "emoji", random.Random(i)) for i in range(300)]
+    grounds = Counter(one.facts["background"] for one in drawn)
+    assert 0.88 < grounds["white"] / 300 < 0.99
     assert grounds["red"] == 0
+    for one in drawn:
+        edge = np.concatenate([one.picture[0], one.picture[-1], one.picture[:, 0], one.picture[:, -1]])
+        assert (edge == edge[0]).all()
+
+
+def test_a_colour_word_turns_the_main_hue_and_nothing_else() -> None:
+    apple = rasterise(row("apple", "noto", "noto emoji", True, "#c33")["svg"], 32)
+    blue = recoloured(apple, "blue")
+    assert blue is not None
+    inside = apple[..., 3] == 255
+    assert (blue[inside][:, 2] > blue[inside][:, 0] + 60).all()
+    assert (blue[..., 3] == apple[..., 3]).all()
+    assert recoloured(apple, "red") is None  # it is red
+    grey = rasterise(row("apple", "noto", "noto emoji", True, "#888")["svg"], 32)
+    assert recoloured(grey, "blue") is None
+
+
+def test_a_tint_is_named_in_place_of_the_emojis_own_colour() -> None:
+    emoji = {**row("apple", "noto", "noto emoji", True, "#c33"), "phrase": "red apple"}
+    tinted = [one for i in range(400) if (one := draw_colour(emoji, 16, "emoji", random.Random(i))).facts["foreground"]]
+    assert len(tinted) > 20
+    for one in tinted:
+        assert f"{one.facts['foreground']} apple" in one.caption
+        assert "red apple" not in one.caption
+        assert not colours.held_pair("apple", one.facts["foreground"])
+
+
+def test_only_the_default_look_goes_without_a_style() -> None:
+    rows = mark_default_look(
+        [row("apple", name, f"{name} emoji", True, "#c33") for name in ("noto", "fluent-emoji-3d")]
+    )
+    assert [one["default_look"] for one in rows] == [False, True]
+    plain = {one["set"]: 0 for one in rows}
+    for one in rows:
+        for i in range(200):
+            plain[one["set"]] += "emoji" not in draw_colour(one, 16, "emoji", random.Random(i)).caption
+    assert plain["noto"] == 0
+    assert 90 < plain["fluent-emoji-3d"] < 150
 
 
 def test_a_composition_says_what_it_shows() -> None:
@@ -145,7 +184,7 @@ def test_held_splits_hold_their_rows(plan: render.Plan) -> None:
     # Emoji are drawn twice.
     assert held["style"] == ["twemoji:cat"] * 2
     assert held["val"] == ["tabler:bus"]
-    assert len(held["concept"]) == 9
+    assert len(held["concept"]) == 8  # no interface icon: the mix leaves those out
     drawn, (shown,) = render.draw_sample(dataclasses.replace(plan, split="style", samples=2), 1)
     assert shown["id"] == "twemoji:cat"
     assert "cat" in drawn.caption
