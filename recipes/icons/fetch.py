@@ -1,6 +1,6 @@
-"""Fetch the packages that icons.parquet is built from, with the ordinary npm and apt clients, or take a built table.
+"""Fetch the packages that icons.parquet is built from, with the ordinary clients, or take a built table.
 
-    python -m recipes.icons.fetch --out sources                          # npm pack, apt-get download, unpack
+    python -m recipes.icons.fetch --out sources                          # npm pack, apt-get and pip download, unpack
     python -m recipes.icons.fetch --out sources --parquet icons.parquet  # copy a table that is already built
 
 Every archive is checked against its SHA-256 before it is unpacked. What is already there is not fetched again.
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,10 +53,16 @@ def _download(package: Package, folder: Path) -> Path:
     """Download a package's archive into an empty folder."""
     if package.client == "npm":
         _run(("npm", "pack", "--silent", package.request), folder)
+    elif package.client == "pip":
+        # Told the hash, pip checks it before it runs anything of a source archive.
+        wanted = folder / "wanted.txt"
+        wanted.write_text(f"{package.request} --hash=sha256:{package.sha256}\n", encoding="utf-8")
+        _run((sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-r", wanted.name), folder)
+        wanted.unlink()
     else:
         # apt writes as its own user when it may; the folder is private to this one.
         _run(("apt-get", "download", "-o", "APT::Sandbox::User=root", package.request), folder)
-    archives = [path for path in folder.iterdir() if path.suffix in (".tgz", ".deb")]
+    archives = [path for path in folder.iterdir() if path.suffix in (".tgz", ".deb", ".gz", ".whl")]
     if len(archives) != 1:
         raise DataError(f"{package.client} left {len(archives)} archives for {package.request}: fetch it again.")
     return archives[0]
@@ -64,6 +71,10 @@ def _download(package: Package, folder: Path) -> Path:
 def _unpack(archive: Path, folder: Path) -> None:
     if archive.suffix == ".deb":
         _run(("dpkg", "-x", str(archive), str(folder)), archive.parent)
+        return
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            wheel.extractall(folder)
         return
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")

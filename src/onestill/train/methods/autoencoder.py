@@ -1,6 +1,7 @@
 """The autoencoder: pictures to small latents and back, with edges that stay sharp.
 
-Reconstruction (L1) and image gradients from the first step; a patch discriminator on top once the picture stands. The
+Reconstruction (L1), image gradients and, where its network is given, LPIPS from the first step; a patch discriminator on
+top once the picture stands. The
 latents get a little noise on the way to the decoder, so that it forgives a denoiser's errors, and a penalty that holds
 each channel near zero mean and unit variance, so that noise of variance 1 means the same for all of them.
 
@@ -25,6 +26,7 @@ from onestill.train.conditioning import load_autoencoder
 from onestill.train.discriminator import PatchDiscriminator
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator, unit_moments
 from onestill.train.parallel import is_main
+from onestill.train.perceptual import LPIPS
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.state import TrainState
 from onestill.train.turns import Batch, Update
@@ -35,6 +37,8 @@ class Options:
     """Sizes of the network (blocks from full resolution to the smallest, for both halves) and weights of the losses.
 
     `start` names an autoencoder's folder to go on from instead of random weights; it must have these sizes.
+    `perceptual` weighs LPIPS by the network in the file `perceptual_network`, on one random window of
+    `perceptual_window` px of each picture, edges included.
     `adversarial_from` is the iteration at which the patch discriminator joins; its weight 0 leaves it out. The first
     `adversarial_warmup` iterations after that train the discriminator alone.
     """
@@ -53,6 +57,9 @@ class Options:
     gradient: float = option(1.0, low=0.0)
     moments: float = option(0.01, low=0.0)
     latent_noise: float = option(0.05, low=0.0, high=1.0)
+    perceptual: float = option(0.0, low=0.0)
+    perceptual_network: str = option("")
+    perceptual_window: int = option(64, low=16, high=4096)
     adversarial: float = option(0.0, low=0.0)
     adversarial_from: int = option(2000, low=0)
     adversarial_warmup: int = option(100, low=0)
@@ -72,6 +79,9 @@ class Method:
         if options.start:
             continue_from(options.start, self.autoencoder)
         self.discriminator = PatchDiscriminator(options.discriminator_width)
+        if options.perceptual and not options.perceptual_network:
+            raise RecipeError("perceptual needs the file of LPIPS's weights: set autoencoder.perceptual_network.")
+        self.lpips = LPIPS.load(options.perceptual_network) if options.perceptual else None
         self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder, "discriminator": self.discriminator}
         adam = dict(betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.optimizers: dict[str, torch.optim.Optimizer] = {
@@ -88,7 +98,7 @@ class Method:
         self._captions: list[str] = []
 
     def to(self, device: torch.device) -> None:
-        for network in self.networks.values():
+        for network in (*self.networks.values(), *([self.lpips] if self.lpips else [])):
             network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
@@ -104,6 +114,11 @@ class Method:
         l1, edges, moments = (y - x).abs().mean(), gradient_difference(x, y), unit_moments(latents)
         loss = options.l1 * l1 + options.gradient * edges + options.moments * moments
         metrics = {"l1": l1, "edges": edges, "moments": moments, "psnr": -10 * torch.log10((y - x).square().mean() / 4)}
+
+        if self.lpips is not None:
+            rows, columns = window(x.shape[-1], options.perceptual_window, state)
+            metrics["perceptual"] = self.lpips(x[:, :, rows, columns], y[:, :, rows, columns]).mean()
+            loss = loss + options.perceptual * metrics["perceptual"]
 
         playing = options.adversarial > 0 and state.iteration >= options.adversarial_from
         if playing:
@@ -134,6 +149,17 @@ class Method:
         averaged.load_state_dict({k: v.cpu() for k, v in state.averaged("autoencoder").items()})
         if is_main():
             averaged.save_pretrained(folder / "vae")
+
+
+def window(side: int, width: int, state: TrainState) -> tuple[slice, slice]:
+    """Rows and columns of a random window of `width` px in pictures of `side` px.
+
+    It may fall beyond the edges and is pushed back, or what lies at an edge would hardly ever be seen.
+    """
+    width = min(width, side)
+    starts = (min(max(at, 0), side - width) for at in state.draw.shared(-width // 4, side - width + width // 4, 2))
+    rows, columns = (slice(start, start + width) for start in starts)
+    return rows, columns
 
 
 def build(options: Options) -> AutoencoderTiny | AutoencoderKL:
