@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
+from onestill.train.cnn import LITE0, EfficientNetLite0
 from onestill.train.conditioning import Condition, batch_condition
 from onestill.train.features import Tower, new_backbone
 from onestill.train.methods.add import Method
@@ -27,6 +30,7 @@ def write_parts(folder: Path) -> Path:
     pixels = new_backbone("resnet", channels=3, size=32, patch=1, width=32, depth=1)
     Tower(pixels, 16, WIDTH).save(folder / "pixels", space="pixels")
     save_dinov2(folder / "dinov2")
+    save_cnn(folder / "lite0")
     return folder
 
 
@@ -34,6 +38,13 @@ def save_dinov2(folder: Path, image_size: int = 16) -> None:
     """A DINOv2 of two blocks with patches of four pixels."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
     Dinov2Model(Dinov2Config(**sizes, image_size=image_size, patch_size=4)).save_pretrained(folder)
+
+
+def save_cnn(folder: Path) -> None:
+    """EfficientNet-lite0 at its own width, with random weights."""
+    folder.mkdir()
+    save_file(EfficientNetLite0().state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": LITE0}))
 
 
 def add_recipe(parts: Path, **options: Any) -> Any:

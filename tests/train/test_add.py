@@ -64,6 +64,7 @@ KINDS: list[dict[str, Any]] = [
     {"feature_network": "tower", "adversarial_space": "pixels", "tower": "pixels", "distillation_space": "pixels"},
     {"feature_network": "vit", "distillation_space": "pixels", "crop": 2, "weighting": "nfsd", "misaligned": 1.0,
      "augment": ["colour", "translation", "cutout"], "condition_on_image": True, "vit_size": 8},
+    {"feature_network": "cnn+teacher", "cnn": "lite0", "latents_too": True, "condition_on_level": True},
     {"feature_network": "teacher", "teacher_steps": 3, "condition_on_level": True, "gradient_checkpointing": True},
     {"feature_network": "teacher", "lora_rank": 2, "frozen_dtype": "bfloat16", "score_weight": "sigma_squared",
      "weighting": "sds", "head_text_encoder": "model"},
@@ -71,7 +72,7 @@ KINDS: list[dict[str, Any]] = [
 
 
 def placed(parts: Path, options: dict[str, Any]) -> dict[str, Any]:
-    here = {key: str(parts / options[key]) for key in ("tower", "head_text_encoder") if key in options}
+    here = {key: str(parts / options[key]) for key in ("tower", "cnn", "head_text_encoder") if key in options}
     if options["feature_network"] == "vit":
         here |= {"vit": str(parts / "dinov2"), "vit_layers": [0, 2], "image_encoder": str(parts / "dinov2")}
         here |= {"image_encoder_size": 12}
@@ -88,7 +89,9 @@ def test_each_turn_reaches_its_own_network_alone(parts: Path, options: dict[str,
     for features in method.views.networks:
         if isinstance(features, LatentFeatures):
             continue  # it has no weights
-        inner: Any = next(getattr(features, name) for name in ("tower", "model", "denoiser") if hasattr(features, name))
+        inner: Any = next(
+            getattr(features, name) for name in ("tower", "model", "network", "denoiser") if hasattr(features, name)
+        )
         inner = getattr(inner, "unet", inner)
         assert not inner.training
         assert not any(p.requires_grad for p in inner.parameters())

@@ -53,6 +53,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "distillation_space": "pixels",
             "vit_crop": 0.0,
         },
+        {"feature_network": "cnn", "cnn": "lite0", "cnn_size": 32},
         {"feature_network": "tower", "tower": "latents", "tower_layers": [0, 1, 3]},
         {"feature_network": "both", "tower": "pixels", "tower_layers": [0, 2], "adversarial_space": "pixels"},
     ],
@@ -60,6 +61,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_plan_is_what_a_step_does(parts: Path, options: dict[str, Any]) -> None:
     if options["feature_network"] == "vit":
         options = {**options, "vit": str(parts / "dinov2")}
+    if "cnn" in options:
+        options = {**options, "cnn": str(parts / options["cnn"])}
     if "tower" in options:
         options = {**options, "tower": str(parts / options["tower"])}
     recipe = add_recipe(parts, **options)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
+from transformers import CLIPConfig, CLIPModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from onestill.errors import CheckpointError
+from onestill.train.cnn import CNNFeatures
 from onestill.train.conditioning import Condition, pool
 from onestill.train.denoiser import Denoiser, load_unet, training_schedule
 from onestill.train.features import (
@@ -27,6 +28,8 @@ from tests.train.parts import CHANNELS, SIZE, write_parts
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_parts(tmp_path_factory.mktemp("parts"))
+    kind = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    ResNetModel(ResNetConfig(**kind)).save_pretrained(folder / "resnet")
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     ViTModel(ViTConfig(**sizes, image_size=16, patch_size=4)).save_pretrained(folder / "vit")
     text = {**sizes, "vocab_size": 50, "max_position_embeddings": 16}
@@ -56,6 +59,8 @@ def networks(parts: Path) -> list[tuple[FeatureNetwork, torch.Tensor]]:
         (ViTFeatures(parts / "dinov2", (0, 1, 2), 24), torch.rand(3, 3, 32, 32) * 2 - 1),
         (ViTFeatures(parts / "vit", (2,), 16, add_class_token=False), torch.rand(3, 3, 12, 12) * 2 - 1),
         (ViTFeatures(parts / "clip", (0, 2), 32), torch.rand(3, 3, 32, 32) * 2 - 1),
+        (CNNFeatures(parts / "lite0", ("stages.1", "stages.4")), torch.rand(3, 3, 32, 32) * 2 - 1),
+        (CNNFeatures(parts / "resnet", ("encoder.stages.0", "encoder.stages.1"), 32), torch.rand(3, 3, 64, 64) * 2 - 1),
     ]
 
 
@@ -73,7 +78,7 @@ def test_gradients_flow_through_to_the_input_and_stay_out_of_the_weights(parts: 
     for network, x in networks(parts):
         if isinstance(network, LatentFeatures):
             continue  # it has no weights
-        inner = next(getattr(network, name) for name in ("tower", "model", "denoiser") if hasattr(network, name))
+        inner = next(getattr(network, name) for name in ("tower", "model", "network", "denoiser") if hasattr(network, name))
         inner = getattr(inner, "unet", inner)
         before = {name: value.clone() for name, value in inner.state_dict().items()}
         x = x.clone().requires_grad_()
@@ -191,3 +196,26 @@ def test_each_of_the_teachers_levels_is_tapped_before_the_grid_is_halved(parts: 
     counts = [tap.shape[1] for tap in network.taps(torch.randn(1, CHANNELS, SIZE, SIZE))]
     assert counts == [side * side for side in (*fine, fine[-1])]
     assert counts[0] == SIZE * SIZE > counts[-1]
+
+
+def test_a_stage_that_is_not_there_is_named(parts: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no stage 'stages\.9': choose cnn_stages from stages\.0"):
+        CNNFeatures(parts / "lite0", ("stages.9",))
+    with pytest.raises(CheckpointError, match="gives no map"):
+        CNNFeatures(parts / "dinov2", ("embeddings",), 16)
+
+
+def test_a_folder_without_a_cnn_is_one_sentence(parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no whole convolutional network"):
+        CNNFeatures(tmp_path, ("stages.1",))
+    shutil.copytree(parts / "lite0", tmp_path / "cut")
+    (tmp_path / "cut/model.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match="holds no whole convolutional network"):
+        CNNFeatures(tmp_path / "cut", ("stages.1",))
+
+
+def test_a_smaller_view_is_the_mean_of_the_pixels(parts: Path) -> None:
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    whole = CNNFeatures(parts / "lite0", ("stages.2",), 32).taps(x)
+    halved = CNNFeatures(parts / "lite0", ("stages.2",)).taps(torch.nn.functional.avg_pool2d(x, 2))
+    assert torch.allclose(whole[0], halved[0], atol=1e-5)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from onestill.errors import RecipeError
 from onestill.train.draw import Draw
 from onestill.train.methods.add import Method
 from onestill.train.view import View
@@ -76,3 +77,11 @@ def test_noise_levels_lie_where_the_recipe_says(parts: Path) -> None:
     assert view.at.max() <= 110
     assert latents.shape == (4, CHANNELS, SIZE, SIZE)
     assert method.views.embed(latents).shape == (4, method.views.image_encoder.embedding_width)
+
+
+def test_a_cnn_sees_pictures_and_needs_a_folder(parts: Path) -> None:
+    method, view, latents = new(parts, feature_network="cnn+teacher", cnn=str(parts / "lite0"), shift=0)
+    first, *_ = view(latents, condition(latents_batch()))
+    torch.testing.assert_close(first, method.views.networks[0].taps(method.space.decode(latents))[0])
+    with pytest.raises(RecipeError, match="name its folder with cnn"):
+        new(parts, feature_network="cnn")

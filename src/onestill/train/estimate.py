@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModel
 
 from onestill.engine.torch import quiet_libraries
 from onestill.errors import CheckpointError
+from onestill.train.cnn import CNNFeatures
 from onestill.train.conditioning import Condition
 from onestill.train.denoiser import unet_folder
 from onestill.train.discriminator import Discriminator
@@ -31,6 +32,7 @@ from onestill.train.distiller import RANDOM
 from onestill.train.export import add_lora
 from onestill.train.features import TeacherFeatures, tower_widths
 from onestill.train.recipe import Recipe
+from onestill.train.view import IN_PIXELS, NOISED
 
 H200_TFLOPS = 790.0  # bf16, measured on the card that the project could borrow
 UTILISATION = 0.35  # of it that training reaches; an assumption, not a measurement
@@ -110,7 +112,7 @@ def _features(
     """What the heads look through, real and made, and back from the made one."""
     uses, widths = list[Use](), list[int]()
     t = torch.zeros(1, dtype=torch.long)
-    if options.feature_network in ("teacher", "both"):
+    if options.feature_network in NOISED:
         features = TeacherFeatures(SimpleNamespace(unet=unet))
 
         def look() -> Any:
@@ -120,7 +122,7 @@ def _features(
         widths += features.widths
     if options.latents_too:
         widths.append(x.shape[1])
-    pixels = options.feature_network == "vit" or "pixels" in (options.adversarial_space, options.distillation_space)
+    pixels = options.feature_network in IN_PIXELS or "pixels" in (options.adversarial_space, options.distillation_space)
     window = min(options.crop or x.shape[-1], x.shape[-1])
     shown = z = torch.empty(1, x.shape[1], window, window, dtype=torch.bfloat16).requires_grad_()
     if pixels:
@@ -135,12 +137,19 @@ def _features(
 
         times = 3 if options.distillation_space == "pixels" else 2
         uses.append(Use("decoder", _size(vae), times, 1 + recompute, _operations(decode), _kept(decode, vae)))
-        shown = decode() if options.adversarial_space == "pixels" else z
+        seen_decoded = options.adversarial_space == "pixels" or options.feature_network in IN_PIXELS
+        shown = decode() if seen_decoded else z
     if options.feature_network == "vit":
         config = AutoConfig.for_model(**_config(Path(options.vit), beside / Path(options.vit).name))
         vit = AutoModel.from_config(config).to(torch.bfloat16).requires_grad_(False).eval()
         uses.append(_seen(vit, (1, 3, options.vit_size, options.vit_size), options))
         widths += [config.hidden_size] * len(options.vit_layers)
+    if options.feature_network in ("cnn", "cnn+teacher"):
+        with torch.device("cpu"):  # its widths are found by running it once
+            cnn = CNNFeatures(options.cnn, options.cnn_stages, options.cnn_size)
+        side = options.cnn_size or shown.shape[-1]
+        uses.append(_seen(cnn.network.to("meta", torch.bfloat16), (1, 3, side, side), options))
+        widths += cnn.widths
     if options.feature_network in ("tower", "both") and (found := _tower_config(options)):
         config = AutoConfig.for_model(**found)
         tower = AutoModel.from_config(config).to(torch.bfloat16).requires_grad_(False).eval()
@@ -155,7 +164,8 @@ def _seen(network: Any, shape: tuple[int, ...], options: Any) -> Use:
     picture = torch.empty(shape, dtype=torch.bfloat16).requires_grad_()
 
     def see() -> Any:
-        return network(pixel_values=picture).last_hidden_state
+        output = network(picture)
+        return getattr(output, "last_hidden_state", output)
 
     forwards = 2 + options.condition_on_image
     return Use("feature network", _size(network), forwards, 1, _operations(see), _kept(see, network))

@@ -17,11 +17,16 @@ from torch import Tensor
 
 from onestill.errors import RecipeError
 from onestill.train.augment import KINDS, Augmentation
+from onestill.train.cnn import CNNFeatures
 from onestill.train.conditioning import Condition, LatentSpace
 from onestill.train.denoiser import Denoiser
 from onestill.train.draw import Draw
 from onestill.train.features import FeatureNetwork, LatentFeatures, TeacherFeatures, TowerFeatures, ViTFeatures
 from onestill.train.recipe import option
+
+# Which kinds of feature network see decoded pictures, whatever the space; and which the teacher's noised latents.
+IN_PIXELS = ("vit", "cnn", "cnn+teacher")
+NOISED = ("teacher", "both", "cnn+teacher")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +34,16 @@ class ViewOptions:
     """What the heads look through, at what, and how it is changed at random.
 
     `feature_network`: `tower` is our contrastive image tower, `vit` any vision transformer of transformers (DINOv2),
-    `teacher` the teacher's own features on noised latents, `both` is tower and teacher. `latents_too` gives one more
-    head the latents themselves, which no network has made coarser. `adversarial_space` is what towers see: "latents",
-    or "pixels" decoded from them with gradient; a ViT always sees pixels. `crop` decodes a window of so many latents a
-    side, at random (0: all). `feature_low` and `feature_high` bound the noise under the teacher's features. `shift`
-    rolls by up to so many places, `augment` lists DiffAugment's parts, `vit_crop` is how often a ViT is shown a window
-    of its own size instead of all, made smaller.
+    `cnn` a convolutional network at its named `cnn_stages` (EfficientNet-lite0), `teacher` the teacher's own features
+    on noised latents, `both` is tower and teacher, `cnn+teacher` says itself. `latents_too` gives one more head the
+    latents themselves, which no network has made coarser. `adversarial_space` is what towers see: "latents", or
+    "pixels" decoded from them with gradient; a ViT or CNN always sees pixels, the latter made `cnn_size` px large (0:
+    as they are). `crop` decodes a window of so many latents a side, at random (0: all). `feature_low` and
+    `feature_high` bound the noise under the teacher's features. `shift` rolls by up to so many places, `augment` lists
+    DiffAugment's parts, `vit_crop` is how often a ViT is shown a window of its own size instead of all, made smaller.
     """
 
-    feature_network: str = option("tower", choices=("tower", "teacher", "both", "vit"))
+    feature_network: str = option("tower", choices=("tower", "teacher", "both", "vit", "cnn", "cnn+teacher"))
     latents_too: bool = option(False)
     tower: str = option("runs/tower/export")
     tower_layers: list[int] = option([2, 4, 6], low=0)
@@ -45,6 +51,9 @@ class ViewOptions:
     vit_layers: list[int] = option([0, 3, 6, 9, 12], low=0)
     vit_size: int = option(224, low=8, high=2048)
     vit_crop: float = option(0.5, low=0.0, high=1.0)
+    cnn: str = option("")
+    cnn_stages: list[str] = option(["stages.1", "stages.2", "stages.4", "stages.6"])
+    cnn_size: int = option(0, low=0, high=2048)
     image_encoder: str = option("")
     image_encoder_size: int = option(224, low=8, high=2048)
     adversarial_space: str = option("latents", choices=("latents", "pixels"))
@@ -83,7 +92,9 @@ class Views:
             self.networks.append(tower)
         if options.feature_network == "vit":
             self.networks.append(ViTFeatures(Path(options.vit), tuple(options.vit_layers), options.vit_size))
-        if options.feature_network in ("teacher", "both"):
+        if options.feature_network in ("cnn", "cnn+teacher"):
+            self.networks.append(CNNFeatures(options.cnn, options.cnn_stages, options.cnn_size))
+        if options.feature_network in NOISED:
             self.networks.append(TeacherFeatures(teacher))
         self.image_encoder: FeatureNetwork = self.networks[0]
         if options.latents_too:
@@ -100,7 +111,7 @@ class Views:
     @property
     def in_pixels(self) -> bool:
         """Whether latents are decoded for the networks that see no noise."""
-        return self.options.adversarial_space == "pixels" or self.options.feature_network == "vit"
+        return self.options.adversarial_space == "pixels" or self.options.feature_network in IN_PIXELS
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         for network in {id(n): n for n in (*self.networks, self.image_encoder)}.values():
@@ -113,7 +124,7 @@ class Views:
     @torch.no_grad()
     def embed(self, latents: Tensor) -> Tensor:
         """c_img: one embedding of each whole picture [B, E], not changed at random."""
-        decoded = isinstance(self.image_encoder, ViTFeatures) or (
+        decoded = isinstance(self.image_encoder, ViTFeatures | CNNFeatures) or (
             self.in_pixels and not isinstance(self.image_encoder, TeacherFeatures)
         )
         return self.image_encoder.embed(self.space.decode(latents) if decoded else latents)
@@ -192,12 +203,18 @@ def _check_tower(tower: TowerFeatures, options: ViewOptions, space: LatentSpace)
 def _check(options: ViewOptions) -> None:
     if options.feature_low > options.feature_high:
         raise RecipeError("feature_low must not be above feature_high.")
-    if getattr(options, "shard_teacher", False) and options.feature_network in ("teacher", "both"):
+    if getattr(options, "shard_teacher", False) and options.feature_network in NOISED:
         raise RecipeError("shard_teacher needs features that are not the teacher's own, which are read block by block.")
     if options.feature_network == "vit" and not options.vit:
         raise RecipeError("feature_network is 'vit': name its folder with vit = \"path/to/dinov2-small\".")
+    if options.feature_network in ("cnn", "cnn+teacher") and not options.cnn:
+        raise RecipeError('feature_network sees through a CNN: name its folder with cnn = "path/to/network".')
     for kind in options.augment:
         if kind not in KINDS:
             raise RecipeError(f"augment may list {', '.join(KINDS)}, not {kind!r}.")
-    if "colour" in options.augment and options.adversarial_space == "latents" and options.feature_network != "vit":
+    if (
+        "colour" in options.augment
+        and options.adversarial_space == "latents"
+        and options.feature_network not in IN_PIXELS
+    ):
         raise RecipeError("augment cannot change the colour of latents: leave it out, or decode them to pixels.")

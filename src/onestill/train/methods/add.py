@@ -35,7 +35,7 @@ from onestill.train.losses import (
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.state import TrainState
 from onestill.train.turns import Batch, Update, frozen
-from onestill.train.view import View, ViewOptions, Views
+from onestill.train.view import NOISED, View, ViewOptions, Views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,5 +253,5 @@ def check(options: Options) -> None:
         raise RecipeError("weighting nfsd takes one teacher step, guided by nfsd_guidance: leave the other two at 1.")
     if options.misaligned and not options.condition_on_text:
         raise RecipeError("misaligned captions need condition_on_text = true: without it no head reads them.")
-    if options.condition_on_level and options.feature_network not in ("teacher", "both"):
+    if options.condition_on_level and options.feature_network not in NOISED:
         raise RecipeError("condition_on_level needs the teacher's features, the only ones that see noise.")
