@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from onestill.errors import RecipeError
+from onestill.errors import OutputError, RecipeError
+from onestill.train.interrupt import REPEAT_S, Interrupted
 from onestill.train.log import Log
 from onestill.train.loop import TrainingStoppedError
 from onestill.train.methods.autoencoder import Method
 from onestill.train.recipe import LoopOptions
-from onestill.train.state import TrainState, checkpoints
+from onestill.train.state import TrainState, checkpoints, save_checkpoint
 from onestill.train.turns import learning_rate_factor
 from tests.train.small import NoiseBatches, rows, small_recipe, small_train
 
@@ -110,13 +111,71 @@ def test_ctrl_c_saves_and_stops(whole: Path, tmp_path: Path) -> None:
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     def press(i: int) -> None:
-        if i == 2:
+        if i == 3:
             signal.raise_signal(signal.SIGINT)
+            time.sleep(REPEAT_S + 0.1)
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         small_train(tmp_path, 20, NoiseBatches(before=press))
     assert checkpoints(tmp_path / "checkpoints")[-1].name == "00000002"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_that_comes_twice_by_two_ways_saves(tmp_path: Path, name: str) -> None:
+    """The process group has it, and the parent hands it on: also while the checkpoint is written."""
+    signum = signal.Signals[name]
+    before = signal.getsignal(signum)
+    batches = NoiseBatches(before=lambda i: [signal.raise_signal(signum) for _ in range(2)] if i == 2 else None)
+    with pytest.raises(Interrupted) as stop:
+        small_train(tmp_path, 20, batches, checkpoint_every=100)
+    assert (stop.value.signum, stop.value.iteration) == (signum, 3)
+    assert checkpoints(tmp_path / "checkpoints")[-1].name == "00000003"
+    assert signal.getsignal(signum) is before
+    assert nothing_half_written(tmp_path / "checkpoints")
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        batches = NoiseBatches(before=lambda i: signal.raise_signal(signal.SIGHUP))
+        assert small_train(tmp_path, 3, batches).iteration == 3
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_was_saved_a_moment_ago_is_not_saved_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+
+    def seen(state: TrainState, folder: Path, fingerprint: str) -> None:
+        saved.append(state.iteration)
+        save_checkpoint(state, folder, fingerprint)
+
+    monkeypatch.setattr("onestill.train.loop.save_checkpoint", seen)
+    press = NoiseBatches(before=lambda i: signal.raise_signal(signal.SIGINT) if i == 3 else None)
+    with pytest.raises(Interrupted):
+        small_train(tmp_path, 20, press)
+    assert saved == [2, 4]
+
+
+def test_a_full_disk_leaves_the_last_whole_checkpoint_and_says_so(tmp_path: Path) -> None:
+    """A real refusal of the system: files may grow no larger than half a checkpoint's largest."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(i: int) -> None:
+        if i == 3:
+            sizes = [path.stat().st_size for path in (tmp_path / "checkpoints/00000002").iterdir()]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (max(sizes) // 2, limits[1]))
+            signal.raise_signal(signal.SIGTERM)
+
+    try:
+        with pytest.raises(OutputError, match=r"00000004 cannot be written .*00000002 before it is whole: make room"):
+            small_train(tmp_path, 20, NoiseBatches(before=fill), log_every=1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000002"]
+    assert small_train(tmp_path, 4, resume=True, log_every=1000).iteration == 4
 
 
 def test_it_runs_outside_the_main_thread(tmp_path: Path) -> None:

@@ -77,6 +77,23 @@ def test_each_stage_has_a_mark_of_its_own_that_comes_last(tmp_path: Path) -> Non
     assert line[line.index("--out") + 1] == str(result.parent)
 
 
+def test_the_icons_command_passes_sizes_and_settings_on(capsys: pytest.CaptureFixture[str]) -> None:
+    from recipes.icons import train
+
+    given = ["--samples", "150000", "--size", "64", "--set", "loop.seed=7", "--set", 'out="a b"', "--dry-run"]
+    assert train.main(["--parquet", "icons.parquet", "--to", "1-autoencoder", *given]) == 0
+    shards, autoencoder = capsys.readouterr().out.splitlines()
+    assert "--samples 150000" in shards
+    assert "--size 64" in shards
+    assert "--set" not in shards
+    assert autoencoder.endswith('--set loop.seed=7 --set out="a b"')
+    assert "--samples" not in autoencoder
+    train.main(["--parquet", "icons.parquet", "--to", "shards", "--dry-run"])
+    plain = capsys.readouterr().out
+    assert "--samples" not in plain
+    assert "--size 128" in plain
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")

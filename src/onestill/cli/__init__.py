@@ -19,21 +19,33 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         0 when all went well, 2 for a mistake the user can put right (one line on standard error says how),
-        130 when interrupted.
+        130 when interrupted, 128 and its number when a training was ended by another signal.
     """
     gc.set_threshold(MANY_OBJECTS)
     try:
         # Inside the try: Ctrl-C while Python still imports must not end in a traceback.
         from onestill.cli.app import run
+        from onestill.cli.console import SIGNALLED
 
         status = run(arguments)
     except KeyboardInterrupt:
         from onestill.cli.console import say_interrupted
 
         return say_interrupted()
+    if status > SIGNALLED and arguments is None:
+        _ignore_signals()
     if status == 0 and arguments is None and sys.argv[1:2] == ["generate"]:
         _leave(status)
     return status
+
+
+def _ignore_signals() -> None:
+    """The signal that ended the command may come twice, to its process group and to it: it ends without a traceback."""
+    import signal
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _leave(status: int) -> None:

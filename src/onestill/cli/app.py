@@ -12,7 +12,7 @@ import typer
 import typer.main
 
 import onestill
-from onestill.cli.console import INTERRUPTED, note, say_error, say_interrupted
+from onestill.cli.console import SIGNALLED, note, say_error, say_interrupted
 from onestill.errors import OnestillError
 
 __all__ = ["COMMANDS", "make_app", "run"]
@@ -108,8 +108,8 @@ def _run(arguments: list[str] | None) -> int:
         stop = "" if message.endswith((".", "?", "!")) else "."
         say_error(f"{message}{stop} See '{command_path(error)} --help'.")
         return USAGE
-    if status == INTERRUPTED:
-        return say_interrupted()
+    if isinstance(status, int) and status > SIGNALLED:
+        return say_interrupted(status)
     return status if isinstance(status, int) else 0
 
 

@@ -14,9 +14,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["INTERRUPTED", "note", "print_json", "progress", "say_error", "say_interrupted", "stdout_console"]
+__all__ = [
+    "INTERRUPTED",
+    "SIGNALLED",
+    "note",
+    "print_json",
+    "progress",
+    "say_error",
+    "say_interrupted",
+    "stdout_console",
+]
 
-INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C: 128 + SIGINT
+SIGNALLED = 128  # and a signal's number is what shells report for a program that the signal ended
+INTERRUPTED = SIGNALLED + 2  # by Ctrl-C
 
 
 def one_line(text: str) -> str:
@@ -29,10 +39,10 @@ def say_error(message: str) -> None:
     print(f"error: {one_line(message)}", file=sys.stderr)
 
 
-def say_interrupted() -> int:
-    """Say that Ctrl-C was heard and return the exit status for it."""
+def say_interrupted(status: int = INTERRUPTED) -> int:
+    """Say that Ctrl-C, or the signal that `status` is for, was heard; returns that exit status."""
     print("interrupted", file=sys.stderr)
-    return INTERRUPTED
+    return status
 
 
 def note(message: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onestill.cli.console import note
+from onestill.cli.console import SIGNALLED, note
 from onestill.cli.data import open_shards
 from onestill.errors import RecipeError, require
 
@@ -57,7 +57,7 @@ def train(
     ] = False,
     devices: Annotated[int, typer.Option("--devices", min=0, metavar="N", help="How many a dry run plans for.")] = 0,
 ) -> None:
-    """Train one stage of a model as its recipe says. Ctrl-C saves a checkpoint first.
+    """Train one stage of a model as its recipe says. Ctrl-C, SIGTERM and SIGHUP save a checkpoint first.
 
     Started by torchrun or accelerate, its processes train together.
     """
@@ -65,6 +65,7 @@ def train(
         raise RecipeError(f"There is no recipe '{recipe}'; give a TOML file, such as one from recipes/icons.")
     for package in ("torch", "accelerate", "tensorboard"):
         require(package, "train")
+    from onestill.train.interrupt import Interrupted
     from onestill.train.run import train_recipe
 
     readers: list[RecipeReader] = []
@@ -73,7 +74,12 @@ def train(
         readers.append(RecipeReader(options, part))
         return readers[-1]
 
-    train_recipe(recipe, overrides or [], reader=reader, resume=resume, dry_run=dry_run, devices=devices)
+    try:
+        train_recipe(recipe, overrides or [], reader=reader, resume=resume, dry_run=dry_run, devices=devices)
+    except Interrupted as stop:
+        if stop.iteration:
+            note(f"saved at iteration {stop.iteration}: --resume goes on from there.")
+        raise typer.Exit(SIGNALLED + stop.signum) from None
     for one in readers:
         left_out = dict(one.shards.skipped)  # a copy, as its thread still reads ahead
         for name, why in list(left_out.items())[:MOST_NAMED]:

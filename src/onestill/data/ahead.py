@@ -5,13 +5,15 @@ One Python thread decodes about two thousand cached samples a second, pictures f
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any, Generic, TypeVar
 
 from onestill.errors import DataError
@@ -67,8 +69,21 @@ _doing: Callable[[Sequence[int]], Any]
 
 def _begin(do: Callable[[Sequence[int]], Any]) -> None:
     global _doing
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks, which then ends this one
+    # What is sent to the process group is for the process that asks, which may still want samples to save and then
+    # ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setsid"):
+        os.setsid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _doing = do
+
+
+def _end_with_parent() -> None:
+    """End when the process that asks is killed, as nobody else would end this one."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _do(numbers: Sequence[int]) -> Any:

@@ -57,10 +57,10 @@ class Draw:
         """Uniform in low..high, both included, int64 [count]."""
         return self._part.of(torch.randint(low, high + 1, (count * self._part.parts,), generator=self.generator), count)
 
-    def choice(self, weights: Sequence[float], count: int) -> Tensor:
+    def choice(self, weights: Sequence[float] | Tensor, count: int) -> Tensor:
         """Indices drawn with the given relative weights, int64 [count]."""
         every = torch.multinomial(
-            torch.tensor(weights), count * self._part.parts, replacement=True, generator=self.generator
+            torch.as_tensor(weights), count * self._part.parts, replacement=True, generator=self.generator
         )
         return self._part.of(every, count)
 

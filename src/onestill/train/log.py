@@ -46,11 +46,15 @@ class Log:
     def __enter__(self) -> Log:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._file is None:
             return
-        self._file.close()
-        self._events.close()
+        try:
+            self._file.close()
+            self._events.close()
+        except OSError:  # where the disk is full, what failed before says more
+            if kind is None:
+                raise
         if sys.stderr.isatty():
             sys.stderr.write("\n")
 

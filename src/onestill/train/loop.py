@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 from onestill.checkpoint import written_whole
 from onestill.errors import OnestillError, RecipeError
 from onestill.train import parallel
+from onestill.train.interrupt import Interrupt, Interrupted
 from onestill.train.log import Log
 from onestill.train.recipe import LoopOptions, Recipe
 from onestill.train.state import (
@@ -85,9 +84,10 @@ class TrainingStoppedError(OnestillError):
 
 
 def train(recipe: Recipe, method: Method, batches: Batches, *, resume: bool = False) -> TrainState:
-    """Run `recipe` to its last iteration, or until Ctrl-C, which saves first and then raises KeyboardInterrupt.
+    """Run `recipe` to its last iteration, or until a signal asks it to stop.
 
     Raises:
+        Interrupted: by Ctrl-C, SIGTERM or SIGHUP; what was trained is saved.
         RecipeError: the run folder already holds another run and `resume` is false.
         TrainingStoppedError: `loop.max_bad_steps` steps in a row were not finite.
     """
@@ -104,8 +104,9 @@ def train(recipe: Recipe, method: Method, batches: Batches, *, resume: bool = Fa
     # Without the cache of casts, which would hand a network's weights of before its turn to the next turn.
     autocast = partial(torch.autocast, device.type, torch.bfloat16, options.precision == "bf16", cache_enabled=False)
     bad_in_a_row = 0
-    with Log(out, recipe.name, state, options.iterations) as log, _Interrupt() as interrupt:
-        while state.iteration < options.iterations and not interrupt.asked_anywhere(state, options):
+    saved = state.iteration  # what is resumed from is there already
+    with Log(out, recipe.name, state, options.iterations) as log, Interrupt() as interrupt:
+        while state.iteration < options.iterations and not interrupt.asked(state.iteration):
             started = time.perf_counter()
             batch = batches.next()
             waited_s = time.perf_counter() - started
@@ -128,14 +129,16 @@ def train(recipe: Recipe, method: Method, batches: Batches, *, resume: bool = Fa
                 log.write(state)
             if state.iteration % options.checkpoint_every == 0 or last:
                 _save(state, out / "checkpoints", recipe)
+                saved = state.iteration
             if bad_in_a_row >= options.max_bad_steps:
                 raise TrainingStoppedError(
                     f"{bad_in_a_row} steps in a row gave NaN or infinity: lower the learning rate, or look at the "
                     f"last sheet in {out}."
                 )
-    if interrupt.asked and state.iteration < options.iterations:
-        _save(state, out / "checkpoints", recipe)
-        raise KeyboardInterrupt
+        if interrupt.signum is not None and state.iteration < options.iterations:
+            if saved != state.iteration:
+                _save(state, out / "checkpoints", recipe)
+            raise Interrupted(interrupt.signum, state.iteration)
     _export(method, state, out / "export")
     return state
 
@@ -198,34 +201,3 @@ def _save(state: TrainState, folder: Path, recipe: Recipe) -> None:
         return
     for old in checkpoints(folder)[: -recipe.loop.keep_checkpoints]:
         drop_checkpoint(old)
-
-
-class _Interrupt:
-    """Turns the first Ctrl-C into a request to save and stop; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
-
-    def __enter__(self) -> _Interrupt:
-        try:
-            self._before = signal.signal(signal.SIGINT, self._ask)
-        except ValueError:  # not the main thread: whoever runs us there handles Ctrl-C
-            self._before = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def asked_anywhere(self, state: TrainState, options: LoopOptions) -> bool:
-        """Whether to stop now. Several processes ask each other at each row of the log, and stop together."""
-        if parallel.world() > 1 and state.iteration % options.log_every == 0:
-            self.asked = any(parallel.gathered(self.asked))
-            return self.asked
-        return self.asked and parallel.world() == 1
-
-    def _ask(self, _signum: int, _frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True

