@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onestill.cli.console import note, print_json, stdout_console
+from onestill.cli.console import note, note_device, print_json, stdout_console
 from onestill.cli.options import Compile, Device, Dtype, Engine, Json, Model, Quantize, parse_size
 from onestill.errors import OnestillError, near, require
 
@@ -90,11 +90,14 @@ def bench(
             settings.append(theirs)
             if compiling is not None:
                 settings.append(replace(theirs, contender="diffusers compiled"))
-    results = []
+    results: list[dict[str, Any]] = []
     for setting in settings:
         if sys.stderr.isatty():
             note(f"measuring {setting.contender}, {setting.batch} to a call")
-        results.append(with_floor(setting, measure_elsewhere(setting)))
+        # Whoever ours is compared with runs where ours did, which was first.
+        where = results[0]["device"] if results else device
+        results.append(with_floor(setting, measure_elsewhere(replace(setting, device=where))))
+    note_device(device, results[0]["engine"], results[0]["device"])
     report = {
         "command": shlex.join(["onestill", *sys.argv[1:]]),
         "model": f"random-{random}" if random else model,
@@ -209,7 +212,7 @@ def show(report: dict[str, Any]) -> None:
     for one in report["results"]:
         parts = [f"{one[part]['p50']:.1f} ms" for part in ("encode_ms", "denoise_ms", "decode_ms", "total_ms")]
         table.add_row(
-            f"{one['contender']} ({one['engine']}, {one['dtype']})",
+            f"{one['contender']} ({one['engine']} on {one['device']}, {one['dtype']})",
             str(one["batch"]),
             *parts,
             f"{one['total_ms']['p95']:.1f} ms",

@@ -7,15 +7,27 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["INTERRUPTED", "note", "print_json", "progress", "say_error", "say_interrupted", "stdout_console"]
+__all__ = [
+    "INTERRUPTED",
+    "announced",
+    "note",
+    "note_device",
+    "once",
+    "print_json",
+    "progress",
+    "say_error",
+    "say_interrupted",
+    "stdout_console",
+]
 
+T = TypeVar("T")
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C: 128 + SIGINT
 
 
@@ -38,6 +50,32 @@ def say_interrupted() -> int:
 def note(message: str) -> None:
     """Print something worth knowing, as one line on standard error."""
     print(f"note: {one_line(message)}", file=sys.stderr)
+
+
+def note_device(asked: str | None, engine: str, device: str) -> None:
+    """Say in one line where torch computes, and why, where nobody chose.
+
+    Args:
+        asked: the device that was asked for, None or "auto" where none was.
+        engine: what runs the model; there is nothing to say of OpenVINO, which runs on the CPU alone.
+        device: where that computes.
+    """
+    from onestill.engine.device import explained, is_auto
+
+    if engine == "torch" and is_auto(asked):
+        note(explained(device))
+
+
+def announced(items: Iterable[T], say: Callable[[], None]) -> Iterator[T]:
+    """The items; `say` is called when the first one is asked for."""
+    say()
+    yield from items
+
+
+def once(say: Callable[[], None]) -> Callable[[], None]:
+    """A function that calls `say` the first time that it is called, and then does nothing."""
+    left = [say]
+    return lambda: left.pop()() if left else None
 
 
 def print_json(value: Mapping[str, object]) -> None:
