@@ -150,6 +150,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["--compare", "someone"], "no 'someone' to compare with"),
         (["--random", "sdxxl"], "Did you mean 'sdxl'"),
         (["--model", "nothing"], "no model named"),
+        (["--device", "gpu"], "error: There is no device 'gpu'"),
     ):
         assert main(["bench", *options]) == 2
         assert sentence in capsys.readouterr().err

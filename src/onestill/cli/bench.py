@@ -58,9 +58,11 @@ def bench(
     """
     if compare not in (None, "diffusers"):
         raise OnestillError(f"There is no '{compare}' to compare with; the one there is: diffusers.")
+    from onestill.engine.device import checked_name
     from onestill.evaluate.latency import Setting, measure_elsewhere, with_contender
     from onestill.evaluate.machine import machine
 
+    checked_name(device)
     height, width = parse_size(size)
     at, weights = found_model(model, random, engine, tiny_vae, in_int8=dtype == "int8")
     options = {name: value for name, value in (("compile", compiling), ("quantize", quantizing)) if value is not None}
@@ -212,7 +214,7 @@ def show(report: dict[str, Any]) -> None:
     for one in report["results"]:
         parts = [f"{one[part]['p50']:.1f} ms" for part in ("encode_ms", "denoise_ms", "decode_ms", "total_ms")]
         table.add_row(
-            f"{one['contender']} ({one['engine']} on {one['device']}, {one['dtype']})",
+            f"{one['contender']} ({one['engine']}, {one['dtype']})",
             str(one["batch"]),
             *parts,
             f"{one['total_ms']['p95']:.1f} ms",

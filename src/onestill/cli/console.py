@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+PIPED_COLUMNS = 200
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C: 128 + SIGINT
 
 
@@ -84,10 +85,11 @@ def print_json(value: Mapping[str, object]) -> None:
 
 
 def stdout_console() -> Console:
-    """Rich's console on standard output, which drops colours when that is no terminal."""
+    """Rich's console on standard output; where that is no terminal it has no colours, and room for every table."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    shown = sys.stdout.isatty()
+    return Console(highlight=False, soft_wrap=not shown, width=None if shown else PIPED_COLUMNS)
 
 
 @contextmanager
