@@ -19,8 +19,9 @@ from onestill.checkpoint.presets import PRESETS
 from onestill.cli import main
 from onestill.engine.weights import load_components
 from onestill.errors import CheckpointError, ModelNotFoundError, OnestillError, UnsafeFormatError
-from onestill.pipeline import Pipeline, load
+from onestill.pipeline import Pipeline
 from tests.checkpoint_files import ALPHA, RANK, lora_pairs, write_lora
+from tests.on_cpu import load
 from tests.tiny import tiny_autoencoder
 from tests.tiny_sd import UNET_PREFIX, single_file, tiny_sd
 

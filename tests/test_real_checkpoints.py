@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from onestill.errors import SizeError
-from onestill.pipeline import Pipeline, load
+from onestill.pipeline import Pipeline
+from tests.on_cpu import load
 from tests.tiny_sd import FAMILIES, single_file, tiny_sd
 
 PROMPTS = ["a red apple on a table", "a green heart"]

@@ -32,10 +32,10 @@ class Process:
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
         )
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()  # the child prints it when it accepts connections, or ends
-        found = re.search(r"http://([\d.]+):(\d+)/", line)
+        self.line = self.process.stdout.readline()  # the child prints it when it accepts connections, or ends
+        found = re.search(r"http://([\d.]+):(\d+)/", self.line)
         if found is None:
-            raise RuntimeError(f"the server did not start: {line}{self.errors()}")
+            raise RuntimeError(f"the server did not start: {self.line}{self.errors()}")
         self.host, self.port = found[1], int(found[2])
         self.url = f"http://{self.host}:{self.port}"
         self.socket_url = f"ws://{self.host}:{self.port}/v1/realtime"

@@ -302,7 +302,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 5.0])
     parser.add_argument("--samplers", nargs="+", default=["ddim"], help="the teacher's samplers to try")
     parser.add_argument("--engine", choices=("openvino", "torch"))
-    parser.add_argument("--device")
+    parser.add_argument("--device", help="default: auto, a GPU where torch has one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -317,8 +317,8 @@ def run(options: argparse.Namespace) -> Path:
     teacher = onestill.load(options.teacher, **loading)
     student = onestill.load(options.student, **loading)
     pool = Pool(options.data, options.seed)
-    device = options.device or "cpu"
-    networks = [load_network(path, options.student, device=device) for path in (options.network, *options.also)]
+    paths = (options.network, *options.also)
+    networks = [load_network(path, options.student, device=options.device) for path in paths]
     samples = pool.take(options.captions)
     others = pool.take(options.captions)
     guidance, sampler, tried = sweep(teacher, options, pool, networks[0])

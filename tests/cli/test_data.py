@@ -101,7 +101,7 @@ def test_a_folder_of_pictures_is_packed_and_cached(
     arguments = ["--model", str(tiny_folder), "--out", str(cached), "--batch-size", "2"]
     for part in ("0/2", "1/2"):
         assert main(["data", "cache", str(packed), *arguments, "--part", part]) == 0
-    capsys.readouterr()
+    assert capsys.readouterr().err.count("note: torch computes on ") == 2
     samples = {sample.caption: sample for sample in ShardReader(cached, shuffle=False, epochs=1)}
     for before in ShardReader(packed, shuffle=False, epochs=1):
         assert (samples[before.caption].suffix, samples[before.caption].encoded) == (before.suffix, before.encoded)
@@ -111,6 +111,7 @@ def test_a_folder_of_pictures_is_packed_and_cached(
     assert red.arrays["text"].shape[0] == red.arrays["mask"].shape[0]
     assert red.meta["original_size"] == [32, 48]
     assert "with I below N" in refused("data", "cache", packed, *arguments, "--part", "2/2")
+    assert "There is no device 'gpu'" in refused("data", "cache", packed, *arguments, "--device", "gpu")
 
 
 def test_a_folder_without_one_good_picture(tmp_path: Path, refused: Refused) -> None:

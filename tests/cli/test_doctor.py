@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy
@@ -10,6 +12,8 @@ import pytest
 
 import onestill
 from onestill.cli import main
+from onestill.engine.gpus import torch_devices
+from tests.nvidia import put_nvidia_smi, says
 
 
 def test_all_is_well_with_a_whole_model(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,7 +34,7 @@ def test_all_is_well_with_a_whole_model(tiny_folder: Path, capsys: pytest.Captur
 def test_the_table_says_the_same(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--model", str(tiny_folder), "--no-draw"]) == 0
     said = capsys.readouterr().out
-    for word in ("onestill", "python", "packages", "openvino", "cache", "model", "all is well"):
+    for word in ("onestill", "python", "packages", "openvino", "gpus", "torch", "cache", "model", "all is well"):
         assert word in said
     assert "picture" not in said
 
@@ -56,3 +60,45 @@ def test_a_cache_that_cannot_be_made_is_told(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert main(["doctor", "--model", str(tiny_folder), "--json"]) == 0
     assert not json.loads(capsys.readouterr().out)["cache"]["writable"]
+
+
+def test_what_auto_takes_is_told(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--model", str(tiny_folder), "--no-draw", "--json"]) == 0
+    torch = json.loads(capsys.readouterr().out)["torch"]
+    sees = torch_devices()
+    assert (torch["version"], torch["gpus"]) == (sees.version, list(sees.gpus))
+    assert torch["device"] == ("cuda" if sees.gpus else "mps" if sees.mps else "cpu")
+
+
+@pytest.mark.skipif(bool(torch_devices().gpus), reason="torch uses this machine's GPU")
+@pytest.mark.parametrize("as_json", [True, False])
+def test_the_owner_of_an_unused_gpu_is_advised(
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    as_json: bool,
+) -> None:
+    put_nvidia_smi(tmp_path / "bin", monkeypatch, says(["NVIDIA GeForce RTX 4070"]))
+    assert main(["doctor", "--model", str(tiny_folder), "--no-draw", *(["--json"] if as_json else [])]) == 0
+    said = capsys.readouterr().out
+    if as_json:
+        report = json.loads(said)
+        assert report["gpus"] == {"nvidia": ["NVIDIA GeForce RTX 4070"], "driver": "580.65.06", "cuda": "13.0"}
+        assert (report["ok"], report["problems"], len(report["advice"])) == (True, [], 1)
+        said = report["advice"][0]
+    assert "The GPU is not used, as torch" in said
+    assert "NVIDIA GeForce RTX 4070" in said
+
+
+def test_without_torch_a_gpus_owner_is_told_what_it_would_bring(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_nvidia_smi(tmp_path / "bin", monkeypatch, says(["NVIDIA GeForce RTX 4070"]))
+    command = ["doctor", "--model", str(tiny_folder), "--json"]
+    code = f"import sys\nsys.modules['torch'] = None\nfrom onestill.cli import main\nsys.exit(main({command}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    assert report["torch"] is None
+    assert "pip install 'onestill[torch]'" in report["advice"][0]
+    assert report["picture"]["device"] == "cpu"

@@ -12,6 +12,7 @@ from PIL import Image
 
 from onestill import load
 from onestill.cli import main
+from onestill.engine.device import choose
 
 Refused = Callable[..., str]
 Drawn = Callable[..., dict[str, object]]
@@ -32,6 +33,35 @@ def drawn(tiny_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> 
 def pixels(path: str | Path) -> np.ndarray:
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))
+
+
+# --- where ---
+
+
+def test_where_torch_draws_is_told_in_one_line_where_nobody_chose(
+    tiny_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for chosen, lines in (([], 1), (["--device", "auto"], 1), (["--device", "cpu"], 0)):
+        command = ["generate", "a star", "--model", str(tiny_folder), "--engine", "torch", "--json", *chosen]
+        assert main(command) == 0
+        said = capsys.readouterr()
+        report = json.loads(said.out)
+        assert (report["engine"], report["device"]) == ("torch", choose("cpu" if "cpu" in chosen else None))
+        assert said.err.count("\n") == lines
+        assert said.err.startswith("note: torch computes on " if lines else "")
+
+
+def test_a_mistake_is_one_line_on_torch_too(refused: Refused, tiny_folder: Path, here: Path) -> None:
+    torch = ["--model", tiny_folder, "--engine", "torch"]
+    assert "from 1 to 50" in refused("generate", "a star", *torch, "--steps", 51)
+
+
+def test_of_the_cpus_own_engine_nothing_is_told(
+    tiny_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for chosen in ([], ["--device", "auto", "--engine", "auto"]):
+        assert main(["generate", "a star", "--model", str(tiny_folder), *chosen]) == 0
+        assert capsys.readouterr().err == ""
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
@@ -151,6 +181,8 @@ def test_the_torch_engine_draws_nearly_the_same(drawn: Drawn) -> None:
         (["a star", "--sampler", "eulr", "--steps", 2], "euler"),
         (["a star", "--engine", "openvin"], "Did you mean 'openvino'?"),
         (["a star", "--device", "cuda", "--engine", "openvino"], "torch"),
+        (["a star", "--device", "gpu"], "Did you mean 'cuda'?"),
+        (["a star", "--device", "cuda:99"], "There is no 'cuda:99' here"),
         (["a star", "--dtype", "float8"], "float32"),
         (["a star", "--strength", 0.5], "--image"),
         (["a star", "--image", "no.png"], "no picture 'no.png'"),

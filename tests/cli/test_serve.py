@@ -36,6 +36,7 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(refused: Refused, tmp_
     assert "nothing at" in refused("serve", "--tiny-vae", tmp_path / "none")
     assert "Did you mean 'turbo'?" in refused("serve", "--preset", "turboo")
     assert "package.module:function" in refused("serve", "--image-filter", "nothing.at:all")
+    assert "Did you mean 'cuda'?" in refused("serve", "--port", "0", "--device", "gpu")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "choose another --port" in refused("serve", "--port", taken.getsockname()[1])
 

@@ -90,6 +90,12 @@ def whole(names: str, side: int = 32) -> dict[str, bytes]:
     return made
 
 
+def test_a_device_that_is_none_is_told_by_a_dry_run_too(distil: Path, refused: Refused) -> None:
+    for name in ("gpu", "banana"):
+        said = refused("train", distil, "--dry-run", "--set", f'loop.device="{name}"')
+        assert f"There is no device '{name}'; choose from auto, cpu, cuda" in said
+
+
 def test_keys_and_values(refused: Refused, small: Path) -> None:
     assert "Did you mean 'iterations'" in refused("train", small, "--set", "loop.iteration=3")
     assert "loop.iterations must be at least 1, not 0" in refused("train", small, "--set", "loop.iterations=0")

@@ -15,7 +15,8 @@ import pytest
 from onestill.engine import TorchOptions
 from onestill.engine.memory import parameters
 from onestill.errors import NotEnoughMemoryError
-from onestill.pipeline import Pipeline, load
+from onestill.pipeline import Pipeline
+from tests.on_cpu import load
 from tests.tiny_sd import tiny_sd
 
 STATM = Path("/proc/self/statm")

@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from onestill.checkpoint import describe, list_models, model_path
-from onestill.engine import Conditioning, Engine, load_engine, to_images, to_pictures
+from onestill.engine import Conditioning, Engine, to_images, to_pictures
 from onestill.errors import CheckpointError, MissingExtraError, ModelNotFoundError, OnestillError
 from onestill.pipeline import Pipeline
+from tests.on_cpu import load_engine
 
 PROMPTS = ["a red apple, fluent 3d emoji", "a green heart"]
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from onestill.checkpoint import cache_folder
-from onestill.engine import TorchOptions, load_engine
+from onestill.engine import TorchOptions
 from onestill.engine.cuda import FastEngine
 from onestill.errors import MissingExtraError, NotFiniteError, OnestillError
-from onestill.pipeline import Pipeline, load
+from onestill.pipeline import Pipeline
+from tests.on_cpu import load, load_engine
 from tests.tiny_sd import FAMILIES, tiny_sd
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

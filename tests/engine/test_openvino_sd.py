@@ -19,7 +19,8 @@ from onestill.cli import main
 from onestill.engine.export_sd import export_sd
 from onestill.engine.openvino_sd import _round_products
 from onestill.errors import CheckpointError, NotEnoughMemoryError, OnestillError
-from onestill.pipeline import Pipeline, load
+from onestill.pipeline import Pipeline
+from tests.on_cpu import load
 from tests.tiny import tiny_autoencoder
 from tests.tiny_sd import FAMILIES, single_file, tiny_sd
 

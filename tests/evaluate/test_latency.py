@@ -16,7 +16,7 @@ from onestill.errors import OnestillError
 from onestill.evaluate.floor import count_gflop, matrix_tflops
 from onestill.evaluate.latency import Setting, measure, measure_elsewhere, percentile, prompts, psnr, with_contender
 from onestill.evaluate.latency_chart import bars
-from onestill.pipeline import load
+from tests.on_cpu import load
 
 SMALL: dict[str, Any] = {
     "unet": {
@@ -127,6 +127,7 @@ def test_the_command_compares_with_diffusers(tmp_path: Path, capsys: pytest.Capt
     report = json.loads(capsys.readouterr().out)
     assert [one["contender"] for one in report["results"]] == ["onestill", "diffusers"]
     assert report["random_weights"] is False
+    assert [one["device"] for one in report["results"]] == ["cpu", "cpu"], "where ours ran, whatever torch has"
     assert list(report["times_faster_than_diffusers"]) == ["diffusers, batch 1"]
     assert all(one["floor_multiple"] > 0 for one in report["results"])
     assert report["machine"]["cpu"]["cores"] >= 1
@@ -149,6 +150,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["--compare", "someone"], "no 'someone' to compare with"),
         (["--random", "sdxxl"], "Did you mean 'sdxl'"),
         (["--model", "nothing"], "no model named"),
+        (["--device", "gpu"], "error: There is no device 'gpu'"),
     ):
         assert main(["bench", *options]) == 2
         assert sentence in capsys.readouterr().err

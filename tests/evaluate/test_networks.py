@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel
 
-from onestill.engine import load_engine
 from onestill.engine.text import PromptTokenizer
 from onestill.errors import CheckpointError
 from onestill.evaluate import load_network
+from tests.on_cpu import load_engine
 
 TEXT_WIDTH, WIDTH = 32, 8
 

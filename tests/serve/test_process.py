@@ -17,6 +17,7 @@ from websockets.sync.client import connect
 
 from benchmarks.serve.crash import rounds
 from benchmarks.serve.server import running
+from onestill.engine.device import choose
 
 
 @pytest.mark.slow
@@ -62,3 +63,12 @@ def test_a_thousand_idle_connections_keep_nobody_out(tiny_folder: Path) -> None:
             assert process.stop(signal.SIGTERM)[0] == 0
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(("engine", "told"), [("auto", 0), ("torch", 1)])
+def test_the_first_line_says_where_it_draws(tiny_folder: Path, engine: str, told: int) -> None:
+    device = choose() if engine == "torch" else "cpu"
+    with running(["--model", str(tiny_folder), "--engine", engine]) as server:
+        assert server.line == f"onestill draws at {server.url}/ on {device} (Ctrl-C ends it)\n"
+        assert server.errors().count(f"note: torch computes on {'the CPU' if device == 'cpu' else device}") == told
+        assert server.stop()[0] == 0

@@ -78,7 +78,9 @@ def test_gradients_flow_through_to_the_input_and_stay_out_of_the_weights(parts: 
     for network, x in networks(parts):
         if isinstance(network, LatentFeatures):
             continue  # it has no weights
-        inner = next(getattr(network, name) for name in ("tower", "model", "network", "denoiser") if hasattr(network, name))
+        inner = next(
+            getattr(network, name) for name in ("tower", "model", "network", "denoiser") if hasattr(network, name)
+        )
         inner = getattr(inner, "unet", inner)
         before = {name: value.clone() for name, value in inner.state_dict().items()}
         x = x.clone().requires_grad_()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from onestill.engine.device import choose
 from onestill.errors import OutputError, RecipeError
 from onestill.train.interrupt import REPEAT_S, Interrupted
 from onestill.train.log import Log
@@ -265,6 +266,14 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     for device in ("gpu", "cuda:77", "banana"):
         with pytest.raises(RecipeError, match=rf"loop\.device '{device}'"):
             small_train(tmp_path, 1, device=device)
+
+
+def test_auto_takes_what_there_is_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = small_train(tmp_path, 1, device="auto")
+    assert next(state.networks["autoencoder"].parameters()).device.type == choose("auto")
+    assert "loop.device is auto: torch computes on " in capsys.readouterr().err
+    recipe = json.loads((tmp_path / "recipe.json").read_text(encoding="utf-8"))
+    assert recipe["loop"]["device"] == "auto", "elsewhere it may be another"
 
 
 def test_precisions_may_change_within_a_process(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onestill.cli.console import note, print_json, stdout_console
+from onestill.cli.console import note, note_device, print_json, stdout_console
 from onestill.cli.options import Compile, Device, Dtype, Engine, Json, Model, Quantize, parse_size
 from onestill.errors import OnestillError, near, require
 
@@ -58,9 +58,11 @@ def bench(
     """
     if compare not in (None, "diffusers"):
         raise OnestillError(f"There is no '{compare}' to compare with; the one there is: diffusers.")
+    from onestill.engine.device import checked_name
     from onestill.evaluate.latency import Setting, measure_elsewhere, with_contender
     from onestill.evaluate.machine import machine
 
+    checked_name(device)
     height, width = parse_size(size)
     at, weights = found_model(model, random, engine, tiny_vae, in_int8=dtype == "int8")
     options = {name: value for name, value in (("compile", compiling), ("quantize", quantizing)) if value is not None}
@@ -90,11 +92,14 @@ def bench(
             settings.append(theirs)
             if compiling is not None:
                 settings.append(replace(theirs, contender="diffusers compiled"))
-    results = []
+    results: list[dict[str, Any]] = []
     for setting in settings:
         if sys.stderr.isatty():
             note(f"measuring {setting.contender}, {setting.batch} to a call")
-        results.append(with_floor(setting, measure_elsewhere(setting)))
+        # Whoever ours is compared with runs where ours did, which was first.
+        where = results[0]["device"] if results else device
+        results.append(with_floor(setting, measure_elsewhere(replace(setting, device=where))))
+    note_device(device, results[0]["engine"], results[0]["device"])
     report = {
         "command": shlex.join(["onestill", *sys.argv[1:]]),
         "model": f"random-{random}" if random else model,

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 __all__ = [
     "INTERRUPTED",
     "SIGNALLED",
+    "announced",
     "note",
+    "note_device",
+    "once",
     "print_json",
     "progress",
     "say_error",
@@ -25,6 +28,8 @@ __all__ = [
     "stdout_console",
 ]
 
+T = TypeVar("T")
+PIPED_COLUMNS = 200
 SIGNALLED = 128  # and a signal's number is what shells report for a program that the signal ended
 INTERRUPTED = SIGNALLED + 2  # by Ctrl-C
 
@@ -50,16 +55,43 @@ def note(message: str) -> None:
     print(f"note: {one_line(message)}", file=sys.stderr)
 
 
+def note_device(asked: str | None, engine: str, device: str) -> None:
+    """Say in one line where torch computes, and why, where nobody chose.
+
+    Args:
+        asked: the device that was asked for, None or "auto" where none was.
+        engine: what runs the model; there is nothing to say of OpenVINO, which runs on the CPU alone.
+        device: where that computes.
+    """
+    from onestill.engine.device import explained, is_auto
+
+    if engine == "torch" and is_auto(asked):
+        note(explained(device))
+
+
+def announced(items: Iterable[T], say: Callable[[], None]) -> Iterator[T]:
+    """The items; `say` is called when the first one is asked for."""
+    say()
+    yield from items
+
+
+def once(say: Callable[[], None]) -> Callable[[], None]:
+    """A function that calls `say` the first time that it is called, and then does nothing."""
+    left = [say]
+    return lambda: left.pop()() if left else None
+
+
 def print_json(value: Mapping[str, object]) -> None:
     """Print `value` as one line of JSON on standard output."""
     print(json.dumps(value, allow_nan=False))
 
 
 def stdout_console() -> Console:
-    """Rich's console on standard output, which drops colours when that is no terminal."""
+    """Rich's console on standard output; where that is no terminal it has no colours, and room for every table."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    shown = sys.stdout.isatty()
+    return Console(highlight=False, soft_wrap=not shown, width=None if shown else PIPED_COLUMNS)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onestill.cli.console import note, print_json, progress, stdout_console
-from onestill.cli.options import Json
+from onestill.cli.console import announced, note, note_device, print_json, progress, stdout_console
+from onestill.cli.options import Device, Json
 from onestill.cli.output import Target, is_file_name
 from onestill.errors import DataError, OnestillError, OutputError, require
 
@@ -153,7 +153,7 @@ def cache(
     model: Annotated[Path, typer.Option("--model", "-m", metavar="FOLDER", help="A model in diffusers' format.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="A new folder for the shards.")],
     shards: Shards = None,
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="Where the networks run.")] = "cpu",
+    device: Device = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=1024, metavar="N", help="Together.")] = 8,
     part: Annotated[str, typer.Option("--part", metavar="I/N", help="Every N-th sample from I on, as 0/4.")] = "0/1",
 ) -> None:
@@ -164,8 +164,10 @@ def cache(
     for package in ("torch", "diffusers", "transformers"):
         require(package, "train")
     from onestill.data import ShardWriter
+    from onestill.engine.device import choose
     from onestill.train.cache import cache_for_model
 
+    where = choose(device)
     if parts == "1":
         _refuse_full(out)
     reader = open_shards(shards or [], shuffle=False, epochs=1, part=(int(first), int(parts)))
@@ -176,7 +178,8 @@ def cache(
             writer.keep(sample, arrays)
             advance(1)
 
-        count = cache_for_model(reader, model, write, device=device, batch_size=batch_size)
+        samples = announced(reader, lambda: note_device(device, "torch", where))
+        count = cache_for_model(samples, model, write, device=where, batch_size=batch_size)
     _tell(reader.skipped)
     print(f"{count} samples in {out}")
 

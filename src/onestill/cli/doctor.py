@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable
-from typing import Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +17,9 @@ import onestill
 from onestill.cli.console import print_json, stdout_console
 from onestill.cli.options import Json, Model
 from onestill.errors import OnestillError
+
+if TYPE_CHECKING:
+    from onestill.engine.gpus import Gpus, TorchDevices
 
 __all__ = ["doctor"]
 
@@ -28,13 +33,16 @@ def doctor(
     draw: Annotated[bool, typer.Option("--draw/--no-draw", help="Draw one picture and time it.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Say what this machine has, check the model's files, and draw one picture.
+    """Say what this machine has, check the model's files, draw one picture, and advise the owner of an unused GPU.
 
-    Exits with 0 when all is well, else with 2.
+    Exits with 0 when all is well, else with 2. Advice is no problem.
     """
+    from onestill.engine.gpu_advice import advice
+    from onestill.engine.gpus import find_gpus
     from onestill.evaluate.machine import cpu, torch
 
     problems: list[str] = []
+    gpus, sees = find_gpus(), seen_by_torch()
 
     def told(part: Callable[[], Facts]) -> Facts:
         try:
@@ -49,13 +57,14 @@ def doctor(
         "packages": packages(),
         "cpu": cpu(),
         "openvino": openvino(),
-        "torch": torch(),
+        "gpus": facts_of(gpus),
+        "torch": None if sees is None else torch(sees),
         "cache": cache(),
         "model": told(lambda: checked(model)),
     }
     if draw and not problems:
         report["picture"] = told(lambda: drawn(model))
-    report |= {"problems": problems, "ok": not problems}
+    report |= {"problems": problems, "advice": advice(sees, gpus, os.environ), "ok": not problems}
     if as_json:
         print_json(report)
     else:
@@ -84,6 +93,20 @@ def openvino() -> Facts:
         }
         for device in core.available_devices
     }
+
+
+def seen_by_torch() -> TorchDevices | None:
+    """What torch sees, None where it is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    from onestill.engine.gpus import torch_devices
+
+    return torch_devices()
+
+
+def facts_of(gpus: Gpus) -> Facts:
+    """The machine's GPUs as the report has them: without what is not there."""
+    return {name: value for name, value in asdict(gpus).items() if value and name != "platform"}
 
 
 def cache() -> Facts:
@@ -146,13 +169,15 @@ def show(report: Facts) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for part, facts in report.items():
-        if part in ("problems", "ok"):
+        if part in ("problems", "advice", "ok"):
             continue
         table.add_row(part, escape(words(facts)))
     console = stdout_console()
     console.print(table)
     for problem in report["problems"]:  # type: ignore[attr-defined]
         console.print(f"[red]problem:[/] {escape(problem)}")
+    for sentence in report["advice"]:  # type: ignore[attr-defined]
+        console.print(f"[yellow]advice:[/] {escape(sentence)}")
     if report["ok"]:
         console.print("[green]all is well[/]")
 
@@ -162,7 +187,7 @@ def words(facts: object) -> str:
     if facts is None:
         return "none"
     if isinstance(facts, dict):
-        return ", ".join(f"{name} {words(value)}" for name, value in facts.items())
-    if isinstance(facts, list):
+        return ", ".join(f"{name} {words(value)}" for name, value in facts.items()) or "none"
+    if isinstance(facts, (list, tuple)):
         return " ".join(map(str, facts)) or "none"
     return str(facts)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onestill.cli.console import print_json, progress
+from onestill.cli.console import announced, note_device, print_json, progress
 from onestill.cli.data import open_shards
 from onestill.cli.options import Device, Dtype, Engine, Json
 from onestill.errors import DataError, require
@@ -65,6 +65,7 @@ def evaluate(
     """
     for package in ("torch", "transformers"):
         require(package, "evaluate")
+    from onestill.engine.device import choose
     from onestill.evaluate import Protocol, load_network
     from onestill.evaluate import evaluate as run
     from onestill.pipeline import load
@@ -83,7 +84,10 @@ def evaluate(
         sheets={"side by side": tuple(range(0, len(samples), max(1, len(samples) // SHOWN)))[:SHOWN]},
         batch_size=BATCH,
     )
-    net = load_network(network, text_model, device=device or "cpu")
+    where = choose(device)
+    net = load_network(network, text_model, device=where)
+    # Said when the first is read: by then names and networks were found right, and a mistake stays one line.
+    reals = announced(in_batches(samples), lambda: note_device(device, "torch", where))
     done = 0
     with progress("evaluating", len(contenders) * protocol.num_pictures) as advance:
 
@@ -92,7 +96,7 @@ def evaluate(
             advance(max(0, drawn - done))
             done = drawn if drawn < total else 0
 
-        result = run(contenders, protocol, in_batches(samples), [net], out / "material", progress=told)
+        result = run(contenders, protocol, reals, [net], out / "material", progress=told)
     page = report(result, out, len(samples), seed)
     if as_json:
         print_json({"report": str(page), "facts": str(out / "report.json")})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onestill.cli.console import note, print_json, progress
+from onestill.cli.console import note, note_device, once, print_json, progress
 from onestill.cli.options import (
     Compile,
     Device,
@@ -131,6 +131,8 @@ def generate(
         options=torch_options(compiling, quantizing),
     )
     load_ms = (time.perf_counter() - started) * 1000
+    # What is asked before each stage is asked first when all has been checked: a mistake stays one line.
+    settings["pause"] = once(lambda: note_device(device, pipe.info.engine, pipe.info.device))
     images, timings, notes = draw(pipe, wanted, first_seed, settings, target)
     for text in notes:
         note(text)
@@ -142,9 +144,9 @@ def generate(
             "images": images,
             "timings": {"load_ms": round(load_ms, 1)} | timings,
             "model": pipe.info.name,
-            "engine": pipe.engine.name,
-            "device": pipe.engine.device,
-            "dtype": pipe.engine.dtype,
+            "engine": pipe.info.engine,
+            "device": pipe.info.device,
+            "dtype": pipe.info.dtype,
             "num_inference_steps": pipe.info.num_inference_steps if steps is None else steps,
             "notes": notes,
         }

@@ -61,8 +61,22 @@ Compile = Annotated[
 Quantize = Annotated[
     str | None, typer.Option("--quantize", metavar="TYPE", help="Large layers in int8 or fp8, by torchao.")
 ]
-Engine = Annotated[str | None, typer.Option("--engine", metavar="NAME", help="What runs the model: openvino or torch.")]
-Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="Where it runs: cpu, cuda, ...")]
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        metavar="NAME",
+        help="What runs the model: openvino or torch. (default: auto, openvino where the model has that form)",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="Where torch runs it: cpu, cuda, cuda:1, mps. (default: auto, a GPU where torch has one)",
+    ),
+]
 Dtype = Annotated[
     str | None, typer.Option("--dtype", metavar="NAME", help="What it computes in: float32, bfloat16, float16, int8.")
 ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from onestill.cli.console import note
+from onestill.cli.console import note, note_device
 from onestill.cli.options import (
     Compile,
     Device,
@@ -141,14 +141,16 @@ def serve(
         found_host, found_port = bound.getsockname()[:2]
         shown = f"[{found_host}]" if ":" in found_host else found_host
 
-        def ready() -> None:
-            print(f"onestill draws at http://{shown}:{found_port}/ (Ctrl-C ends it)", flush=True)
+        def ready(on: str = "") -> None:
+            print(f"onestill draws at http://{shown}:{found_port}/{on} (Ctrl-C ends it)", flush=True)
 
         opened_access(database, keys, daily, gallery=gallery)[0].close()
         if daily is None and keys is None and database is None and not is_loopback(host):
             note("anyone who reaches this address can draw; --trial-limit and --keys set limits")
         if not ray:
-            run(build(), bound, trusted_proxies=trust_proxy, ready=ready)
+            server = build()
+            note_device(device, server.info.engine, server.info.device)
+            run(server, bound, trusted_proxies=trust_proxy, ready=partial(ready, f" on {server.info.device}"))
             return
         require("ray.serve", "ray")
         from onestill.serve.ray import run_on_ray

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onestill.checkpoint import Additions, ModelInfo, describe, resolve, verify
+from onestill.engine.device import AUTO, checked_name, choose, runs_on_cpu
 from onestill.errors import CheckpointError, MissingExtraError, OnestillError, near
 from onestill.schedule import Array, add_noise
 
@@ -212,9 +213,11 @@ def load_engine(
     """Load a model into a runtime.
 
     Args:
-        name: one of `ENGINES`; None takes OpenVINO on the CPU where the model has that form, else torch.
+        name: one of `ENGINES`; None and "auto" take OpenVINO where the model has that form and nothing asks for what it
+            has not, else torch.
         path: a model's name, folder, single file or Hub id.
-        device: "cpu", or for torch also "cuda" and the like; None is "cpu".
+        device: "cpu", or for torch also "cuda", "cuda:1", "mps" and the like; None and "auto" are the CPU for OpenVINO
+            and, for torch, a GPU where it has one. `onestill.engine.device` chooses.
         dtype: "float32", "bfloat16", "float16" or, on OpenVINO, "int8"; None is what is fastest there: on OpenVINO
             int8 where model and CPU have it, else bfloat16 where the CPU has that, else float32; on torch float32 on a
             CPU and float16 elsewhere.
@@ -226,16 +229,20 @@ def load_engine(
     Raises:
         OnestillError: the model, engine, device or dtype is not to be had; the sentence says what is.
     """
+    if name == AUTO:
+        name = None
     if name is not None and name not in ENGINES:
         raise OnestillError(f"There is no engine '{name}'; choose from {', '.join(ENGINES)}.{near(name, ENGINES)}")
+    checked_name(device)
     folder = resolve(path)
     info = describe(folder, additions)
     verify(folder, contents=True)
     has_openvino = (folder / "openvino" / "index.json").is_file()
     changed = bool(info.networks or info.loras) or options is not None
     if name is None:
-        on_cpu = (device or "cpu").lower() == "cpu" and dtype != "float16"
-        name = "openvino" if has_openvino and on_cpu and not changed else "torch"
+        # On the CPU even where torch has a GPU, unless that is asked for: it starts sooner, and needs no torch.
+        will_do = runs_on_cpu(device) and dtype != "float16" and not changed
+        name = "openvino" if has_openvino and will_do else "torch"
     if name == "openvino":
         if changed and has_openvino:
             raise OnestillError("The engine 'openvino' draws a model as it was exported; choose the engine 'torch'.")
@@ -251,7 +258,8 @@ def load_engine(
     for package in ("torch", "diffusers", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError("torch", package)
-    if options is None and (device or "cpu").lower().startswith("cuda"):
+    device = choose(device)
+    if options is None and device.startswith("cuda"):
         options = TorchOptions()
     if options is not None:
         from onestill.engine.cuda import FastEngine

@@ -50,7 +50,7 @@ class FastEngine(TorchEngine):
     Args:
         info: the model.
         options: how to compute.
-        device: as torch names it; None is "cpu".
+        device: as `onestill.engine.device.choose` takes it; None and "auto" are a GPU where torch has one.
         dtype: one of `onestill.engine.weights.DTYPES`; None is float32 on a CPU and float16 elsewhere.
         threads: how many CPU threads torch uses, in the whole process; None leaves them as they are.
 

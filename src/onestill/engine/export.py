@@ -307,7 +307,7 @@ def _keep_as_float16(model: Any) -> None:
 
 
 def _check_openvino(info: ModelInfo) -> None:
-    slow, fast = TorchEngine(info, dtype="float32"), OpenVinoEngine(info, dtype="float32")
+    slow, fast = TorchEngine(info, device="cpu", dtype="float32"), OpenVinoEngine(info, dtype="float32")
     generator = np.random.default_rng(0)
     words, twin = slow.encode(["a red apple", ""]), fast.encode(["a red apple", ""])
     latents = generator.standard_normal((2, *info.latent_shape)).astype(np.float32)

@@ -97,7 +97,8 @@ def memory_told(device: object, doing: str) -> Iterator[None]:
         return
     if str(device).startswith("cuda"):
         require("torch", "torch").cuda.empty_cache()
+    elsewhere = "" if str(device) == "cpu" else ", or on the device 'cpu'"
     raise NotEnoughMemoryError(
         f"There is not enough memory on '{device}' to {doing}; draw fewer or smaller pictures at once, or load the "
-        "model with a tiny VAE or in int8."
+        f"model with a tiny VAE or in int8{elsewhere}."
     )

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from onestill.checkpoint import ModelInfo, cache_folder, written_whole
 from onestill.engine import Conditioning, to_images, to_pictures
+from onestill.engine.device import runs_on_cpu
 from onestill.engine.ir import PARTS, PartFiles, read_index
 from onestill.engine.kept import network_key
 from onestill.engine.quantize import DYNAMIC, Int8, Layers, quantize, read_int8
@@ -49,7 +50,7 @@ class OpenVinoEngine:
 
     Args:
         info: the model; its folder must have the `openvino` form.
-        device: only "cpu".
+        device: "cpu", which None and "auto" are too.
         dtype: "float32", "bfloat16" or "int8"; None is the fastest that the CPU has instructions for, int8 where the
             model's quality in it was measured and found good. It changes pictures a little: docs/generate.md says how
             much.
@@ -72,7 +73,7 @@ class OpenVinoEngine:
         threads: int | None = None,
         quick_start: bool = False,
     ) -> None:
-        if (device or "cpu").lower() != "cpu":
+        if not runs_on_cpu(device):
             raise OnestillError(f"The engine 'openvino' runs on 'cpu'; for '{device}' choose the engine 'torch'.")
         known = (*PRECISIONS, "int8")
         if dtype is not None and dtype not in known:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from onestill.checkpoint import ModelInfo, read_json
 from onestill.engine import Conditioning, to_images, to_pictures
+from onestill.engine.device import runs_on_cpu
 from onestill.engine.kept import compile_kept
 from onestill.engine.memory import check_memory_left, is_memory_error, memory_told
 from onestill.engine.text import PromptTokenizer
@@ -51,7 +52,7 @@ class OpenVinoSdEngine:
 
     Args:
         info: the model; its folder must have this form.
-        device: only "cpu".
+        device: "cpu", which None and "auto" are too.
         dtype: "float32", "bfloat16", or "int8" where the form's weights are; None is int8 where they are and the CPU
             has instructions for it, else bfloat16 where it has those.
         threads: how many to compute with; None lets OpenVINO choose.
@@ -67,7 +68,7 @@ class OpenVinoSdEngine:
     def __init__(
         self, info: ModelInfo, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
     ) -> None:
-        if (device or "cpu").lower() != "cpu":
+        if not runs_on_cpu(device):
             raise OnestillError(f"The engine 'openvino' runs on 'cpu'; for '{device}' choose the engine 'torch'.")
         core = openvino.Core()
         folder = info.path / FOLDER

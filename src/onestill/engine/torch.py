@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from onestill.checkpoint import ModelInfo
 from onestill.engine import Conditioning, to_images
+from onestill.engine.device import choose, default_dtype
 from onestill.engine.memory import check_memory, memory_told
 from onestill.engine.networks import Networks, most_likely_latents, to_uint8
 from onestill.engine.text import PromptTokenizer, Tokens
@@ -29,12 +30,12 @@ class TorchEngine:
 
     Args:
         info: the model.
-        device: as torch names it; None is "cpu".
+        device: as `onestill.engine.device.choose` takes it; None and "auto" are a GPU where torch has one.
         dtype: one of `DTYPES`; None is float32 on a CPU and float16 elsewhere.
         threads: how many CPU threads torch uses, in the whole process; None leaves them as they are.
 
     Raises:
-        OnestillError: there is no such device or dtype.
+        OnestillError: there is no such dtype, or the device cannot be had; the sentence says why.
         CheckpointError: the weights do not fit the configs, or are of a class that is not supported.
         NotEnoughMemoryError: the weights do not fit into memory.
     """
@@ -45,11 +46,11 @@ class TorchEngine:
         self, info: ModelInfo, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
     ) -> None:
         self.info = info
-        self.device = device or "cpu"
-        self.dtype = dtype or ("float32" if self.device == "cpu" else "float16")
+        self.device = choose(device)
+        self.dtype = dtype or default_dtype(self.device)
         if self.dtype not in DTYPES:
             raise OnestillError(f"The engine 'torch' computes in {', '.join(DTYPES)}, not '{self.dtype}'.")
-        self._device = _found_device(self.device)
+        self._device = torch.device(self.device)
         if threads is not None:
             torch.set_num_threads(threads)
         components = ("tokenizer", "tokenizer_2") if info.is_xl else ("tokenizer",)
@@ -125,15 +126,6 @@ class TorchEngine:
 
     def _to_torch(self, array: NDArray[np.float32], dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, dtype)
-
-
-def _found_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OnestillError(f"torch has no device '{name}' here; use 'cpu'.") from error
-    return device
 
 
 def _has_bfloat16(device: torch.device) -> bool:

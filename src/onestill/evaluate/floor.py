@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from onestill.checkpoint import ModelInfo, read_json
+from onestill.engine.device import synchronize
 from onestill.errors import require
 
 __all__ = ["count_gflop", "floor", "matrix_tflops"]
 
 SIDES = {"cpu": 1536, "cuda": 8192}  # of the matrices that are multiplied
+OTHER_SIDE = 4096  # on other GPUs
 TRIES = 8
 
 
@@ -87,8 +89,7 @@ def _configs(info: ModelInfo) -> dict[str, tuple[str, dict[str, Any]]]:
 def matrix_tflops(device: str, dtype: str) -> float:
     """Trillions of operations a second in the best of some products of large matrices."""
     torch = require("torch", "torch")
-    side = SIDES[torch.device(device).type]
-    on_gpu = device.startswith("cuda")
+    side = SIDES.get(torch.device(device).type, OTHER_SIDE)
     kind = getattr(torch, dtype)
     if dtype == "int8":
         a, b = (torch.randint(-127, 128, (side, side), device=device, dtype=kind) for _ in range(2))
@@ -100,7 +101,6 @@ def matrix_tflops(device: str, dtype: str) -> float:
     for _ in range(TRIES):
         started = time.perf_counter()
         multiply(a, b)
-        if on_gpu:
-            torch.cuda.synchronize()
+        synchronize(device)
         best = min(best, time.perf_counter() - started)
     return float(2 * side**3 / best / 1e12)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from onestill.engine.device import choose, default_dtype, peak_memory, synchronize
 from onestill.errors import OnestillError, require
 
 __all__ = ["CONTENDERS", "Setting", "measure", "measure_elsewhere", "percentile", "prompts", "psnr"]
@@ -129,7 +130,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         **{part: _summary([one[part] for one in counted]) for part in PARTS},
         "cached_ms": round(percentile(again, 50), 2) if again else None,
         "images_per_second": round(1000 * setting.batch / total, 3),
-        "peak_memory_mb": round(_peak_memory(setting.device) / 1e6, 1),
+        "peak_memory_mb": round(_peak_memory(facts["device"]) / 1e6, 1),
     }
 
 
@@ -150,10 +151,10 @@ def _summary(values: Sequence[float]) -> dict[str, float]:
     return {"p50": round(percentile(values, 50), 2), "p95": round(percentile(values, 95), 2)}
 
 
-def _peak_memory(device: str | None) -> float:
-    """Bytes: of the GPU where there is one, else of this process."""
-    if (device or "cpu").startswith("cuda"):
-        return float(require("torch", "torch").cuda.max_memory_allocated())
+def _peak_memory(device: str) -> float:
+    """Bytes: of the GPU where one computes, else of this process."""
+    if (on_gpu := peak_memory(device)) is not None:
+        return on_gpu
     if sys.platform == "win32":
         return float("nan")
     import resource
@@ -218,12 +219,11 @@ def _diffusers(setting: Setting) -> tuple[Draw, dict[str, Any]]:
     if setting.threads is not None:
         torch.set_num_threads(setting.threads)
     warnings.simplefilter("ignore")
-    device = setting.device or "cpu"
-    dtype = getattr(torch, setting.dtype or ("float32" if device == "cpu" else "float16"))
+    device = choose(setting.device)
+    dtype = getattr(torch, setting.dtype or default_dtype(device))
     pipe = _diffusers_pipeline(setting, folder, device, dtype)
     steps = setting.steps or info.num_inference_steps
     sizes = {"height": setting.height or info.height, "width": setting.width or info.width}
-    sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
     @torch.inference_mode()  # type: ignore[untyped-decorator] # torch is not imported where this is checked
     def draw(words: Sequence[str], seed: int) -> Mapping[str, float]:
@@ -231,7 +231,7 @@ def _diffusers(setting: Setting) -> tuple[Draw, dict[str, Any]]:
         marks = [time.perf_counter()]
 
         def mark() -> None:
-            sync()
+            synchronize(device)
             marks.append(time.perf_counter())
 
         encoded = pipe.encode_prompt(

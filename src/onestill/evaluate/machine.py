@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from importlib import metadata, util
 from pathlib import Path
 
+from onestill.engine.device import automatic
+from onestill.engine.gpus import TorchDevices, torch_devices
 from onestill.errors import require
 
 __all__ = ["PACKAGES", "Facts", "cpu", "machine", "machine_in_words", "torch", "versions"]
@@ -80,18 +82,20 @@ def cpu() -> Facts:
     }
 
 
-def torch() -> Facts | None:
-    """What torch sees, None where it is not installed. Imports it, which takes seconds."""
-    if util.find_spec("torch") is None:
-        return None
-    module = require("torch", "torch")
-    cuda = module.cuda
-    names = [cuda.get_device_name(i) for i in range(cuda.device_count())] if cuda.is_available() else []
+def torch(sees: TorchDevices | None = None) -> Facts | None:
+    """What torch sees, looked for where it is not given; None where torch is not installed. Imports it: seconds."""
+    if sees is None:
+        if util.find_spec("torch") is None:
+            return None
+        sees = torch_devices()
     return {
-        "version": module.__version__,
-        "cuda": module.version.cuda,
-        "gpus": names,
-        "threads": module.get_num_threads(),
+        "version": sees.version,
+        "cuda": sees.cuda or None,
+        "rocm": sees.rocm or None,
+        "gpus": list(sees.gpus),
+        "device": automatic(sees),  # that is taken unless another is asked for
+        "trouble": sees.trouble or None,
+        "threads": require("torch", "torch").get_num_threads(),
     }
 
 

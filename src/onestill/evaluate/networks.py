@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from onestill.checkpoint import describe, resolve
+from onestill.engine.device import choose
 from onestill.engine.text import PromptTokenizer
 from onestill.errors import CheckpointError, require
 from onestill.evaluate.protocol import Network, Pictures
@@ -39,7 +40,7 @@ def load_network(
     text_model: str | os.PathLike[str],
     *,
     name: str | None = None,
-    device: str = "cpu",
+    device: str | None = "cpu",
     batch_size: int = 64,
 ) -> Network:
     """Open a contrastive model for an evaluation; torch loads on its first use.
@@ -52,19 +53,21 @@ def load_network(
         folder: the contrastive model.
         text_model: a model's name or folder whose text encoder the contrastive model was trained with.
         name: how reports call it; default: the folder's name.
-        device: where torch computes.
+        device: where torch computes; None and "auto" are a GPU where it has one.
         batch_size: pictures or captions a call of a network.
 
     Raises:
         CheckpointError: the folder is something else, or was trained on latents.
+        OnestillError: the device cannot be had; the sentence says why.
         MissingExtraError: torch or transformers is not installed.
     """
     for package in ("torch", "transformers"):
         require(package, "torch")
     path = Path(folder)
     facts, image_projection, text_projection = _read(path)
-    tower = _ImageTower(path / "image_tower", int(facts["image_size"]), device, batch_size)
-    sentences = _Sentences(resolve(text_model), text_projection, device, batch_size)
+    where = choose(device)
+    tower = _ImageTower(path / "image_tower", int(facts["image_size"]), where, batch_size)
+    sentences = _Sentences(resolve(text_model), text_projection, where, batch_size)
 
     def project(features: NDArray[Any]) -> Float:
         return np.asarray(features @ image_projection.T, np.float32)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from onestill import __version__
-from onestill.checkpoint import Additions, ModelInfo
+from onestill.checkpoint import Additions
 from onestill.engine import Conditioning, Drawn, Engine, Job, TorchOptions, first_latents, load_engine
 from onestill.errors import NotFiniteError
 from onestill.noise import noise_source
@@ -30,6 +30,7 @@ from onestill.pipeline.checks import (
     matched_negatives,
     seeds_of,
 )
+from onestill.pipeline.loaded import LoadedInfo
 from onestill.pipeline.notes import NEGATIVE_DID_NOTHING, notes_on_size, notes_on_steps, notes_on_words
 from onestill.pipeline.output import Output, Timings
 from onestill.pipeline.picture import fitted, save_picture
@@ -69,13 +70,14 @@ class Pipeline:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._info = LoadedInfo.of(engine)
         self._states: OrderedDict[str, Conditioning] = OrderedDict()
         self._states_lock = threading.Lock()
 
     @property
-    def info(self) -> ModelInfo:
-        """What the model is."""
-        return self.engine.info
+    def info(self) -> LoadedInfo:
+        """What the model is, and which engine runs it, on which device and in which type of numbers."""
+        return self._info
 
     def __call__(
         self,
@@ -326,8 +328,9 @@ def load(
 
     Args:
         model: the name of a shipped model, a folder in diffusers' format, a single safetensors file, or a Hub id.
-        engine: "openvino" or "torch"; None takes OpenVINO where it can.
-        device: "cpu"; with torch also "cuda" and the like.
+        engine: "openvino" or "torch"; None and "auto" take OpenVINO where the model has that form.
+        device: "cpu"; with torch also "cuda", "cuda:1", "mps". None and "auto" take a GPU where torch draws and has
+            one, and `info.device` says which; OpenVINO, and so the shipped model unless asked otherwise, is on the CPU.
         dtype: "float32", "bfloat16", "float16", or "int8" on OpenVINO; None is what the engine is fastest in.
         threads: how many CPU threads to use; None lets the engine choose.
         quick_start: for a few pictures and then no more: OpenVINO loads a third sooner and draws a fifth slower. The

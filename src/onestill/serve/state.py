@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from onestill.checkpoint import ModelInfo
 from onestill.pipeline import Pipeline
+from onestill.pipeline.loaded import LoadedInfo
 from onestill.pipeline.picture import picture_bytes
 from onestill.serve.access import Access
 from onestill.serve.jobs import Picture
@@ -78,8 +78,8 @@ class Server:
         self._pool = ThreadPoolExecutor(2, "onestill-files")
 
     @property
-    def info(self) -> ModelInfo:
-        """What the model is."""
+    def info(self) -> LoadedInfo:
+        """What the model is, and what runs it."""
         return self.pipe.info
 
     def close(self, grace_s: float = 0.0) -> None:

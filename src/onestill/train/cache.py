@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from onestill.engine.device import choose
 from onestill.engine.torch import quiet_libraries
-from onestill.errors import RecipeError
 from onestill.train.batches import collate_images
 from onestill.train.conditioning import LatentSpace, TextEncoder, TwoTextEncoders, open_text_encoder
 
@@ -60,18 +60,14 @@ def cache_samples(
 
 
 def cache_for_model(
-    samples: Iterable[ImageSample], model: Path, write: Write, *, device: str = "cpu", batch_size: int = 8
+    samples: Iterable[ImageSample], model: Path, write: Write, *, device: str | None = "cpu", batch_size: int = 8
 ) -> int:
     """`cache_samples` by the autoencoder and the text encoders of a whole model in diffusers' format.
 
     Raises:
-        RecipeError: the device is not there. CheckpointError: a part of the model is not.
+        OnestillError: the device is not there. CheckpointError: a part of the model is not.
     """
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"the device '{device}' cannot be used here ({error}): give cpu.") from error
+    where = torch.device(choose(device))
     with quiet_libraries():
         space, encoder = LatentSpace(model / "vae").to(where), open_text_encoder(str(model)).to(where)
     return cache_samples(samples, space, encoder, write, batch_size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from onestill.checkpoint import written_whole
+from onestill.engine.device import choose, explained, is_auto
 from onestill.errors import OnestillError, RecipeError
 from onestill.train import parallel
 from onestill.train.interrupt import Interrupt, Interrupted
@@ -101,6 +103,8 @@ def train(recipe: Recipe, method: Method, batches: Batches, *, resume: bool = Fa
     device = _device(options)
     state = _start(recipe, method, device)
     _open(recipe, state, batches, resume)
+    if is_auto(options.device) and parallel.is_main():
+        print(f"loop.device is auto: {explained(str(device))}", file=sys.stderr)
     # Without the cache of casts, which would hand a network's weights of before its turn to the next turn.
     autocast = partial(torch.autocast, device.type, torch.bfloat16, options.precision == "bf16", cache_enabled=False)
     bad_in_a_row = 0
@@ -173,11 +177,10 @@ def _device(options: LoopOptions) -> torch.device:
     if parallel.world() > 1:
         return parallel.device()
     try:
-        device = torch.device(options.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"loop.device '{options.device}' cannot be used here ({error}): set it to cpu.") from error
-    return device
+        device = choose(options.device)
+    except OnestillError as error:
+        raise RecipeError(f"loop.device '{options.device}' cannot be used: {error}") from error
+    return torch.device(device)
 
 
 def _start(recipe: Recipe, method: Method, device: torch.device) -> TrainState:

@@ -22,12 +22,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from onestill.engine.device import is_cpu
+
 BUCKET = 16 * 2**20  # elements sent together, 64 MB in float32
 
 
 def start(device: str) -> None:
     """Meet the other processes, if a launcher started several; once in a process's life."""
-    PartialState(cpu=device == "cpu")
+    PartialState(cpu=is_cpu(device))
 
 
 def device() -> torch.device:

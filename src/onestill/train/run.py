@@ -12,6 +12,7 @@ import diffusers
 import torch
 import transformers
 
+from onestill.engine.device import checked_name
 from onestill.errors import DataError
 from onestill.train import parallel
 from onestill.train.batches import COLLATE, Reader, SampleBatches
@@ -49,6 +50,7 @@ def train_recipe(
     diffusers.utils.logging.set_verbosity_error()
     if recipe.loop.threads:
         torch.set_num_threads(recipe.loop.threads)
+    checked_name(recipe.loop.device)  # of a dry run too, on a machine without the device
     parallel.start(recipe.loop.device)
     rank, world = parallel.rank(), parallel.world()
     rows = rows_at_once(recipe.loop, world) * recipe.loop.accumulate
