@@ -1,6 +1,6 @@
 """Draw icons.parquet as captioned WebDataset shards.
 
-    python -m recipes.icons.render --parquet icons.parquet --out data/icons128 --samples 150000
+    python -m recipes.icons.render --parquet icons.parquet --out data/icons128 --samples 48000
 
 writes OUT/train (the mix of `mix.py`, rows of the training split only) and OUT/val, OUT/style and OUT/concept (every
 held-out row once, emoji twice).
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parquet", required=True, help="the icon table")
     parser.add_argument("--out", required=True, help="a folder; each split gets a folder in it")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
-    parser.add_argument("--samples", type=int, default=150_000, help="how many training samples")
+    parser.add_argument("--samples", type=int, default=48_000, help="how many training samples")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in px")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--samples-per-shard", type=int, default=2500)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from onestill.cli.train import RecipeReader
 from onestill.data import ShardReader, sample_shards
@@ -16,10 +17,12 @@ from onestill.errors import DataError
 from onestill.train.conditioning import LatentSpace, TextEncoder
 from onestill.train.denoiser import load_unet
 from onestill.train.features import Tower
+from onestill.train.perceptual import LPIPS
 from onestill.train.recipe import METHODS, read_recipe
 from onestill.train.run import train_recipe
-from recipes.icons import cache
+from recipes.icons import cache, train
 from tests.tiny import MAX_TOKENS, WIDTH, tiny_model
+from tests.train.parts import save_cnn
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes/icons").glob("*/*.toml"))
 STAGES = {path.stem: path for path in RECIPES if path.parent.name == "cpu"}
@@ -39,9 +42,9 @@ def test_every_recipe_parses(path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["cpu", "gpu"])
 def test_the_stages_hand_on_what_they_make(form: str) -> None:
-    stages = {path.stem: read_recipe(path) for path in RECIPES if path.parent.name == form}
+    stages = {stage: read_recipe(train.recipe(stage, form)) for stage in train.STAGES if train.trains(stage)}
     made = {recipe.method: recipe.out for recipe in stages.values()}
-    assert set(made) == {"autoencoder", "contrastive", "diffusion", "add", *(["decoder"] if form == "cpu" else [])}
+    assert set(made) == {"autoencoder", "contrastive", "diffusion", "add", "decoder"}
     student = stages["4-student"].options
     assert student.teacher == f"{made['diffusion']}/export/unet"
     assert student.autoencoder == f"{made['autoencoder']}/export/vae"
@@ -49,28 +52,34 @@ def test_the_stages_hand_on_what_they_make(form: str) -> None:
     if form == "cpu":
         larger = stages["5-decoder"].options
         assert (larger.autoencoder, larger.student) == (student.autoencoder, f"{made['add']}/export/unet")
-    assert all(recipe.loop.device == {"cpu": "cpu", "gpu": "cuda"}[form] for recipe in stages.values())
+    for stage in ("3-teacher", "4-student"):
+        assert stages[stage].loop.device == {"cpu": "cpu", "gpu": "cuda"}[form]
+
+
+def test_both_forms_train_the_same_networks() -> None:
+    (cpu, gpu), (student, other) = (
+        [read_recipe(train.recipe(stage, form)).options for form in train.FORMS] for stage in ("3-teacher", "4-student")
+    )
+    assert cpu.unet == gpu.unet
+    assert cpu.autoencoder == gpu.autoencoder == student.autoencoder == other.autoencoder
+    for name in ("feature_network", "cnn", "latents_too", "head_width", "timestep_weights"):
+        assert getattr(student, name) == getattr(other, name)
 
 
 @pytest.mark.parametrize("form", ["cpu", "gpu"])
 def test_one_command_runs_the_stages_in_order(form: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from recipes.icons import train
-
     train.main(["--parquet", "icons.parquet", "--form", form, "--from", "cache", "--to", "5-decoder", "--dry-run"])
-    lines = capsys.readouterr().out.splitlines()
-    trained = ["2-evaluator", "3-teacher", "4-student"]
-    cpu = ["cache", "common", *trained, "large-shards", "5-decoder"]
-    told = dict(line.split(":", 1) for line in lines)
-    assert list(told) == (cpu if form == "cpu" else ["cache", *trained])
-    assert all(f"icons/{form}/" in told[stage] for stage in told if stage[0].isdigit())
+    told = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    assert list(told) == ["cache", "2-evaluator", "3-teacher", "4-student", "large-shards", "5-decoder"]
+    for stage in ("3-teacher", "4-student"):
+        assert f"icons/{form}/" in told[stage]
+    assert ("icons-gpu/student" in told["5-decoder"]) == (form == "gpu")
 
 
 def test_each_stage_has_a_mark_of_its_own_that_comes_last(tmp_path: Path) -> None:
-    from recipes.icons import train
-
     made = {stage: train.command(stage, "cpu", "t.parquet", tmp_path / "r", tmp_path / "d") for stage in train.STAGES}
     assert len({result for result, _ in made.values()}) == len(made)
-    for stage in ("shards", "cache", "common", "large-shards"):
+    for stage in ("shards", "cache", "large-shards"):
         result, line = made[stage]
         assert line[line.index("--done") + 1] == str(result)
     result, line = made["ship-teacher"]
@@ -78,11 +87,9 @@ def test_each_stage_has_a_mark_of_its_own_that_comes_last(tmp_path: Path) -> Non
 
 
 def test_the_icons_command_passes_sizes_and_settings_on(capsys: pytest.CaptureFixture[str]) -> None:
-    from recipes.icons import train
-
     given = ["--samples", "150000", "--size", "64", "--set", "loop.seed=7", "--set", 'out="a b"', "--dry-run"]
     assert train.main(["--parquet", "icons.parquet", "--to", "1-autoencoder", *given]) == 0
-    shards, autoencoder = capsys.readouterr().out.splitlines()
+    shards, _, autoencoder = capsys.readouterr().out.splitlines()
     assert "--samples 150000" in shards
     assert "--size 64" in shards
     assert "--set" not in shards
@@ -90,7 +97,7 @@ def test_the_icons_command_passes_sizes_and_settings_on(capsys: pytest.CaptureFi
     assert "--samples" not in autoencoder
     train.main(["--parquet", "icons.parquet", "--to", "shards", "--dry-run"])
     plain = capsys.readouterr().out
-    assert "--samples" not in plain
+    assert "--samples 48000" in plain
     assert "--size 128" in plain
 
 
@@ -112,7 +119,10 @@ def test_all_stages_in_a_tiny_form(runs: Path) -> None:
     torch.set_num_threads(1)
     assert sample_shards()
     words = tiny_model(runs / "model", autoencoder="tiny", openvino=False)
-    sizes = ["latent_channels=4", "encoder_width=4", "decoder_width=4"]
+    sizes = ["latent_channels=4", "encoder_width=4", "decoder_width=4", "perceptual=0.5", "perceptual_window=16"]
+    save_file(LPIPS().state_dict(), runs / "lpips.safetensors")
+    save_cnn(runs / "lite0")
+    sizes += [f'perceptual_network="{runs}/lpips.safetensors"', "adversarial_from=1"]
     sizes += ["encoder_blocks=[0, 0, 1, 1, 1]", "decoder_blocks=[1, 1, 1, 0, 0]"]
     run("1-autoencoder", runs, "sample", *[f"autoencoder.{size}" for size in sizes])
     vae = runs / "1-autoencoder/export/vae"
@@ -129,7 +139,14 @@ def test_all_stages_in_a_tiny_form(runs: Path) -> None:
     run("3-teacher", runs, runs / "cached", *teacher)
 
     given = [
-        f"add.{part}" for part in (*parts, f'teacher="{runs}/3-teacher/export/unet"', "head_width=8", "heads_first=0")
+        f"add.{part}"
+        for part in (
+            *parts,
+            f'teacher="{runs}/3-teacher/export/unet"',
+            f'cnn="{runs}/lite0"',
+            "head_width=8",
+            "heads_first=0",
+        )
     ]
     run("4-student", runs, runs / "cached", *given)
     student, parent = (load_unet(runs / stage / "export/unet") for stage in ("4-student", "3-teacher"))
@@ -169,13 +186,22 @@ def test_shards_without_what_a_stage_needs(runs: Path) -> None:
     with pytest.raises(DataError, match=r"hold no 'latents'.*recipes\.icons\.cache"):
         run("2-evaluator", runs / "wrong", "sample", "contrastive.width=32", "contrastive.depth=1")
     with pytest.raises(DataError, match=r"data\.images = true"):
-        run("1-autoencoder", runs / "wrong", "sample", "data.images=false", "autoencoder.encoder_width=4")
+        run("1-autoencoder", runs / "wrong", "sample", "data.images=false", "autoencoder.perceptual=0")
 
 
 def test_a_dry_run_builds_and_trains_nothing(runs: Path) -> None:
     said: list[str] = []
     out = f'out="{runs / "dry"}"'
-    assert train_recipe(STAGES["1-autoencoder"], [out], reader=RecipeReader, dry_run=True, say=said.append) is None
+    assert (
+        train_recipe(
+            STAGES["1-autoencoder"],
+            [out, "autoencoder.perceptual=0"],
+            reader=RecipeReader,
+            dry_run=True,
+            say=said.append,
+        )
+        is None
+    )
     told = json.loads(said[0])
     assert told["method"] == "autoencoder"
     assert told["parameters"]["autoencoder"] > 100_000
