@@ -321,7 +321,7 @@ def test_the_table_is_written_in_order(tmp_path: Path) -> None:
     assert [r["id"] for r in rows] == ["paint:c-0", "mono:a-0", "mono:b-0"]
     assert [r["recolour"] for r in rows] == [False, True, True]
     text = notice("# Icons\n", credit, {"mono": 2, "paint": 1})
-    assert "| mono | mono | Ann | MIT | 2 | yes |" in text
+    assert "| mono | mono | Ann | MIT | 2 |" in text
 
 
 def test_a_built_table_is_taken_only_if_it_is_the_right_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
