@@ -84,9 +84,10 @@ def test_json_says_what_the_contract_says(drawn: Drawn) -> None:
 
 
 def test_the_picture_is_the_pipelines(drawn: Drawn, tiny_folder: Path) -> None:
-    drawn("a red apple", "--seed", 7, "--steps", 2)
-    expected = load(tiny_folder)("a red apple", seed=7, num_inference_steps=2).images[0]
-    np.testing.assert_array_equal(pixels("a-red-apple-7.png"), np.asarray(expected))
+    # In float32: the command loads quickly, and networks that are put together otherwise round otherwise in bfloat16.
+    drawn("a red apple", "--seed", 7, "--steps", 2, "--dtype", "float32")
+    expected = load(tiny_folder, dtype="float32")("a red apple", seed=7, num_inference_steps=2).images[0]
+    assert abs(pixels("a-red-apple-7.png").astype(int) - np.asarray(expected)).max() <= 1
 
 
 def test_paths_are_printed_one_a_line(tiny_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
