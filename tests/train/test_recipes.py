@@ -155,6 +155,7 @@ def test_all_stages_in_a_tiny_form(runs: Path) -> None:
 
     given = [f"decoder.{part}" for part in (*parts, f'student="{runs}/4-student/export/unet"', "window=4")]
     given += ["decoder.encoder_blocks=[0, 0, 0, 1, 1, 1]", "decoder.decoder_blocks=[1, 1, 1, 0, 0, 0]"]
+    given += [f'decoder.perceptual_network="{runs}/lpips.safetensors"', "decoder.perceptual_window=16"]
     run("5-decoder", runs, "sample", *given, "decoder.adversarial_from=1", "decoder.discriminator_width=4")
     larger = LatentSpace(runs / "5-decoder/export/vae")
     assert (larger.factor, larger.scale) == (2 * LatentSpace(vae).factor, LatentSpace(vae).scale)

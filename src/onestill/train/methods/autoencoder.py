@@ -79,9 +79,7 @@ class Method:
         if options.start:
             continue_from(options.start, self.autoencoder)
         self.discriminator = PatchDiscriminator(options.discriminator_width)
-        if options.perceptual and not options.perceptual_network:
-            raise RecipeError("perceptual needs the file of LPIPS's weights: set autoencoder.perceptual_network.")
-        self.lpips = LPIPS.load(options.perceptual_network) if options.perceptual else None
+        self.lpips = perceptual(options.perceptual, options.perceptual_network)
         self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder, "discriminator": self.discriminator}
         adam = dict(betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.optimizers: dict[str, torch.optim.Optimizer] = {
@@ -149,6 +147,17 @@ class Method:
         averaged.load_state_dict({k: v.cpu() for k, v in state.averaged("autoencoder").items()})
         if is_main():
             averaged.save_pretrained(folder / "vae")
+
+
+def perceptual(weight: float, file: str) -> LPIPS | None:
+    """The distance that a recipe weighs by `weight`; None where that is 0.
+
+    Raises:
+        RecipeError: no file is named for its weights. CheckpointError: it does not hold them.
+    """
+    if weight and not file:
+        raise RecipeError("perceptual needs the file of LPIPS's weights: set perceptual_network.")
+    return LPIPS.load(file) if weight else None
 
 
 def window(side: int, width: int, state: TrainState) -> tuple[slice, slice]:

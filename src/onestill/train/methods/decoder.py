@@ -46,7 +46,8 @@ class Options:
     Blocks are listed as in an `autoencoder` recipe, from full resolution for the encoder and from the latents for the
     decoder, and one more of each than the old has doubles the side. Above the decoder's `window_from`-th size a window
     of `window` such cells a side stands for the picture (0: all of it). `student_share` of a batch passes through the
-    student. `features` weighs how alike the discriminators find a picture and its decoding; they join at
+    student. `perceptual` weighs LPIPS by the network in the file `perceptual_network`, on one random window of
+    `perceptual_window` px. `features` weighs how alike the discriminators find a picture and its decoding; they join at
     `adversarial_from`, and look at `scales` halvings of it.
     """
 
@@ -62,6 +63,9 @@ class Options:
     lr: float = option(5e-4, low=0.0, high=1.0)
     l1: float = option(1.0, low=0.0)
     gradient: float = option(1.0, low=0.0)
+    perceptual: float = option(0.0, low=0.0)
+    perceptual_network: str = option("")
+    perceptual_window: int = option(64, low=16, high=4096)
     adversarial: float = option(0.05, low=0.0)
     features: float = option(0.5, low=0.0)
     adversarial_from: int = option(200, low=0)
@@ -86,6 +90,7 @@ class Method:
         self.student = Denoiser(unet, read_schedule(options.student))
         if unet.config["in_channels"] != self.old.channels:
             raise RecipeError("the student's and the autoencoder's latents differ: give the one it was trained on.")
+        self.lpips = autoencoder.perceptual(options.perceptual, options.perceptual_network)
         self.words: Any = open_text_encoder(options.text_encoder)
         self.discriminator = Discriminators(options.discriminator_width, options.scales)
         self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder, "discriminator": self.discriminator}
@@ -102,7 +107,7 @@ class Method:
         self._captions: list[str] = []
 
     def to(self, device: torch.device) -> None:
-        for network in (*self.networks.values(), self.student.unet):
+        for network in (*self.networks.values(), self.student.unet, *([self.lpips] if self.lpips else [])):
             network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.old.to(device)
         self.words.to(device)
@@ -127,6 +132,11 @@ class Method:
         l1, edges = (known * (y - target).abs()).mean(), gradient_difference(known * target, known * y)
         loss = options.l1 * l1 + options.gradient * edges
         metrics = {"kept": kept, "l1": l1, "edges": edges}
+        if self.lpips is not None:
+            seen_rows, seen_columns = autoencoder.window(y.shape[-1], options.perceptual_window, state)
+            distance = self.lpips(target[:, :, seen_rows, seen_columns], y[:, :, seen_rows, seen_columns])  # [B]
+            metrics["perceptual"] = (known.flatten() * distance).mean()
+            loss = loss + options.perceptual * metrics["perceptual"]
         playing = options.adversarial > 0 and state.iteration >= options.adversarial_from
         with frozen(self.discriminator):
             if playing:
