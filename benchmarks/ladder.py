@@ -32,7 +32,7 @@ Options = Mapping[str, Any]
 Measure = Callable[[Setting], Mapping[str, Any]]  # raises OnestillError where it cannot be had
 
 KNOWN = {option.name for option in dataclasses.fields(TorchOptions)}
-PLAIN = {name: False for name in ("graphs", "channels_last", "fuse", "cudnn_benchmark") if name in KNOWN}
+PLAIN: Options = {name: False for name in ("graphs", "channels_last", "fuse", "cudnn_benchmark") if name in KNOWN}
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ RUNGS: dict[str, Rung] = {
 }
 KINDS = ("alone", "together")
 KEPT = (
-    *("options", "device", "dtype", "dtypes", "pictures", "load_ms", "first_ms", "encode_ms", "denoise_ms"),
+    *("options", "batch", "device", "dtype", "dtypes", "pictures", "load_ms", "first_ms", "encode_ms", "denoise_ms"),
     *("decode_ms", "total_ms", "cached_ms", "images_per_second", "peak_memory_mb", "gflop", "tflops", "floor_ms"),
     *("floor_multiple", "parts_by_events_ms"),
 )
@@ -141,7 +141,7 @@ class Ladder:
             measured = self._measure(setting)
         except OnestillError as error:
             return {"refused": str(error), "stderr": getattr(error, "stderr", "")}
-        found = {key: measured[key] for key in KEPT if key in measured}
+        found = shown(setting, measured)
         total_ms = measured["total_ms"]["p50"]
         print(name, kind, total_ms, "ms", file=sys.stderr, flush=True)
         found |= self._beside_reference(setting, measured["dtype"], picture)
@@ -161,15 +161,21 @@ class Ladder:
             return {"psnr_db": None, "reference": None}
         of, reference = self.references[tiny]
         decibels = psnr(picture, reference)
-        decoder = "tiny VAE" if tiny else "the model's VAE"
-        return {"psnr_db": decibels, "equal": decibels is None, "reference": f"plain, {decoder}, {of}"}
+        return {"psnr_db": decibels, "equal": decibels is None, "reference": f"plain, the same decoder, {of}"}
+
+
+def shown(setting: Setting, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What is reported of a measurement: no path, and by which decoder."""
+    return {
+        "decoder": "the model's VAE" if setting.tiny_vae is None else "tiny VAE",
+        **{key: measured[key] for key in KEPT if key in measured},
+    }
 
 
 class Floors:
     """Adds the floor to results. What is counted and how fast the device multiplies is found once for all of them."""
 
-    def __init__(self, steps: int | None = None) -> None:
-        self._steps = steps
+    def __init__(self) -> None:
         self._counts: dict[tuple[Any, ...], dict[str, float]] = {}
         self._rates: dict[tuple[str, str], float] = {}
 
@@ -181,14 +187,15 @@ class Floors:
         tiny = Additions(tiny_vae=Path(setting.tiny_vae) if setting.tiny_vae else None)
         info = describe(resolve(setting.model), tiny)
         size = (setting.height or info.height, setting.width or info.width)
-        key = (setting.model, setting.tiny_vae, setting.batch, *size)
+        key = (setting.model, setting.tiny_vae, *size)
         if key not in self._counts:
-            self._counts[key] = count_gflop(info, batch=setting.batch, height=size[0], width=size[1])
+            self._counts[key] = count_gflop(info, batch=1, height=size[0], width=size[1])
         rate = (result["device"], result["dtype"])
         if rate not in self._rates:
             self._rates[rate] = matrix_tflops(*rate)
-        gflop = dict(self._counts[key])
-        gflop["unet"] *= setting.steps or self._steps or info.num_inference_steps
+        # Counting takes seconds; of several pictures it gives as many times that of one, to the fifth digit.
+        gflop = {part: setting.batch * count for part, count in self._counts[key].items()}
+        gflop["unet"] *= setting.steps or info.num_inference_steps
         floor_ms = sum(gflop.values()) / self._rates[rate]
         return {
             **result,

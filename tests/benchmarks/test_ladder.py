@@ -82,7 +82,8 @@ def test_pictures_are_compared_with_those_of_the_same_decoder(tmp_path: Path) ->
     for kind, decoder in (("together", "tiny VAE"), ("alone", "the model's VAE")):
         fused = results["fused projections"][kind]
         assert fused["psnr_db"] == pytest.approx(48.1)  # one level of 255 everywhere
-        assert fused["reference"] == f"plain, {decoder}, float16"
+        assert fused["reference"] == "plain, the same decoder, float16"
+        assert fused["decoder"] == decoder
         assert results["CUDA graphs"][kind]["equal"]
 
 

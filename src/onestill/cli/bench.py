@@ -137,13 +137,16 @@ def measured_all(settings: list[Setting]) -> tuple[list[dict[str, Any]], dict[st
     """The results of those that could be measured, and why the others could not."""
     from onestill.evaluate.latency import MeasuringError, measure_elsewhere
 
-    results, failed = [], {}
+    results: list[dict[str, Any]] = []
+    failed: dict[str, MeasuringError] = {}
     for setting in settings:
         name = f"{setting.contender}, batch {setting.batch}"
         if sys.stderr.isatty():
             note(f"measuring {name}")
+        # Whoever ours is compared with runs where ours did, which was first.
+        where = results[0]["device"] if results else setting.device
         try:
-            results.append(with_floor(setting, measure_elsewhere(setting)))
+            results.append(with_floor(setting, measure_elsewhere(replace(setting, device=where))))
         except MeasuringError as error:
             failed[name] = error
             if len(error.stderr.splitlines()) > 1:  # one line is the sentence itself

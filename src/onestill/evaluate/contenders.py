@@ -46,8 +46,11 @@ def comparable(setting: Setting) -> Setting:
     Raises:
         OnestillError: float16 is asked for by name where only other types can be compared.
     """
-    device = setting.device or "cpu"
-    if not device.startswith("cuda") or setting.tiny_vae is not None or setting.dtype not in (None, "float16"):
+    if (
+        not _device(setting).startswith("cuda")
+        or setting.tiny_vae is not None
+        or setting.dtype not in (None, "float16")
+    ):
         return setting
     folder = resolve(setting.model)
     if folder.is_file() or not _overflows(folder) or require("torch", "torch").cuda.get_device_capability() < (8, 0):
@@ -58,6 +61,11 @@ def comparable(setting: Setting) -> Setting:
         "In float16 diffusers decodes this model in float32 and onestill in bfloat16, which is no comparison; compare "
         "with --dtype bfloat16, or with --tiny-vae."
     )
+
+
+def _device(setting: Setting) -> str:
+    """Where torch would run what a setting asks for."""
+    return setting.device or "cpu"
 
 
 def _overflows(folder: Path) -> bool:
@@ -124,7 +132,7 @@ def _load_diffusers(setting: Setting) -> Loaded:
     if setting.threads is not None:
         torch.set_num_threads(setting.threads)
     warnings.simplefilter("ignore")
-    device = setting.device or "cpu"
+    device = _device(setting)
     dtype = getattr(torch, setting.dtype or ("float32" if device == "cpu" else "float16"))
     pipe = diffusers.DiffusionPipeline.from_pretrained(str(folder.resolve()), torch_dtype=dtype)
     if setting.tiny_vae is not None:
@@ -153,7 +161,7 @@ def diffusers_pipeline(pipe: Any, setting: Setting) -> Any:
 def diffusers_contender(pipe: Any, setting: Setting, info: ModelInfo) -> Loaded:
     """A pipeline that draws what a setting asks for, each call timed in its three parts."""
     torch = require("torch", "torch")
-    device = str(pipe.device)
+    device = setting.device or str(pipe.device)
     # Its own rule where half precision would overflow: decode in float32.
     upcast = pipe.vae.dtype == torch.float16 and bool(pipe.vae.config.force_upcast)
     steps = setting.steps or info.num_inference_steps

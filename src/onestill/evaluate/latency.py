@@ -140,7 +140,7 @@ def measure(setting: Setting, *, loaded: Loaded | None = None, most_s: float | N
     Args:
         setting: the contender, and what it is asked for.
         loaded: the contender, where it is loaded already; `load_ms` is then 0.
-        most_s: after so many seconds no further call is made. One call that counts is always made.
+        most_s: after so many seconds, the warm-up's not among them, no further call is made. One always counts.
 
     Returns:
         What was asked for, of which `pictures` are the calls that were made; `load_ms`, `first_ms` (the first call),
@@ -153,7 +153,6 @@ def measure(setting: Setting, *, loaded: Loaded | None = None, most_s: float | N
     if setting.contender not in CONTENDERS:
         raise OnestillError(f"There is no contender '{setting.contender}'; choose from {', '.join(CONTENDERS)}.")
     started = time.perf_counter()
-    ends = float("inf") if most_s is None else started + most_s
     if loaded is None:
         from onestill.evaluate.contenders import load_contender
 
@@ -162,7 +161,10 @@ def measure(setting: Setting, *, loaded: Loaded | None = None, most_s: float | N
     _forget_peak_memory(loaded.facts["device"])
     words = prompts((setting.warm_up + setting.pictures) * setting.batch)
     times: list[Mapping[str, float]] = []
+    ends = float("inf")
     for i in range(setting.warm_up + setting.pictures):
+        if i == setting.warm_up and most_s is not None:
+            ends = time.perf_counter() + most_s
         if i > setting.warm_up and time.perf_counter() > ends:
             break
         last = words[i * setting.batch : (i + 1) * setting.batch]
