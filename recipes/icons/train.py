@@ -1,7 +1,7 @@
 """Make the shipped model, all stages in order, from the icon table to the report.
 
     python -m recipes.icons.train --parquet icons.parquet                 # the CPU form, some eight hours on two cores
-    python -m recipes.icons.train --parquet icons.parquet --form gpu      # 256 px, on a GPU; docs/gpu-worklist.md
+    python -m recipes.icons.train --parquet icons.parquet --form gpu      # 256 px, on a GPU; benchmarks/README.md
     python -m recipes.icons.train --parquet icons.parquet --from 3-teacher --to 4-student
 
 A stage whose result exists is passed over; one that was interrupted goes on from its last checkpoint.

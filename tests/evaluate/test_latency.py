@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from onestill.checkpoint import describe, model_path
+from onestill.checkpoint.header import read_header
 from onestill.cli import main
 from onestill.cli.bench import not_alike, ratios
 from onestill.engine.random_weights import CONFIGS, meta_module, random_model
@@ -76,6 +77,14 @@ def test_real_sizes_are_the_published_ones() -> None:
     assert millions("sd21", "unet", "UNet2DConditionModel") == 865.9
     with pytest.raises(OnestillError, match="no random model"):
         random_model("sd9", Path("nowhere"))
+
+
+def test_a_model_without_weights_is_as_long(small: Path, tmp_path: Path) -> None:
+    hollow = random_model("sdxl", tmp_path / "hollow", SMALL, filled=False)
+    for file in small.rglob("*.safetensors"):
+        other = hollow / file.relative_to(small)
+        assert other.stat().st_size == file.stat().st_size
+        assert read_header(other) == read_header(file)
 
 
 def test_a_random_model_draws_and_says_what_it_is(small: Path) -> None:
