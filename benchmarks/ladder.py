@@ -70,7 +70,7 @@ RUNGS: dict[str, Rung] = {
     "fp8": Rung({"quantize": "fp8", "attention": None}, needs={"compile": "regional"}, dtype="bfloat16"),
 }
 KINDS = ("alone", "together")
-KEPT = (
+REPORTED = (
     *("options", "batch", "device", "dtype", "dtypes", "pictures", "load_ms", "first_ms", "encode_ms", "denoise_ms"),
     *("decode_ms", "total_ms", "cached_ms", "images_per_second", "peak_memory_mb", "gflop", "tflops", "floor_ms"),
     *("floor_multiple", "parts_by_events_ms"),
@@ -168,7 +168,7 @@ def shown(setting: Setting, measured: Mapping[str, Any]) -> dict[str, Any]:
     """What is reported of a measurement: no path, and by which decoder."""
     return {
         "decoder": "the model's VAE" if setting.tiny_vae is None else "tiny VAE",
-        **{key: measured[key] for key in KEPT if key in measured},
+        **{key: measured[key] for key in REPORTED if key in measured},
     }
 
 

@@ -38,7 +38,7 @@ def environment(run: Run, seconds: float, note: Callable[..., None]) -> Mapping[
         )
     types = ("bfloat16", "float16", "float32") if run.on_gpu else ("float32",)
     rates = {dtype: round(matrix_tflops(run.device, dtype), 3) for dtype in types}
-    run.kept["copy_gb_per_s"] = copied = round(copy_gb_per_s(run.device), 1)
+    run.shared["copy_gb_per_s"] = copied = round(copy_gb_per_s(run.device), 1)
     return {"matrix_tflops": rates, "copy_gb_per_s": copied}
 
 

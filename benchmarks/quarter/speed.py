@@ -49,11 +49,11 @@ class Measuring:
 
     def __init__(self, run: Run, note: Callable[..., None], ends: float) -> None:
         self.run, self.note, self.ends = run, note, ends
-        if "networks" not in run.kept:
+        if "networks" not in run.shared:
             folder = run.work / f"networks-{time.time_ns()}"
-            run.kept["networks"] = RandomNetworks(folder, run.device, None if run.on_gpu else SMALL)
-        self.networks: RandomNetworks = run.kept["networks"]
-        self.floors: Floors = run.kept.setdefault("floors", Floors())
+            run.shared["networks"] = RandomNetworks(folder, run.device, None if run.on_gpu else SMALL)
+        self.networks: RandomNetworks = run.shared["networks"]
+        self.floors: Floors = run.shared.setdefault("floors", Floors())
         self.scratch = Path(run.work / f"pictures-{time.time_ns()}")
         self.scratch.mkdir()
         self.results: dict[str, Any] = {}
@@ -182,7 +182,7 @@ def speed(run: Run, seconds: float, note: Callable[..., None]) -> Mapping[str, A
     if run.on_gpu:
         fastest = replace(measuring.base, options=ladder.carried, tiny_vae=tiny)
         measuring.one("float16, tiny VAE", replace(fastest, dtype="float16"))
-    return told(measuring)
+    return finished(measuring)
 
 
 def compiled(run: Run, seconds: float, note: Callable[..., None]) -> Mapping[str, Any]:
@@ -201,10 +201,10 @@ def compiled(run: Run, seconds: float, note: Callable[..., None]) -> Mapping[str
     theirs = replace(measuring.base, contender="diffusers compiled", tiny_vae=measuring.networks.tiny_vae)
     measuring.theirs("diffusers compiled, tiny VAE", theirs)
     measuring.one("compiled, full VAE", replace(measuring.base, options=measuring.ladder.carried))
-    return told(measuring)
+    return finished(measuring)
 
 
-def told(measuring: Measuring) -> Mapping[str, Any]:
+def finished(measuring: Measuring) -> Mapping[str, Any]:
     """What ours is faster by, where both drew with the same decoder; and what failed."""
     measuring.note(times_faster=faster(measuring.results))
     failed = [name for name, one in flat(measuring.results).items() if "Traceback" in one.get("stderr", "")]
@@ -245,7 +245,7 @@ def cpu_twin(setting: Setting) -> Setting:
 
 def read_ms(run: Run, networks: RandomNetworks) -> Mapping[str, Any]:
     """How large each network is, and how long a GPU takes to read it once: the other floor of a single picture."""
-    rate = run.kept.get("copy_gb_per_s")
+    rate = run.shared.get("copy_gb_per_s")
     sizes = {
         name: sum(one.numel() * one.element_size() for one in part.parameters()) / 1e9
         for name, part in networks.parts.items()

@@ -42,7 +42,7 @@ class Run:
         work: the folder that stays, until the machine goes.
         started: when the command was given, of `time.time()`.
         device: "cuda" or "cpu".
-        kept: what a step leaves for later ones, in this process.
+        shared: what a step leaves for later ones, in this process.
     """
 
     options: Any
@@ -51,7 +51,7 @@ class Run:
     work: Path
     started: float
     device: str
-    kept: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
 
     @property
     def on_gpu(self) -> bool:
@@ -108,7 +108,7 @@ def run_step(run: Run, step: Step) -> None:
         note(state="overran", began_s=since(run.started), limit_s=0, traceback="Its time was up before it began.")
         return
     note(state="running", began_s=since(run.started), limit_s=round(left_s, 1))
-    told: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
     watching = threading.Event()
     grace = GRACE_S if run.on_gpu else max(GRACE_S, left_s)
     threading.Thread(target=_watch, args=(run, step.name, left_s + grace, watching), daemon=True).start()
@@ -116,20 +116,20 @@ def run_step(run: Run, step: Step) -> None:
     try:
         with warnings.catch_warnings(record=True) as caught, limited(left_s, f"the step '{step.name}'"):
             warnings.simplefilter("default")
-            told = {**(step.do(run, left_s, note) or {}), "state": "done"}
+            outcome = {**(step.do(run, left_s, note) or {}), "state": "done"}
     except LeftOutError as why:
-        told = {"state": "left out", "why": str(why)}
+        outcome = {"state": "left out", "why": str(why)}
     except (OverranError, TimeIsUp):
-        told = {"state": "overran", "traceback": traceback.format_exc()}
+        outcome = {"state": "overran", "traceback": traceback.format_exc()}
     except (Exception, KeyboardInterrupt):
-        told = {"state": "failed", "traceback": traceback.format_exc()}
+        outcome = {"state": "failed", "traceback": traceback.format_exc()}
     finally:
         watching.set()
     said = sorted({f"{one.category.__name__}: {one.message}" for one in caught})
-    note(**told, took_s=round(time.monotonic() - began, 2), **({"warnings": said} if said else {}))
-    print(f"{step.name}: {told['state']} after {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
-    if "traceback" in told:
-        print(told["traceback"], file=sys.stderr, flush=True)
+    note(**outcome, took_s=round(time.monotonic() - began, 2), **({"warnings": said} if said else {}))
+    print(f"{step.name}: {outcome['state']} after {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+    if "traceback" in outcome:
+        print(outcome["traceback"], file=sys.stderr, flush=True)
 
 
 def _watch(run: Run, name: str, seconds: float, done: threading.Event) -> None:

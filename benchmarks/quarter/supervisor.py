@@ -33,7 +33,7 @@ def supervise(options: Any, command: list[str]) -> int:
 
     Args:
         options: the command line's.
-        command: what does the steps that the record does not have yet. It is told when the whole began, as `--started`.
+        command: what does the steps that the record does not have yet. The start of the whole is added as `--started`.
     """
     started = time.time()
     out, work = Path(options.out), Path(options.work)
@@ -136,7 +136,7 @@ def _work(command: list[str], log: Log, ends: float, drawing: Drawing | None) ->
 
 
 class Log:
-    """What the process says: passed on, and kept up to a size."""
+    """What the process says: passed on, and stored up to a size."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._left = path, MOST_LOG

@@ -1,6 +1,6 @@
 """The contenders of a latency comparison, loaded: ours by its pipeline, diffusers by its own. `[torch]` for diffusers.
 
-A comparison changes one thing, who draws. So what a part computes in is told for each of them, and `comparable` asks
+A comparison changes one thing, who draws. So the type of each part is reported, and `comparable` asks
 both for the same where their own rules would part them.
 """
 

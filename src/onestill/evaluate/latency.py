@@ -118,18 +118,18 @@ def measure_elsewhere(setting: Setting, *, most_s: float | None = None) -> dict[
     """
     command = [sys.executable, "-m", "onestill.evaluate.latency", json.dumps(asdict(setting))]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=most_s)
+        done = subprocess.run(command, capture_output=True, timeout=most_s, check=False)
     except subprocess.TimeoutExpired as error:
-        written = error.stderr or b""  # bytes, whatever was asked for
         raise MeasuringError(
             f"Measuring {setting.contender} took more than {most_s:.0f} s and was ended; allow it more time.",
-            written if isinstance(written, str) else written.decode(errors="replace"),
+            (error.stderr or b"").decode(errors="replace"),
         ) from None
+    written = done.stderr.decode(errors="replace")
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
-        said = done.stderr.strip().splitlines()
+        said = written.strip().splitlines()
         last = said[-1] if said else f"its process ended with status {done.returncode}"
-        raise MeasuringError(f"Measuring {setting.contender} failed: {last.rstrip('.')}.", done.stderr)
+        raise MeasuringError(f"Measuring {setting.contender} failed: {last.rstrip('.')}.", written)
     found: dict[str, Any] = json.loads(lines[-1])
     return found
 
