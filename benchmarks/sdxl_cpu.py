@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace, pictures: Path) -> dict[str, Any]:
             # Paths say where this machine keeps its cache, which is nobody's business.
             results[name] = measured | {"model": report["model"], "tiny_vae": None, "picture": None}
         except OnestillError as error:
-            results[name] = {"failed": str(error)}
+            results[name] = {"failed": str(error), "stderr": getattr(error, "stderr", "")}
         report["times_as_long"] = compare(results, pictures)
         print(row(name, results[name], report["times_as_long"].get(name)), flush=True)
         if arguments.out:

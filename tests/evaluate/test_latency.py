@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,23 @@ import numpy as np
 import pytest
 
 from onestill.checkpoint import describe, model_path
+from onestill.checkpoint.header import read_header
 from onestill.cli import main
+from onestill.cli.bench import not_alike, ratios
 from onestill.engine.random_weights import CONFIGS, meta_module, random_model
 from onestill.errors import OnestillError
+from onestill.evaluate.contenders import comparable, load_contender
 from onestill.evaluate.floor import count_gflop, matrix_tflops
-from onestill.evaluate.latency import Setting, measure, measure_elsewhere, percentile, prompts, psnr, with_contender
+from onestill.evaluate.latency import (
+    MeasuringError,
+    Setting,
+    measure,
+    measure_elsewhere,
+    percentile,
+    prompts,
+    psnr,
+    with_contender,
+)
 from onestill.evaluate.latency_chart import bars
 from tests.on_cpu import load
 
@@ -64,6 +77,14 @@ def test_real_sizes_are_the_published_ones() -> None:
     assert millions("sd21", "unet", "UNet2DConditionModel") == 865.9
     with pytest.raises(OnestillError, match="no random model"):
         random_model("sd9", Path("nowhere"))
+
+
+def test_a_model_without_weights_is_as_long(small: Path, tmp_path: Path) -> None:
+    hollow = random_model("sdxl", tmp_path / "hollow", SMALL, filled=False)
+    for file in small.rglob("*.safetensors"):
+        other = hollow / file.relative_to(small)
+        assert other.stat().st_size == file.stat().st_size
+        assert read_header(other) == read_header(file)
 
 
 def test_a_random_model_draws_and_says_what_it_is(small: Path) -> None:
@@ -155,3 +176,82 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["bench", *options]) == 2
         assert sentence in capsys.readouterr().err
     assert model_path("icons").is_dir()
+
+
+# --- a comparison changes one thing ---
+
+
+def test_each_part_says_what_it_computed_in(small: Path) -> None:
+    once: dict[str, Any] = {"pictures": 1, "warm_up": 0, "repeats": 0, "dtype": "float16"}
+    whole = measure(Setting("onestill", str(small), engine="torch", **once))
+    assert whole["dtypes"] == {"text": "float16", "unet": "float16", "decoder": "float32"}  # no bfloat16 on a CPU
+    tiny = str(small / "tiny_vae")
+    half = dict.fromkeys(("text", "unet", "decoder"), "float16")
+    assert measure(Setting("onestill", str(small), engine="torch", tiny_vae=tiny, **once))["dtypes"] == half
+    assert measure(Setting("diffusers", str(small), tiny_vae=tiny, **once))["dtypes"] == half
+    assert measure(Setting("diffusers", str(small), **once))["dtypes"] == half | {"decoder": "float32"}
+    assert measure(Setting("onestill", "icons", pictures=1))["dtypes"]["unet"] in ("int8", "bfloat16", "float32")
+
+
+def test_what_would_be_cast_is_compared_in_bfloat16(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    asked = Setting("onestill", str(small), device="cuda")
+    assert comparable(asked).dtype == "bfloat16"
+    for same in (
+        replace(asked, tiny_vae="some-folder"),
+        replace(asked, dtype="bfloat16"),
+        replace(asked, device="cpu", dtype="float16"),
+        replace(asked, model="icons"),  # an AutoencoderTiny, which never is cast
+    ):
+        assert comparable(same) == same
+    with pytest.raises(OnestillError, match="no comparison; compare with --dtype bfloat16, or with --tiny-vae"):
+        comparable(replace(asked, dtype="float16"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    assert comparable(asked) == asked
+
+
+def test_a_ratio_of_different_types_says_so() -> None:
+    ours = {"contender": "onestill", "batch": 1, "total_ms": {"p50": 2.0}}
+    theirs = {"contender": "diffusers", "batch": 1, "total_ms": {"p50": 5.0}, "dtypes": dict.fromkeys("ab", "float32")}
+    same = [{**ours, "dtypes": dict.fromkeys("ab", "float32")}, theirs]
+    assert ratios(same) == {"diffusers, batch 1": 2.5}
+    assert not_alike(same) == {}
+    other = [{**ours, "dtypes": {"a": "int8", "b": "float32"}}, theirs]
+    assert not_alike(other) == {"diffusers, batch 1": {"a": "int8 and float32"}}
+
+
+def test_a_failure_elsewhere_keeps_all_that_was_said(small: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(small, broken)
+    (broken / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "EulerDiscreteScheduler"}')
+    config = json.loads((broken / "unet" / "config.json").read_text())
+    (broken / "unet" / "config.json").write_text(json.dumps(config | {"block_out_channels": [64, 128]}))
+    with pytest.raises(MeasuringError) as caught:
+        measure_elsewhere(Setting("diffusers", str(broken), pictures=1))
+    assert "Traceback" in caught.value.stderr
+    assert "block_out_channels" in caught.value.stderr
+    assert "\n" not in str(caught.value)
+
+
+def test_one_that_fails_leaves_the_others_results(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The first batch is more than the pipeline draws at once, so that contender alone fails.
+    options = ["--model", str(small), "--batch", "9999", "--batch", "1", "--pictures", "1", "--warm-up", "0"]
+    assert main(["bench", *options, "--json"]) == 2
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert [one["batch"] for one in report["results"]] == [1]
+    assert list(report["failed"]) == ["onestill, batch 9999"]
+    assert report["failed"]["onestill, batch 9999"]["stderr"].strip()
+
+
+def test_a_contender_that_is_loaded_is_measured_where_it_is(small: Path) -> None:
+    setting = Setting("onestill", str(small), engine="torch", warm_up=1, pictures=500, repeats=3)
+    loaded = load_contender(setting)
+    found = measure(setting, loaded=loaded, most_s=0.05)
+    assert found["load_ms"] < 1000
+    assert 1 <= found["pictures"] < 500
+    assert found["cached_ms"] is None

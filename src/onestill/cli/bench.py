@@ -16,7 +16,7 @@ from onestill.cli.options import Compile, Device, Dtype, Engine, Json, Model, Qu
 from onestill.errors import OnestillError, near, require
 
 if TYPE_CHECKING:
-    from onestill.evaluate.latency import Setting
+    from onestill.evaluate.latency import MeasuringError, Setting
 
 __all__ = ["bench"]
 
@@ -54,12 +54,13 @@ def bench(
 ) -> None:
     """Time drawing: text encoder, steps, decoder; p50 and p95; images a second; memory; and the floor.
 
-    Each contender loads and draws in a process of its own, with new words for every picture.
+    Each contender loads and draws in a process of its own, with new words for every picture. One that fails is left
+    out, with all that it said on standard error; the others are reported.
     """
     if compare not in (None, "diffusers"):
         raise OnestillError(f"There is no '{compare}' to compare with; the one there is: diffusers.")
     from onestill.engine.device import checked_name
-    from onestill.evaluate.latency import Setting, measure_elsewhere, with_contender
+    from onestill.evaluate.latency import Setting
     from onestill.evaluate.machine import machine
 
     checked_name(device)
@@ -82,33 +83,22 @@ def bench(
         pictures=pictures,
         seed=seed,
     )
-    settings: list[Setting] = []
-    for count in batch or [1]:
-        ours = replace(asked, batch=count)
-        settings.append(ours)
-        if compare:
-            require("diffusers", "torch")
-            theirs = replace(with_contender(ours, "diffusers"), **dict[str, Any](weights))
-            settings.append(theirs)
-            if compiling is not None:
-                settings.append(replace(theirs, contender="diffusers compiled"))
-    results: list[dict[str, Any]] = []
-    for setting in settings:
-        if sys.stderr.isatty():
-            note(f"measuring {setting.contender}, {setting.batch} to a call")
-        # Whoever ours is compared with runs where ours did, which was first.
-        where = results[0]["device"] if results else device
-        results.append(with_floor(setting, measure_elsewhere(replace(setting, device=where))))
-    note_device(device, results[0]["engine"], results[0]["device"])
+    if compare:
+        asked = compared(asked)
+    results, failed = measured_all(settings(asked, batch or [1], weights, compare is not None, compiling is not None))
+    if results:
+        note_device(device, results[0]["engine"], results[0]["device"])
     report = {
         "command": shlex.join(["onestill", *sys.argv[1:]]),
         "model": f"random-{random}" if random else model,
         "random_weights": random is not None,
         "machine": machine(),
         "results": results,
+        "failed": {name: {"why": str(error), "stderr": error.stderr} for name, error in failed.items()},
         "times_faster_than_diffusers": ratios(results),
+        "not_alike": not_alike(results),
     }
-    if plot is not None:
+    if plot is not None and results:
         from onestill.evaluate.latency_chart import bars
 
         plot.write_text(bars(results), encoding="utf-8")
@@ -116,6 +106,56 @@ def bench(
         print_json(report)
     else:
         show(report)
+    for error in failed.values():
+        raise error
+
+
+def compared(asked: Setting) -> Setting:
+    """What both contenders are asked for: on a GPU a type in which no part of either is cast."""
+    require("diffusers", "torch")
+    from onestill.evaluate.contenders import comparable
+
+    both = comparable(asked)
+    if both.dtype != asked.dtype:
+        note(f"comparing in {both.dtype}, in which both compute every part alike")
+    return both
+
+
+def settings(
+    asked: Setting, batches: list[int], weights: dict[str, str], compare: bool, compiling: bool
+) -> list[Setting]:
+    """Ours at each batch, and diffusers' beside it where it is compared with."""
+    from onestill.evaluate.latency import with_contender
+
+    found: list[Setting] = []
+    for count in batches:
+        ours = replace(asked, batch=count)
+        found.append(ours)
+        if compare:
+            theirs = replace(with_contender(ours, "diffusers"), **dict[str, Any](weights))
+            found += [theirs, replace(theirs, contender="diffusers compiled")] if compiling else [theirs]
+    return found
+
+
+def measured_all(settings: list[Setting]) -> tuple[list[dict[str, Any]], dict[str, MeasuringError]]:
+    """The results of those that could be measured, and why the others could not."""
+    from onestill.evaluate.latency import MeasuringError, measure_elsewhere
+
+    results: list[dict[str, Any]] = []
+    failed: dict[str, MeasuringError] = {}
+    for setting in settings:
+        name = f"{setting.contender}, batch {setting.batch}"
+        if sys.stderr.isatty():
+            note(f"measuring {name}")
+        # Whoever ours is compared with runs where ours did, which was first.
+        where = results[0]["device"] if results else setting.device
+        try:
+            results.append(with_floor(setting, measure_elsewhere(replace(setting, device=where))))
+        except MeasuringError as error:
+            failed[name] = error
+            if len(error.stderr.splitlines()) > 1:  # one line is the sentence itself
+                sys.stderr.write(f"{error.stderr.rstrip()}\n")
+    return results, failed
 
 
 def found_model(
@@ -184,12 +224,33 @@ def with_floor(setting: Setting, result: dict[str, Any]) -> dict[str, Any]:
 
 def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
     """How many times faster ours is than each other contender at the same batch, by medians."""
-    ours = {one["batch"]: one["total_ms"]["p50"] for one in results if one["contender"] == "onestill"}
     return {
-        f"{one['contender']}, batch {one['batch']}": round(one["total_ms"]["p50"] / ours[one["batch"]], 2)
-        for one in results
-        if one["contender"] != "onestill"
+        f"{theirs['contender']}, batch {theirs['batch']}": round(theirs["total_ms"]["p50"] / ours["total_ms"]["p50"], 2)
+        for ours, theirs in pairs(results)
     }
+
+
+def not_alike(results: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """By contender and batch, the parts that ours and it compute in different types, and in which.
+
+    A ratio beside which one stands is of more than who draws: of int8 on a CPU, which diffusers does not have.
+    """
+    found = {}
+    for ours, theirs in pairs(results):
+        parts = {
+            name: f"{dtype} and {theirs['dtypes'][name]}"
+            for name, dtype in ours["dtypes"].items()
+            if dtype != theirs["dtypes"][name]
+        }
+        if parts:
+            found[f"{theirs['contender']}, batch {theirs['batch']}"] = parts
+    return found
+
+
+def pairs(results: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each other contender's result with ours of the same batch before it."""
+    ours = {one["batch"]: one for one in results if one["contender"] == "onestill"}
+    return [(ours[one["batch"]], one) for one in results if one["contender"] != "onestill" and one["batch"] in ours]
 
 
 def show(report: dict[str, Any]) -> None:
@@ -228,4 +289,6 @@ def show(report: dict[str, Any]) -> None:
         console.print("random weights: only the times mean anything")
     console.print(table)
     for name, ratio in report["times_faster_than_diffusers"].items():
-        console.print(f"{ratio:.2f} times faster than {name}")
+        parts = report["not_alike"].get(name, {})
+        other = "; ".join(f"{part} in {dtypes}" for part, dtypes in parts.items())
+        console.print(f"{ratio:.2f} times faster than {name}" + (f" ({other})" if other else ""))

@@ -24,7 +24,7 @@ from onestill.engine.text import write_clip_vocabulary
 from onestill.engine.weights import quiet_libraries
 from onestill.errors import OnestillError, near
 
-__all__ = ["CONFIGS", "random_model"]
+__all__ = ["CLASSES", "CONFIGS", "meta_module", "random_model", "weight_scale"]
 
 POOL = 2**20  # random numbers, used again from other places; a network of noise is as slow as any
 Config = Mapping[str, Any]
@@ -109,7 +109,9 @@ CLASSES = {
 }
 
 
-def random_model(kind: str, folder: Path, configs: Mapping[str, Config] | None = None, *, seed: int = 0) -> Path:
+def random_model(
+    kind: str, folder: Path, configs: Mapping[str, Config] | None = None, *, seed: int = 0, filled: bool = True
+) -> Path:
     """Write a model with random weights in half precision, and beside it, as `tiny_vae`, a tiny decoder.
 
     Args:
@@ -117,6 +119,8 @@ def random_model(kind: str, folder: Path, configs: Mapping[str, Config] | None =
         folder: a new folder.
         configs: other sizes of the same architecture, as in `CONFIGS`.
         seed: of the weights.
+        filled: whether there is anything in the files of weights. Without, they are as long and take no room on the
+            disk: for who makes the weights elsewhere, on a GPU.
 
     Returns:
         `folder`.
@@ -139,7 +143,7 @@ def random_model(kind: str, folder: Path, configs: Mapping[str, Config] | None =
         values = module.config.to_dict() if name.startswith("text") else dict(module.config)
         (folder / name / "config.json").write_text(json.dumps(values, indent=2, default=str) + "\n")
         shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-        _write(folder / name / f"{stem}.safetensors", shapes, scaled, place)
+        _write(folder / name / f"{stem}.safetensors", shapes, scaled if filled else None, place)
     _write_rest(kind, folder)
     return folder
 
@@ -158,7 +162,7 @@ Scaled = Callable[[float], bytes]  # a factor -> the pool times it, in float16
 Place = Callable[[], int]  # where in the pool to start, in bytes
 
 
-def _write(path: Path, shapes: Mapping[str, tuple[int, ...]], scaled: Scaled, place: Place) -> None:
+def _write(path: Path, shapes: Mapping[str, tuple[int, ...]], scaled: Scaled | None, place: Place) -> None:
     header, end = {}, 0
     for name, shape in shapes.items():
         size = 2 * prod(shape)
@@ -168,17 +172,24 @@ def _write(path: Path, shapes: Mapping[str, tuple[int, ...]], scaled: Scaled, pl
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
+        if scaled is None:
+            file.truncate(8 + len(text) + end)  # a hole, which file systems store as nothing
+            return
         for name, shape in shapes.items():
             _write_tensor(file, name, shape, scaled, place)
+
+
+def weight_scale(name: str, shape: tuple[int, ...]) -> float:
+    """The standard deviation of a random weight [N, ...]: what keeps the size of what goes through, layer by layer."""
+    is_table = "token_embedding" in name or "position_embedding" in name
+    return 0.02 if is_table else float(prod(shape[1:]) ** -0.5)
 
 
 def _write_tensor(file: Any, name: str, shape: tuple[int, ...], scaled: Scaled, place: Place) -> None:
     if len(shape) < 2:  # norms' weights are 1, biases 0
         file.write(np.full(shape, 1.0 if name.endswith("weight") else 0.0, np.float16).tobytes())
         return
-    # As large as keeps the size of what goes through, layer by layer.
-    is_table = "token_embedding" in name or "position_embedding" in name
-    numbers = memoryview(scaled(0.02 if is_table else prod(shape[1:]) ** -0.5))
+    numbers = memoryview(scaled(weight_scale(name, shape)))
     left = 2 * prod(shape)
     while left:
         part = numbers[place() :][:left]

@@ -2,6 +2,7 @@
 
 A contender measures in a process of its own, which `python -m onestill.evaluate.latency` is: in one process they would
 share thread pools and memory. Every prompt is new to it, so that no state is remembered, but where `cached` says so.
+Where a process of its own would cost more than it is worth, `measure` takes a contender that is loaded already.
 """
 
 from __future__ import annotations
@@ -11,20 +12,30 @@ import os
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 
-from onestill.engine.device import choose, default_dtype, peak_memory, synchronize
+from onestill.engine.device import peak_memory
 from onestill.errors import OnestillError, require
 
-__all__ = ["CONTENDERS", "Setting", "measure", "measure_elsewhere", "percentile", "prompts", "psnr"]
+__all__ = [
+    "CONTENDERS",
+    "Loaded",
+    "MeasuringError",
+    "Setting",
+    "measure",
+    "measure_elsewhere",
+    "percentile",
+    "prompts",
+    "psnr",
+    "with_contender",
+]
 
 CONTENDERS = ("onestill", "diffusers", "diffusers compiled")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black", "pink", "brown")
@@ -73,6 +84,27 @@ class Setting:
     picture: str | None = None
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A contender that can draw.
+
+    Attributes:
+        draw: (prompts, seed of the first image) -> milliseconds by part, `PARTS`.
+        facts: `engine`, `device`, `dtype`, and `dtypes`: what "text", "unet" and "decoder" each compute in.
+    """
+
+    draw: Draw
+    facts: Mapping[str, Any]
+
+
+class MeasuringError(OnestillError):
+    """A contender was not measured. `stderr` is all that its process wrote there, its traceback among it."""
+
+    def __init__(self, sentence: str, stderr: str = "") -> None:
+        super().__init__(sentence)
+        self.stderr = stderr
+
+
 def prompts(count: int) -> list[str]:
     """As many prompts, all different."""
     whole = [f"a {colour} {thing}, {style}" for style, thing, colour in product(STYLES, THINGS, COLOURS)]
@@ -83,27 +115,38 @@ def measure_elsewhere(setting: Setting, *, most_s: float | None = None) -> dict[
     """`measure` in a process of its own, which is ended after `most_s` seconds.
 
     Raises:
-        OnestillError: it failed, or took longer; the sentence is the process's own.
+        MeasuringError: it failed, or took longer; the sentence is the process's own last line, `stderr` all of them.
     """
     command = [sys.executable, "-m", "onestill.evaluate.latency", json.dumps(asdict(setting))]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=most_s)
-    except subprocess.TimeoutExpired:
-        raise OnestillError(f"Measuring {setting.contender} took more than {most_s:.0f} s and was ended.") from None
+        done = subprocess.run(command, capture_output=True, timeout=most_s, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise MeasuringError(
+            f"Measuring {setting.contender} took more than {most_s:.0f} s and was ended; allow it more time.",
+            (error.stderr or b"").decode(errors="replace"),
+        ) from None
+    written = done.stderr.decode(errors="replace")
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
-        said = done.stderr.strip().splitlines()
-        raise OnestillError(f"Measuring {setting.contender} failed: {said[-1] if said else 'it was ended'}.")
+        said = written.strip().splitlines()
+        last = said[-1] if said else f"its process ended with status {done.returncode}"
+        raise MeasuringError(f"Measuring {setting.contender} failed: {last.rstrip('.')}.", written)
     found: dict[str, Any] = json.loads(lines[-1])
     return found
 
 
-def measure(setting: Setting) -> dict[str, Any]:
+def measure(setting: Setting, *, loaded: Loaded | None = None, most_s: float | None = None) -> dict[str, Any]:
     """Load one contender in this process, let it warm up, and time every call.
 
+    Args:
+        setting: the contender, and what it is asked for.
+        loaded: the contender, where it is loaded already; `load_ms` is then 0.
+        most_s: after so many seconds, the warm-up's not among them, no further call is made. One always counts.
+
     Returns:
-        What was asked for, `load_ms`, `first_ms` (the first call), for each part its median and 95th percentile,
-        `cached_ms` (the median of the repeats, None without), `images_per_second` and `peak_memory_mb`.
+        What was asked for, of which `pictures` are the calls that were made; `load_ms`, `first_ms` (the first call),
+        for each part its median and 95th percentile, `cached_ms` (the median of the repeats, None without),
+        `images_per_second`, `peak_memory_mb`, and the contender's `facts`.
 
     Raises:
         OnestillError: there is no such contender, or it cannot be loaded.
@@ -111,26 +154,37 @@ def measure(setting: Setting) -> dict[str, Any]:
     if setting.contender not in CONTENDERS:
         raise OnestillError(f"There is no contender '{setting.contender}'; choose from {', '.join(CONTENDERS)}.")
     started = time.perf_counter()
-    draw, facts = _ours(setting) if setting.contender == "onestill" else _diffusers(setting)
-    loaded = time.perf_counter()
+    if loaded is None:
+        from onestill.evaluate.contenders import load_contender
+
+        loaded = load_contender(setting)
+    load_ms = 1000 * (time.perf_counter() - started)
+    _forget_peak_memory(loaded.facts["device"])
     words = prompts((setting.warm_up + setting.pictures) * setting.batch)
     times: list[Mapping[str, float]] = []
+    ends = float("inf")
     for i in range(setting.warm_up + setting.pictures):
-        some = words[i * setting.batch : (i + 1) * setting.batch]
-        times.append(draw(some, setting.seed + i * setting.batch))
-    last = words[(setting.warm_up + setting.pictures - 1) * setting.batch :][: setting.batch]
-    again = [draw(last, setting.seed + i)["total_ms"] for i in range(setting.repeats)]
+        if i == setting.warm_up and most_s is not None:
+            ends = time.perf_counter() + most_s
+        if i > setting.warm_up and time.perf_counter() > ends:
+            break
+        last = words[i * setting.batch : (i + 1) * setting.batch]
+        times.append(loaded.draw(last, setting.seed + i * setting.batch))
+    again = [
+        loaded.draw(last, setting.seed + i)["total_ms"] for i in range(setting.repeats) if time.perf_counter() < ends
+    ]
     counted = times[setting.warm_up :]
     total = percentile([one["total_ms"] for one in counted], 50)
     return {
         **asdict(setting),
-        **facts,
-        "load_ms": round(1000 * (loaded - started), 1),
+        **loaded.facts,
+        "pictures": len(counted),
+        "load_ms": round(load_ms, 1),
         "first_ms": round(times[0]["total_ms"], 1),
         **{part: _summary([one[part] for one in counted]) for part in PARTS},
         "cached_ms": round(percentile(again, 50), 2) if again else None,
         "images_per_second": round(1000 * setting.batch / total, 3),
-        "peak_memory_mb": round(_peak_memory(facts["device"]) / 1e6, 1),
+        "peak_memory_mb": round(_peak_memory(loaded.facts["device"]) / 1e6, 1),
     }
 
 
@@ -147,8 +201,22 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[min(len(ordered) - 1, round(percent / 100 * (len(ordered) - 1)))]
 
 
+def with_contender(setting: Setting, contender: str) -> Setting:
+    """The same, asked of another: what only ours understands is left out."""
+    if contender == "onestill":
+        return setting
+    dtype = None if setting.dtype == "int8" else setting.dtype
+    return replace(setting, contender=contender, engine=None, options=None, dtype=dtype)
+
+
 def _summary(values: Sequence[float]) -> dict[str, float]:
     return {"p50": round(percentile(values, 50), 2), "p95": round(percentile(values, 95), 2)}
+
+
+def _forget_peak_memory(device: str) -> None:
+    """Of a GPU, where another contender may have been measured in this process. A process's own cannot be forgotten."""
+    if device.startswith("cuda"):
+        require("torch", "torch").cuda.reset_peak_memory_stats(device)
 
 
 def _peak_memory(device: str) -> float:
@@ -160,112 +228,6 @@ def _peak_memory(device: str) -> float:
     import resource
 
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
-
-
-# --- contenders -----------------------------------------------------------------------------------------------------
-
-
-def _ours(setting: Setting) -> tuple[Draw, dict[str, Any]]:
-    from onestill.engine import TorchOptions
-    from onestill.pipeline import load
-
-    pipe = load(
-        setting.model,
-        engine=setting.engine,
-        device=setting.device,
-        dtype=setting.dtype,
-        threads=setting.threads,
-        tiny_vae=setting.tiny_vae,
-        options=None if setting.options is None else TorchOptions(**setting.options),
-    )
-    drawing: dict[str, Any] = {"num_inference_steps": setting.steps, "height": setting.height, "width": setting.width}
-
-    def draw(words: Sequence[str], seed: int) -> Mapping[str, float]:
-        out = pipe(list(words), seed=seed, **drawing)
-        if setting.picture is not None and not Path(setting.picture).exists():
-            out.save(0, setting.picture)
-        return {part: float(getattr(out.timings, part)) for part in PARTS}
-
-    engine = pipe.engine
-    return draw, {"engine": engine.name, "device": engine.device, "dtype": engine.dtype}
-
-
-def _diffusers_pipeline(setting: Setting, folder: Path, device: str, dtype: Any) -> Any:
-    """As diffusers' documentation has it, and compiled as its page on speed has it."""
-    torch, diffusers = require("torch", "torch"), require("diffusers", "torch")
-    pipe = diffusers.DiffusionPipeline.from_pretrained(str(folder.resolve()), torch_dtype=dtype)
-    if setting.tiny_vae is not None:
-        pipe.vae = diffusers.AutoencoderTiny.from_pretrained(setting.tiny_vae, torch_dtype=dtype)
-    pipe = pipe.to(device)
-    pipe.set_progress_bar_config(disable=True)
-    if setting.contender == "diffusers compiled":
-        pipe.unet.to(memory_format=torch.channels_last)
-        pipe.vae.to(memory_format=torch.channels_last)
-        pipe.fuse_qkv_projections(vae=setting.tiny_vae is None)
-        pipe.unet = torch.compile(pipe.unet, mode="max-autotune", fullgraph=True)
-        pipe.vae.decode = torch.compile(pipe.vae.decode, mode="max-autotune", fullgraph=True)
-    return pipe
-
-
-def _diffusers(setting: Setting) -> tuple[Draw, dict[str, Any]]:
-    """One call of diffusers' pipeline, timed in its three parts."""
-    torch = require("torch", "torch")
-    from onestill.checkpoint import describe, resolve
-
-    folder = resolve(setting.model)
-    if folder.is_file():
-        raise OnestillError("diffusers needs other files from a hub for a single file; compare on a folder or Hub id.")
-    info = describe(folder)
-    if setting.threads is not None:
-        torch.set_num_threads(setting.threads)
-    warnings.simplefilter("ignore")
-    device = choose(setting.device)
-    dtype = getattr(torch, setting.dtype or default_dtype(device))
-    pipe = _diffusers_pipeline(setting, folder, device, dtype)
-    steps = setting.steps or info.num_inference_steps
-    sizes = {"height": setting.height or info.height, "width": setting.width or info.width}
-
-    @torch.inference_mode()  # type: ignore[untyped-decorator] # torch is not imported where this is checked
-    def draw(words: Sequence[str], seed: int) -> Mapping[str, float]:
-        generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(words))]
-        marks = [time.perf_counter()]
-
-        def mark() -> None:
-            synchronize(device)
-            marks.append(time.perf_counter())
-
-        encoded = pipe.encode_prompt(
-            list(words), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        mark()
-        told = {"prompt_embeds": encoded[0]} | ({"pooled_prompt_embeds": encoded[2]} if info.is_xl else {})
-        latents = pipe(
-            **told, num_inference_steps=steps, guidance_scale=1.0, generator=generators, output_type="latent", **sizes
-        ).images
-        mark()
-        # Its own rule where half precision would overflow: decode in float32.
-        upcast = pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast
-        if upcast:
-            pipe.vae.float()
-        z = (latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)
-        images = pipe.image_processor.postprocess(pipe.vae.decode(z, return_dict=False)[0], output_type="pil")
-        if upcast:
-            pipe.vae.half()
-        mark()
-        if setting.picture is not None and not Path(setting.picture).exists():
-            images[0].save(setting.picture)
-        spent = [1000 * (second - first) for first, second in pairwise(marks)]
-        return dict(zip(PARTS, [*spent, sum(spent)], strict=True))
-
-    return draw, {"engine": "diffusers", "device": device, "dtype": str(dtype).removeprefix("torch.")}
-
-
-def with_contender(setting: Setting, contender: str) -> Setting:
-    """The same, asked of another: what only ours understands is left out."""
-    if contender == "onestill":
-        return setting
-    dtype = None if setting.dtype == "int8" else setting.dtype
-    return replace(setting, contender=contender, engine=None, options=None, dtype=dtype)
 
 
 if __name__ == "__main__":
