@@ -16,6 +16,7 @@ from benchmarks.quarter.steps import LeftOutError, Run
 from benchmarks.quarter.training import Training, train_for
 from onestill.data import Sample, ShardReader, ShardWriter
 from onestill.train.cache import cache_samples
+from onestill.train.cnn import LITE0
 from onestill.train.conditioning import LatentSpace, open_text_encoder
 
 __all__ = ["latents", "student", "teacher"]
@@ -84,7 +85,7 @@ def training(run: Run, name: str) -> Training:
         made = Path(options.teacher) if options.teacher else run.work / "teacher" / "export" / "unet"
         if not (made / "config.json").is_file():
             raise LeftOutError("There is no teacher to distil: its step made none, and --teacher names none.")
-        sets.append(f'add.teacher="{made}"')
+        sets += [f'add.teacher="{made}"', f'add.cnn="{Path(options.networks) / LITE0}"']
     if run.rehearses:
         sets += small(name, options)
     sets += options.set_teacher if name == "teacher" else options.set_student

@@ -22,10 +22,12 @@ from benchmarks.quarter.record import MOST_BYTES, MOST_FILES, MOST_TOTAL, Record
 from benchmarks.quarter.steps import STUCK, Run, Step, run_steps
 from benchmarks.quarter.timetable import ENDS_S, FIRST_S, plan
 from onestill.errors import CheckpointError, OutputError
+from onestill.train.cnn import LITE0
 from onestill.train.denoiser import load_unet
 from recipes.icons.table import Icon, write_table
 from tests.recipes.icon_rows import icon_rows
 from tests.tiny import tiny_model
+from tests.train.parts import save_cnn
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,6 +46,9 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_model(folder / "model", autoencoder="tiny", openvino=False)
     command = [sys.executable, "-m", "benchmarks.quarter", "--rehearse", "--work", str(folder / "work")]
     command += ["--parquet", str(folder / "icons.parquet"), "--autoencoder", str(model / "vae")]
+    (folder / "networks").mkdir()
+    save_cnn(folder / "networks" / LITE0)
+    command += ["--networks", str(folder / "networks")]
     command += ["--text-encoder", str(model), "--samples", "48", "--samples-per-shard", "16", "--pixels", "32"]
     for name, more in (("first", ["--limit", "correctness=0.001"]), ("second", ["--second", "--limit", "compiled=1"])):
         done = subprocess.run([*command, "--out", str(folder / name), *more], cwd=ROOT, check=False)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from onestill.checkpoint import ModelInfo, describe, read_json, resolve
-from onestill.engine.device import AUTO, choose, default_dtype, runs_on_cpu, synchronize
+from onestill.engine.device import AUTO, choose, default_dtype, is_auto, runs_on_cpu, synchronize
 from onestill.errors import OnestillError, require
 from onestill.evaluate.latency import PARTS, Loaded, Setting
 from onestill.pipeline import Pipeline, load
@@ -69,7 +69,7 @@ def _device(setting: Setting) -> str:
     by_openvino = setting.engine in (None, AUTO, "openvino") and runs_on_cpu(setting.device) and setting.options is None
     if by_openvino and (resolve(setting.model) / "openvino" / "index.json").is_file():
         return "cpu"
-    return choose(setting.device)
+    return choose() if is_auto(setting.device) else str(setting.device)
 
 
 def _overflows(folder: Path) -> bool:
