@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from onestill.cli.serve import is_loopback, opened_access, parse_daily
+from onestill.cli.serve import Hooks, built, is_loopback, opened_access, parse_daily
 from onestill.errors import OnestillError
+from onestill.serve.scheduler import Limits
+from onestill.serve.state import Settings
 
 Refused = Callable[..., str]
 
@@ -66,6 +68,22 @@ def test_who_may_draw(tmp_path: Path) -> None:
         access, _ = opened_access(database, keys, daily, gallery=False)
         assert access.trial == trial
         access.close()
+
+
+def test_a_server_says_what_it_draws_before_anyone_asks(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for batch, numbers in ((1, "1"), (3, "1, 2, 3")):
+        server = built(
+            Settings(limits=Limits(batch=batch)),
+            Hooks(None, None, False, None, None),
+            {"model": str(tiny_folder), "engine": "torch"},
+            {},
+            {"database": None, "keys": None, "daily": None},
+            None,
+        )
+        server.scheduler.close()
+        server.access.close()
+        expected = f"note: warming up: {numbers} at once, 32x32 px, num_inference_steps 1\n"
+        assert capsys.readouterr().err == expected
 
 
 def test_loopback() -> None:

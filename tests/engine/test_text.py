@@ -75,6 +75,23 @@ def test_tokenizers_of_another_kind(byte_pairs: ModelInfo) -> None:
     assert tokens.cut == (0, 6)
 
 
+def test_what_was_cut_of_byte_pairs_is_counted_whatever_the_file_says_of_cutting(byte_pairs: ModelInfo) -> None:
+    path = byte_pairs.path / "tokenizer" / "tokenizer.json"
+    made = Tokenizer.from_file(str(path))
+    made.enable_truncation(5, stride=2)
+    made.enable_padding(length=40)
+    made.save(str(path))
+    counts = (0, 1, 13, 14, 15, 16, 17, 30, 100, 1000)
+    tokens = PromptTokenizer(byte_pairs)(["red " * count for count in counts])
+    assert tokens.cut == tuple(max(count - 14, 0) for count in counts)
+    assert tokens.mask.sum(1).tolist() == [min(count, 14) + 2 for count in counts]
+
+
+def test_byte_pairs_without_room_for_words_are_named(byte_pairs: ModelInfo) -> None:
+    with pytest.raises(CheckpointError, match="no room for words"):
+        PromptTokenizer(dataclasses.replace(byte_pairs, max_tokens=2))
+
+
 def test_another_kind_without_the_library_is_one_sentence(
     byte_pairs: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -192,13 +192,13 @@ def built(
     from onestill.pipeline import load
     from onestill.serve.process import step_back
     from onestill.serve.state import Server
+    from onestill.serve.warm_up import warm_up
 
     settings = check(settings, hooks, model["model"], added)
 
     def loaded() -> Pipeline:
         pipe = load(**model, **added)
-        # Compiles or loads what the first users would wait for.
-        pipe("a red apple", num_images_per_prompt=2 * settings.limits.batch)
+        warm_up(pipe, settings.limits.batch, note)
         return pipe
 
     # In a thread that steps back, so that the engine's own threads, which it starts here, do so too.

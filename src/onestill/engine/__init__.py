@@ -112,6 +112,9 @@ class Engine(Protocol):
     def encode_image(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Pictures [B, H, W, 3] of a size the model draws -> their most likely latents [B, C, h, w]."""
 
+    def warm_ups(self, most: int) -> tuple[int, ...]:
+        """How many pictures to draw, call by call, until no call of at most `most` has anything to prepare."""
+
 
 @dataclass(frozen=True)
 class TorchOptions:
@@ -119,11 +122,14 @@ class TorchOptions:
 
     Attributes:
         graphs: replay a CUDA graph for each number of images, size and number of steps, in place of thousands of calls.
-        channels_last: keep images as [H, W, C] in memory, which convolutions on GPUs read best; None does on a GPU.
+        channels_last: keep images as [H, W, C] in memory, which convolutions on GPUs read best, while CUDA's group norm
+            copies them to the other layout and back unless it is compiled; None does on a GPU where all is compiled.
         fuse: compute an attention's q, k and v as one product; None does on a GPU.
         compile: "none"; "regional", each kind of block once, half a minute; or "whole", minutes, kept in the cache.
         quantize: "none"; "int8" or "fp8", the UNet's larger linear layers by torchao. Changes pictures a little.
         attention: the name of one of diffusers' attention backends; None is torch's own choice.
+        cudnn_benchmark: let cuDNN measure its ways to compute each convolution when a shape is first drawn, in place of
+            guessing; in the whole process while this model draws.
     """
 
     graphs: bool = True
@@ -132,6 +138,7 @@ class TorchOptions:
     compile: str = "none"
     quantize: str = "none"
     attention: str | None = None
+    cudnn_benchmark: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,6 +204,11 @@ def first_latents(info: ModelInfo, timestep: int, noise: Array, start: Array | N
         return noise
     alpha, sigma = info.schedule.at(timestep)
     return add_noise(0.0 if start is None else start, noise, alpha, sigma)
+
+
+def doubled(most: int) -> tuple[int, ...]:
+    """1, 2, 4 and so on below `most`, and `most` itself."""
+    return *(2**power for power in range(most.bit_length()) if 2**power < most), most
 
 
 def load_engine(

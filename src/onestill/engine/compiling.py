@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from onestill.checkpoint import ModelInfo, cache_folder, written_whole
@@ -17,7 +18,7 @@ from onestill.engine import TorchOptions
 from onestill.engine.networks import Networks
 from onestill.errors import OnestillError, near, require
 
-__all__ = ["ATTENTIONS", "COMPILES", "QUANTIZES", "compiled", "prepared", "save_compiled"]
+__all__ = ["ATTENTIONS", "COMPILES", "QUANTIZES", "compiled", "fuse", "prepared", "run_as_asked", "save_compiled"]
 
 ATTENTIONS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -28,7 +29,9 @@ ATTENTIONS = {
 COMPILES = ("none", "regional", "whole")
 QUANTIZES = ("none", "int8", "fp8")
 LEAST_WIDTH = 512  # of a linear layer that is quantised: smaller ones lose quality and gain nothing
-SHAPES = 64  # to compile for, at most: 4 numbers of images, and sizes; torch gives up at 8 unless told
+# Kinds of block times numbers of images times sizes to compile for; torch gives up at 8. More are drawn uncompiled.
+MOST_COMPILED = 256
+BACKEND = "inductor"
 MODE = "max-autotune-no-cudagraphs"  # the graphs are ours
 
 
@@ -44,13 +47,32 @@ def prepared(networks: Networks, options: TorchOptions, *, on_gpu: bool) -> None
     if options.attention is not None:
         _check("attention", options.attention, tuple(ATTENTIONS))
     modules = list(dict.fromkeys([networks.unet, networks.decoder]))
-    if on_gpu if options.channels_last is None else options.channels_last:
+    # Uncompiled, CUDA's group norm copies what is channels last to the other layout, each time.
+    if on_gpu and options.compile == "whole" if options.channels_last is None else options.channels_last:
         for module in modules:
             module.to(memory_format=torch.channels_last)
     if on_gpu if options.fuse is None else options.fuse:
-        networks.unet.fuse_qkv_projections()
+        fuse(networks.unet)
     if options.quantize != "none":
         _quantize(networks, options, on_gpu)
+
+
+def fuse(unet: Any) -> None:
+    """Compute the q, k and v of each of a UNet's attentions as one product, of cross-attentions k and v, in place.
+
+    The weights are moved, one attention after the other, not doubled as by diffusers' own method; there is no way back.
+
+    Raises:
+        OnestillError: an attention of the model takes further inputs, which no fused one does.
+    """
+    if any("Added" in type(processor).__name__ for processor in unet.attn_processors.values()):
+        raise OnestillError("This model's attentions take further inputs and cannot be fused; load it with fuse=False.")
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.fuse_projections(fuse=True)
+            for name in ("to_k", "to_v") if module.is_cross_attention else ("to_q", "to_k", "to_v"):
+                delattr(module, name)
+    unet.set_attn_processor(FusedAttnProcessor2_0())
 
 
 def _check(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -87,17 +109,18 @@ def _quantize(networks: Networks, options: TorchOptions, on_gpu: bool) -> None:
 def compiled(networks: Networks, options: TorchOptions, info: ModelInfo, dtype: str) -> Callable[..., torch.Tensor]:
     """The UNet's call, `Networks.output`, with the attention and the compilation that the options ask for.
 
-    Nothing is compiled before the first call, which finds what an earlier process left in the cache.
+    Nothing is compiled before the first call, which finds what an earlier process left in the cache. It must be made
+    within `run_as_asked`.
     """
     if options.compile != "none":
         _load_artifacts(artifacts(networks, options, info, dtype))
-        limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, SHAPES)
+        # For each shape by itself: code for any number of images is slower, and the second number would bring it.
+        settings: dict[str, Any] = {"backend": BACKEND, "fullgraph": True, "dynamic": False}
         if options.compile == "regional":
-            networks.unet.compile_repeated_blocks(fullgraph=True)
+            networks.unet.compile_repeated_blocks(**settings)
         else:
-            networks.unet.compile(mode=MODE, fullgraph=True, dynamic=False)
-            networks.decoder.decoder.compile(mode=MODE, fullgraph=True, dynamic=False)
+            networks.unet.compile(mode=MODE, **settings)
+            networks.decoder.decoder.compile(mode=MODE, **settings)
     if options.attention is None:
         return networks.output
     backend = ATTENTIONS[options.attention]
@@ -107,6 +130,43 @@ def compiled(networks: Networks, options: TorchOptions, info: ModelInfo, dtype: 
             return networks.output(*inputs)
 
     return output
+
+
+def run_as_asked(function: Callable[..., Any], options: TorchOptions) -> Callable[..., Any]:
+    """A function of a model's networks, run under the settings of torch that the options ask for.
+
+    They are set around each call and not once: dynamo's belong to a thread from torch 2.13 on, and a server loads a
+    model in one thread and draws in another.
+    """
+    if options.compile == "none" and not options.cudnn_benchmark:
+        return function
+
+    def run(*inputs: Any) -> Any:
+        with contextlib.ExitStack() as settings:
+            if options.cudnn_benchmark:
+                settings.enter_context(_cudnn_benchmark())
+            if options.compile == "none":
+                return function(*inputs)
+            limits = {"recompile_limit": MOST_COMPILED, "accumulated_recompile_limit": MOST_COMPILED}
+            settings.enter_context(torch._dynamo.config.patch(limits))
+            try:
+                return function(*inputs)
+            except torch._dynamo.exc.FailOnRecompileLimitHit:
+                settings.enter_context(torch.compiler.set_stance("eager_on_recompile"))
+                return function(*inputs)
+
+    return run
+
+
+@contextlib.contextmanager
+def _cudnn_benchmark() -> Iterator[None]:
+    """Have cuDNN measure its ways to compute a convolution of a new shape. The setting is the whole process's."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def artifacts(networks: Networks, options: TorchOptions, info: ModelInfo, dtype: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +17,12 @@ from onestill.errors import NotEnoughMemoryError, require
 __all__ = ["check_memory", "check_memory_left", "is_memory_error", "memory_told", "parameters"]
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-MESSAGES = (
-    "out of memory",  # a GPU's
-    "can't allocate memory",
-    "not enough memory",
-    "bad_alloc",
-    "could not create a memory object",
+# What libraries call running out of memory. First torch, CUDA, Triton and other vendors' GPUs; then cuBLAS, cuSOLVER,
+# cuSPARSE, cuDNN and cuFFT, cuDNN from 9 on, and CUDA's and HIP's names of it; last torch on a CPU, C++, oneDNN.
+MESSAGES = re.compile(
+    r"out[ _]?of[ _]?(device[ _]|host[ _])?memory|(status|cufft)_alloc_failed|allocation_failed|errormemoryallocation"
+    r"|can't allocate memory|not enough memory|bad_alloc|could not create a memory object",
+    re.IGNORECASE,
 )
 
 
@@ -76,7 +77,7 @@ def _available() -> int | None:
 
 def is_memory_error(error: BaseException) -> bool:
     """Whether an error says that memory ran out: torch and OpenVINO say so in words only."""
-    return isinstance(error, MemoryError) or any(message in str(error).lower() for message in MESSAGES)
+    return isinstance(error, MemoryError) or MESSAGES.search(str(error)) is not None
 
 
 @contextmanager

@@ -69,9 +69,13 @@ class Networks:
         states: torch.Tensor,
         pooled: torch.Tensor | None = None,
         time_ids: torch.Tensor | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: torch.Tensor | float = 1.0,
     ) -> torch.Tensor:
-        """Latents [B, C, h, w] at one timestep -> the UNet's output, of the same shape and the networks' type."""
+        """Latents [B, C, h, w] at one timestep -> the UNet's output, of the same shape.
+
+        Of the networks' type, or float32 by `onestill.engine.precision`. `timestep` and `guidance_scale` may be tensors
+        [] on the networks' device, so that a CUDA graph can be given others.
+        """
         options: dict[str, Any] = {}
         if self.info.is_xl:
             options["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": time_ids}
@@ -128,7 +132,7 @@ def to_uint8(image: torch.Tensor) -> torch.Tensor:
     return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _guidance_embedding(weight: float, width: int, like: torch.Tensor) -> torch.Tensor:
+def _guidance_embedding(weight: torch.Tensor | float, width: int, like: torch.Tensor) -> torch.Tensor:
     """[1, width], sines then cosines of 1000 times the guidance weight (Luo et al. 2023)."""
     half = width // 2
     rows = torch.arange(half, dtype=torch.float32, device=like.device)  # there, as a graph allows no copy

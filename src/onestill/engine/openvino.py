@@ -136,6 +136,10 @@ class OpenVinoEngine:
         """Pictures [B, H, W, 3] -> latents [B, C, h, w]."""
         return self._parts["encoder"]({"image": to_images(pictures)}) * np.float32(self.info.scaling_factor)
 
+    def warm_ups(self, most: int) -> tuple[int, ...]:
+        """See `onestill.engine.Engine`; the larger batch is compiled once so many are asked for, and then used."""
+        return (1, WORTH_COMPILING) if most >= MANY else (1,)
+
 
 class _Part:
     """One network, compiled for each batch size when that is first needed. Safe to call from many threads."""

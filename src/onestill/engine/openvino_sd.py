@@ -162,6 +162,11 @@ class OpenVinoSdEngine:
         found = [self._parts["encoder"]({"image": images[i : i + 1]})[0] for i in range(len(images))]
         return np.concatenate(found) * np.float32(self.info.scaling_factor)
 
+    def warm_ups(self, most: int) -> tuple[int, ...]:
+        """See `onestill.engine.Engine`; one at a time, however many are asked for."""
+        del most
+        return (1,)
+
 
 def _fastest_dtype(core: Any, weights: str) -> str:
     capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -191,13 +191,20 @@ class _OtherPieces:
         except Exception as error:  # the library raises nothing narrower
             where = f"'{source}'" if isinstance(source, Path) else "vocab.json with merges.txt"
             raise CheckpointError(f"{where} is no tokenizer, or is damaged; copy the model again.") from error
+        # What did not fit is counted here: of what the library cuts off, its versions report different numbers.
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(max_length=max_tokens)
+        self._tokenizer.no_truncation()
+        self._room = max_tokens - self._tokenizer.num_special_tokens_to_add(False)
+        if self._room < 1:
+            raise CheckpointError(f"A prompt of {max_tokens} tokens has no room for words; correct model_max_length.")
 
     def number(self, token: str) -> int | None:
         found: int | None = self._tokenizer.token_to_id(token)
         return found
 
     def __call__(self, prompt: str) -> tuple[list[int], int]:
-        found = self._tokenizer.encode(prompt)
-        return found.ids, sum(piece.special_tokens_mask.count(0) for piece in found.overflowing)
+        found = self._tokenizer.encode(prompt, add_special_tokens=False)
+        cut = max(len(found) - self._room, 0)
+        if cut:
+            found.truncate(self._room)
+        return self._tokenizer.post_process(found).ids, cut

@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from onestill.checkpoint import ModelInfo
-from onestill.engine import Conditioning, to_images
+from onestill.engine import Conditioning, doubled, to_images
 from onestill.engine.device import choose, default_dtype
 from onestill.engine.memory import check_memory, memory_told
 from onestill.engine.networks import Networks, most_likely_latents, to_uint8
+from onestill.engine.precision import exact_output
 from onestill.engine.text import PromptTokenizer, Tokens
 from onestill.engine.weights import DTYPES, load_components, quiet_libraries
 from onestill.errors import NotFiniteError, OnestillError
@@ -59,8 +60,13 @@ class TorchEngine:
         parts = load_components(info, self.dtype)
         if parts["vae"].dtype != DTYPES[self.dtype] and _has_bfloat16(self._device):
             parts["vae"] = parts["vae"].to(torch.bfloat16)  # its range is float32's, at half the time
+        exact_output(parts["unet"], info.schedule.prediction_type)
         with memory_told(self._device, "hold the model"):
             self._networks = Networks(info, {name: part.to(self._device) for name, part in parts.items()})
+
+    def warm_ups(self, most: int) -> tuple[int, ...]:
+        """See `onestill.engine.Engine`."""
+        return doubled(min(most, TOGETHER))
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode B prompts."""

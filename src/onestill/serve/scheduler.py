@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from onestill.engine.memory import is_memory_error
 from onestill.errors import NotEnoughMemoryError, NotFiniteError, OnestillError
 from onestill.serve.jobs import Busy, Closing, EngineFault, Job, Picture, Superseded, TooLate
 from onestill.serve.process import step_back
@@ -302,7 +303,7 @@ class Scheduler:
     def _after_error(self, units: list[Unit], error: Exception, again: bool) -> None:
         """Answer a call that failed: alone if it was of many, once more if memory ran out, else with the error."""
         theirs = isinstance(error, OnestillError) and not isinstance(error, NotEnoughMemoryError | NotFiniteError)
-        no_memory = _is_out_of_memory(error)
+        no_memory = is_memory_error(error)
         if not theirs:
             self.counts["faults"] += 1
             self._good = 0
@@ -349,11 +350,6 @@ def _deliver(task: Task, index: int, picture: Picture) -> None:
 def _fail(task: Task, error: Exception) -> None:
     with suppress(InvalidStateError):
         task.future.set_exception(error)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch's own class has no common base with Python's, and OpenVINO says it in words.
-    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
 
 
 def _free_memory() -> None:

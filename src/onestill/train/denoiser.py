@@ -16,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor
 
+from onestill.engine.precision import exact_output
 from onestill.errors import CheckpointError, DataError, RecipeError
 from onestill.sampling import SAMPLERS, classifier_free_guidance
 from onestill.schedule import NoiseSchedule, rescale_zero_terminal_snr, scaled_linear_alphas_cumprod, to_eps, to_x0
@@ -145,6 +146,7 @@ class Denoiser:
 
     def __init__(self, unet: torch.nn.Module, schedule: NoiseSchedule) -> None:
         self.unet, self.schedule = unet, schedule
+        exact_output(unet, schedule.prediction_type)
         self._alpha = torch.tensor(schedule.alpha, dtype=torch.float32)
         self._sigma = torch.tensor(schedule.sigma, dtype=torch.float32)
 
