@@ -45,7 +45,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         tiny_model(folder, openvino=False)
     else:
         tiny_sd(folder, request.param)
-    engine = TorchEngine(describe(folder), dtype="float16")
+    engine = TorchEngine(describe(folder), device="cpu", dtype="float16")
     found = engine.encode(["a red apple"])
     networks = engine._networks
     prepared(networks, TorchOptions(), on_gpu=True)

@@ -17,7 +17,8 @@ from onestill.engine import TorchOptions
 from onestill.engine.compiling import fuse, prepared
 from onestill.engine.networks import Networks
 from onestill.engine.weights import load_components
-from onestill.pipeline import Pipeline, load
+from onestill.pipeline import Pipeline
+from tests.on_cpu import load
 from tests.tiny_sd import FAMILIES, tiny_sd, tiny_unet
 
 

@@ -19,9 +19,10 @@ from onestill.engine import TorchOptions
 from onestill.engine.cuda import FastEngine
 from onestill.engine.graphs import MOST_GRAPHS, Buckets, Recorder
 from onestill.errors import NotEnoughMemoryError
-from onestill.pipeline import Pipeline, load
+from onestill.pipeline import Pipeline
 from onestill.serve.warm_up import warm_up
 from tests.engine.replays import Replays
+from tests.on_cpu import load
 from tests.tiny_sd import tiny_sd
 
 CPU = torch.device("cpu")
@@ -160,7 +161,7 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Graphed:
     def __init__(self, folder: Path) -> None:
         self.recorder = Replays()
-        self.engine: Any = FastEngine(describe(folder), TorchOptions(), recorder=self.recorder)
+        self.engine: Any = FastEngine(describe(folder), TorchOptions(), device="cpu", recorder=self.recorder)
         self.pipe = Pipeline(self.engine)
 
     @property

@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_the_last_rounding_no_longer_reaches_x0(folder: Path, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
-    unet = TorchEngine(describe(folder), dtype=name)._networks.unet
+    unet = TorchEngine(describe(folder), device="cpu", dtype=name)._networks.unet
     assert type(unet.conv_out) is Float32Conv2d
     torch.manual_seed(0)
     x, states = torch.randn(8, 4, 8, 8), torch.randn(8, 77, 64)
@@ -68,7 +68,7 @@ def test_the_last_rounding_no_longer_reaches_x0(folder: Path, dtype: torch.dtype
 
 
 def test_weights_keep_their_names_and_types(folder: Path) -> None:
-    unet = TorchEngine(describe(folder), dtype="bfloat16")._networks.unet
+    unet = TorchEngine(describe(folder), device="cpu", dtype="bfloat16")._networks.unet
     assert unet.conv_out.weight.dtype == torch.bfloat16
     assert set(unet.state_dict()) == set(type(unet).from_config(dict(unet.config)).state_dict())
 
@@ -77,7 +77,7 @@ def test_other_networks_are_left_as_they_are(folder: Path) -> None:
     info = describe(folder)
     for prediction in ("v_prediction", "sample"):
         other = dataclasses.replace(info, schedule=NoiseSchedule(info.schedule.alphas_cumprod, prediction))  # type: ignore[arg-type]
-        assert type(TorchEngine(other, dtype="bfloat16")._networks.unet.conv_out) is nn.Conv2d
+        assert type(TorchEngine(other, device="cpu", dtype="bfloat16")._networks.unet.conv_out) is nn.Conv2d
     exact_output(nn.Linear(2, 2), "epsilon")  # a network without such a layer
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from onestill.engine.openvino import MANY
-from onestill.pipeline import load
 from onestill.serve.jobs import Job
 from onestill.serve.scheduler import Limits, Scheduler
 from onestill.serve.warm_up import warm_up
+from tests.on_cpu import load
 
 
 def test_the_larger_batch_of_openvino_is_ready_where_calls_are_as_large(tiny_folder: Path) -> None:

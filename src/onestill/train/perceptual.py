@@ -27,6 +27,9 @@ WIDTHS = (64, 128, 256, 512, 512)
 class VGG16(nn.Module):
     """Pictures [B, 3, H, W] in about [-1, 1] -> features [B, WIDTHS[k], H / 2**k, W / 2**k] of the five stages."""
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
