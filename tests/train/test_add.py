@@ -249,7 +249,7 @@ def test_misaligned_captions_are_fakes_and_equal_ones_are_not(parts: Path) -> No
     batch = latents_batch()
     real = method.views.draw(batch["latents"], Draw(torch.Generator()))(batch["latents"], condition(batch))
     c = HeadCondition(condition(batch).embedding, method.views.embed(batch["latents"]))
-    assert float(method.misaligned(real, c, batch)) == 0  # one caption for all
+    assert float(method.misaligned(real, c, batch).detach()) == 0  # one caption for all
     batch["captions"] = ["a", "a", "b", "b"]  # rows 0 and 2 follow a row with another caption
     method.discriminator.eval()
     logits = method.discriminator(real, HeadCondition(c.text.roll(1, 0), c.image))  # type: ignore[union-attr]

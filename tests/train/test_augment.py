@@ -37,10 +37,12 @@ def test_colour_in_closed_form() -> None:
 
 
 def test_translation_moves_and_fills_with_nothing() -> None:
-    x = torch.arange(1.0, 10.0).view(1, 3, 3)
-    assert translate(x, 1, 0)[0].tolist() == [[0, 0, 0], [1, 2, 3], [4, 5, 6]]
-    assert translate(x, 0, -2)[0].tolist() == [[3, 0, 0], [6, 0, 0], [9, 0, 0]]
-    assert torch.equal(translate(x, 0, 0), x)
+    x = torch.arange(1.0, 10.0).view(1, 1, 3, 3).expand(4, 1, 3, 3)
+    down, left, still, gone = translate(x, torch.tensor([[1, 0], [0, -2], [0, 0], [3, 0]]))[:, 0]
+    assert down.tolist() == [[0, 0, 0], [1, 2, 3], [4, 5, 6]]
+    assert left.tolist() == [[3, 0, 0], [6, 0, 0], [9, 0, 0]]
+    assert torch.equal(still, x[0, 0])
+    assert gone.abs().sum() == 0
 
 
 def test_cutout_takes_at_most_a_quarter() -> None:

@@ -46,7 +46,7 @@ def test_every_method_has_options_with_defaults(method: str) -> None:
         ({"loop": {"iterations": 3.0}}, "loop.iterations must be int"),
         ({"loop": {"iterations": True}}, "loop.iterations must be int, not True"),
         ({"loop": {"compile": 1}}, "loop.compile must be bool, not 1"),
-        ({"method": "add", "loop": {"compile": True}}, "loop.compile is for the method diffusion alone, not for add"),
+        ({"method": "contrastive", "loop": {"compile": True}}, "loop.compile is for .*, not for contrastive"),
         ({"loop": {"iterations": 0}}, "loop.iterations must be at least 1, not 0"),
         ({"loop": {"batch_size": 0}}, "loop.batch_size must be from 1 to 65536, not 0"),
         ({"loop": {"precision": "bf-16"}}, "must be one of no, bf16, not 'bf-16'. Did you mean 'bf16'"),

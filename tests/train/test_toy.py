@@ -110,7 +110,7 @@ class ToyMethod(Method):
         )
         self.views = FourierViews(options, self.teacher_denoiser, self.space)
         self.words, self.native_px = None, 0
-        self.discriminator = Discriminator((64,), options.head_width, 0, 0)
+        self.discriminator = self.heads = Discriminator((64,), options.head_width, 0, 0)
         self.networks = {"student": self.student, "discriminator": self.discriminator}
         rates = {"student": options.lr, "discriminator": options.discriminator_lr}
         self.optimizers = {

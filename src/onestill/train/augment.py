@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from onestill.train.draw import Draw
+from onestill.train.draw import Draw, table
 
 KINDS = ("colour", "translation", "cutout")
 SHIFT, CUT = 0.125, 0.5  # shares of the side, as in the paper
@@ -31,25 +31,28 @@ class Augmentation:
         self.kinds = kinds
         height, width = size
         self._colour = draw.uniform(count, 3).to(device)
-        self._shift = ((draw.uniform(count, 2) * 2 - 1) * SHIFT * torch.tensor([height, width])).round().long().tolist()
-        self._centre = (draw.uniform(count, 2) * torch.tensor([height, width])).long().tolist()
+        sides = table((height, width), draw.device)
+        self._shift = ((draw.uniform(count, 2) * 2 - 1) * SHIFT * sides).round().long().to(device)
+        self._centre = (draw.uniform(count, 2) * sides).long().to(device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same shape."""
         if "colour" in self.kinds:
             x = colour(x, self._colour)
         if "translation" in self.kinds:
-            x = torch.stack([translate(one, *shift) for one, shift in zip(x, self._shift, strict=True)])
+            x = translate(x, self._shift)
         return x * self._mask(x) if "cutout" in self.kinds else x
 
     def _mask(self, x: Tensor) -> Tensor:
         """[B, 1, H, W]: 0 in a rectangle of half the sides about each centre, cut at the edges; 1 elsewhere."""
         height, width = x.shape[2:]
-        high, wide = int(height * CUT) // 2, int(width * CUT) // 2
-        mask = torch.ones(len(x), 1, height, width, device=x.device, dtype=x.dtype)
-        for one, (row, column) in zip(mask, self._centre, strict=True):
-            one[:, max(row - high, 0) : row + high, max(column - wide, 0) : column + wide] = 0
-        return mask
+        inside = []
+        for side, centre in zip((height, width), self._centre.unbind(1), strict=True):
+            half = int(side * CUT) // 2
+            place = torch.arange(side, device=x.device) - centre.unsqueeze(1)  # [B, side]
+            inside.append((place >= -half) & (place < half))
+        rows, columns = inside
+        return (~(rows.unsqueeze(2) & columns.unsqueeze(1))).unsqueeze(1).to(x.dtype)
 
 
 def colour(x: Tensor, u: Tensor) -> Tensor:
@@ -62,14 +65,13 @@ def colour(x: Tensor, u: Tensor) -> Tensor:
     return mean + (x - mean) * (contrast + 0.5)
 
 
-def translate(x: Tensor, down: int, right: int) -> Tensor:
-    """[C, H, W] moved by whole places; what comes in is 0."""
-    moved = torch.roll(x, (down, right), (1, 2))
-    keep = torch.ones_like(moved[:1])
-    keep[:, : max(down, 0)] = 0
-    keep[:, :, : max(right, 0)] = 0
-    if down < 0:
-        keep[:, down:] = 0
-    if right < 0:
-        keep[:, :, right:] = 0
-    return moved * keep
+def translate(x: Tensor, shift: Tensor) -> Tensor:
+    """Pictures [B, C, H, W] moved down and right by int64 `shift` [B, 2] places; what comes in is 0."""
+    for axis, by in ((2, shift[:, 0]), (3, shift[:, 1])):
+        side = x.shape[axis]
+        source = torch.arange(side, device=x.device) - by.unsqueeze(1)  # [B, side]: where each place comes from
+        shape = [len(x), 1, 1, 1]
+        shape[axis] = side
+        taken = x.gather(axis, source.clamp(0, side - 1).view(shape).expand_as(x))
+        x = torch.where(((source >= 0) & (source < side)).view(shape), taken, 0.0)
+    return x

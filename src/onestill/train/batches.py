@@ -31,12 +31,14 @@ class SampleBatches:
     """Batches of `batch_size` samples, collated, read `prefetch` batches ahead by a thread.
 
     The state travels with each batch, so that what a checkpoint keeps is where the *trained* batches end, not where
-    the reader's thread has run ahead to.
+    the reader's thread has run ahead to. `pin` puts them into memory that a GPU can copy from while others compute.
     """
 
-    def __init__(self, reader: Reader, collate: Collate, batch_size: int, prefetch: int = 4) -> None:
+    def __init__(
+        self, reader: Reader, collate: Collate, batch_size: int, prefetch: int = 4, *, pin: bool = False
+    ) -> None:
         self._reader, self._collate, self._batch_size = reader, collate, batch_size
-        self._prefetch = prefetch
+        self._prefetch, self._pin = prefetch, pin
         self._state = reader.state()
         self._queue: queue.Queue[tuple[Any, dict[str, Any]]] | None = None
         self._samples: Iterator[Any] | None = None
@@ -68,7 +70,10 @@ class SampleBatches:
 
     def _read(self, samples: Iterator[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         batch = [next(samples) for _ in range(self._batch_size)]
-        return self._collate(batch), self._reader.state()
+        made = self._collate(batch)
+        if self._pin:
+            made = {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in made.items()}
+        return made, self._reader.state()
 
     def _run(self, into: queue.Queue[tuple[Any, dict[str, Any]]]) -> None:
         try:
@@ -126,6 +131,13 @@ def _added(samples: Sequence[Any]) -> dict[str, Tensor]:
 
 
 COLLATE: dict[str, Collate] = {"images": collate_images, "latents": collate_latents}
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors on the device; nobody waits for copies from pinned memory."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
+    }
 
 
 def to_pictures(images: Tensor) -> NDArray[np.uint8]:

@@ -63,7 +63,7 @@ class Condition:
         return Condition(*(None if part is None else change(part) for part in parts))  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> Condition:
-        return self.map(lambda part: part.to(device))
+        return self.map(lambda part: part.to(device, non_blocking=True))
 
     def cast(self, dtype: torch.dtype) -> Condition:
         """Floating parts in `dtype`."""
@@ -115,11 +115,10 @@ def pool(text: Tensor, mask: Tensor) -> Tensor:
 
 def batch_condition(batch: Mapping[str, Any], device: torch.device, native_px: int = 0) -> Condition:
     """The condition of a batch of cached samples; sizes default to an uncropped picture of `native_px`."""
-    text, pooled, sizes = batch["text"].to(device), batch.get("pooled"), batch.get("sizes")
+    pooled, sizes = batch.get("pooled"), batch.get("sizes")
     if pooled is not None and sizes is None:
-        sizes = native_sizes(len(text), native_px)
-    to = (None if part is None else part.to(device) for part in (pooled, sizes))
-    return Condition(text, batch["mask"].to(device), *to)
+        sizes = native_sizes(len(pooled), native_px)
+    return Condition(batch["text"], batch["mask"], pooled, sizes).to(device)
 
 
 def native_sizes(count: int, native_px: int) -> Tensor:
@@ -195,7 +194,7 @@ class TextEncoder:
         made = self.tokenizer(
             list(prompts), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
         )
-        return made.to(self.model.device)
+        return made.to(self.model.device, non_blocking=True)
 
 
 class TwoTextEncoders:

@@ -151,15 +151,20 @@ class Denoiser:
         self._sigma = torch.tensor(schedule.sigma, dtype=torch.float32)
 
     @property
+    def eager(self) -> Denoiser:
+        """The same without torch.compile, for sizes that are met once: each would be compiled for."""
+        return Denoiser(getattr(self.unet, "_orig_mod", self.unet), self.schedule)
+
+    @property
     def last(self) -> int:
         """The timestep of pure noise, 999."""
         return self.schedule.num_train_timesteps - 1
 
     def signal(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at timesteps [B], each [B, 1, 1, 1]."""
-        at = timesteps.cpu()
-        shape = (-1, 1, 1, 1)
-        return self._alpha[at].view(shape).to(timesteps.device), self._sigma[at].view(shape).to(timesteps.device)
+        if self._alpha.device != timesteps.device:  # once: each copy is a wait for a GPU
+            self._alpha, self._sigma = self._alpha.to(timesteps.device), self._sigma.to(timesteps.device)
+        return self._alpha[timesteps].view(-1, 1, 1, 1), self._sigma[timesteps].view(-1, 1, 1, 1)
 
     def output(self, x: Tensor, timesteps: Tensor, condition: Condition, **extra: Tensor) -> Tensor:
         """What the network says for x [B, C, h, w] at timesteps [B]; float32, whatever it computes in."""
@@ -211,7 +216,7 @@ class Denoiser:
             shape: (C, h, w).
             sampler: a name in `onestill.sampling.SAMPLERS`; "" is Euler ancestral for few steps, DDIM from ten on.
         """
-        count, device = len(condition.text), condition.text.device
+        count, device, eager = len(condition.text), condition.text.device, self.eager
         generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(count)]
 
         def draw(_step: int) -> Tensor:
@@ -220,8 +225,8 @@ class Denoiser:
         def predict_x0(x: Tensor, timestep: int) -> Tensor:
             at = torch.full((len(x),), timestep, device=x.device)
             if extra:
-                return self.x0(x, at, condition, **extra)
-            return self.guided_x0(x, at, condition, empty, scale)
+                return eager.x0(x, at, condition, **extra)
+            return eager.guided_x0(x, at, condition, empty, scale)
 
         name = sampler or ("ddim" if steps >= 10 else "euler_ancestral")
         noise, timesteps = draw(0), self.schedule.timesteps(steps)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from onestill.errors import RecipeError
 from onestill.train import parallel
+from onestill.train.compiling import compiled
 from onestill.train.conditioning import Condition, LatentSpace, batch_condition, native_sizes, open_text_encoder
 from onestill.train.denoiser import SHEET_PROMPTS, Denoiser, check_cached, load_unet, read_schedule
 from onestill.train.export import add_lora, export_student
@@ -128,6 +129,8 @@ class Distiller:
             parallel.shard(self.teacher, bf16=False)
         self.space.to(device, self.frozen_dtype)
         self.empty, self.sheet_text = self.empty.to(device), self.sheet_text.to(device)
+        self.student_denoiser.unet = compiled(self.student, self.loop, device)
+        self.teacher_denoiser.unet = compiled(self.teacher, self.loop, device)
 
     @property
     def frozen_dtype(self) -> torch.dtype:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -70,7 +71,9 @@ class Log:
 
         Over all processes: each of them calls this, and the main one writes.
         """
+        started = time.perf_counter()
         means = _over_processes({key: _mean(values) for key, values in self._values.items()})
+        self._seconds += time.perf_counter() - started  # in which a GPU does what it has been given
         if self._file is None:
             self._clear()
             return
@@ -159,7 +162,8 @@ def _for_json(numbers: Mapping[str, float]) -> dict[str, float | None]:
 
 def _mean(values: list[Tensor]) -> float:
     """The mean of the finite ones, NaN if there are none: a skipped step does not hide the others."""
-    numbers = [value.float() for value in values if math.isfinite(value)]
+    there = torch.stack([value.float().to(values[0].device) for value in values]).cpu().unbind()  # asked for once
+    numbers = [value for value in there if math.isfinite(value)]
     return float(sum(numbers) / len(numbers)) if numbers else math.nan
 
 

@@ -12,7 +12,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,9 @@ from onestill.checkpoint import written_whole
 from onestill.engine.device import choose, explained, is_auto
 from onestill.errors import OnestillError, RecipeError
 from onestill.train import parallel
+from onestill.train.batches import to_device
+from onestill.train.compiling import next_iteration
+from onestill.train.draw import generators
 from onestill.train.interrupt import Interrupt, Interrupted
 from onestill.train.log import Log
 from onestill.train.recipe import LoopOptions, Recipe
@@ -38,7 +42,7 @@ from onestill.train.state import (
     start_ema,
     sweep,
 )  # fmt: skip
-from onestill.train.turns import Batch, Update, Updater, rows_at_once, take_turns
+from onestill.train.turns import Batch, Skipped, Update, Updater, decides_itself, rows_at_once, take_turns
 
 
 class Batches(Protocol):
@@ -101,50 +105,78 @@ def train(recipe: Recipe, method: Method, batches: Batches, *, resume: bool = Fa
     parallel.start(options.device)
     rows_at_once(options, parallel.world())
     device = _device(options)
+    _hurry(device)
     state = _start(recipe, method, device)
     _open(recipe, state, batches, resume)
     if is_auto(options.device) and parallel.is_main():
         print(f"loop.device is auto: {explained(str(device))}", file=sys.stderr)
-    # Without the cache of casts, which would hand a network's weights of before its turn to the next turn.
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, options.precision == "bf16", cache_enabled=False)
-    bad_in_a_row = 0
+    iteration = partial(
+        _iteration, method, state, options, _autocast(device, options), _on_device(device, state, options)
+    )
+    skipped = Skipped()
     saved = state.iteration  # what is resumed from is there already
     with Log(out, recipe.name, state, options.iterations) as log, Interrupt() as interrupt:
         while state.iteration < options.iterations and not interrupt.asked(state.iteration):
             started = time.perf_counter()
-            batch = batches.next()
+            batch = to_device(batches.next(), device)
             waited_s = time.perf_counter() - started
-            update = Updater(state, options)
-            metrics = take_turns(method.step, state, batch, update, autocast)
-            state.iteration += 1
-            state.nimg += options.batch_size
+            next_iteration(options, device)
+            metrics, bad = iteration(batch)
             state.data = batches.state()
-            if update.bad:
-                state.bad_steps += 1
-                bad_in_a_row += 1
-            else:
-                bad_in_a_row = 0
-                state.update_ema(options.ema_decay)
-            log.step(state, {**metrics, **update.norms}, time.perf_counter() - started, waited_s)
-            last = state.iteration == options.iterations
+            skipped.add(bad)
+            log.step(state, metrics, time.perf_counter() - started, waited_s)
+            last, in_a_row = state.iteration == options.iterations, 0
+            logs, saves = (last or state.iteration % n == 0 for n in (options.log_every, options.checkpoint_every))
+            if logs or saves or skipped.known:
+                in_a_row = skipped.ask(state)
             if state.iteration % options.sheet_every == 0 or last:
                 log.sheet(state, *method.sheet(state))
-            if state.iteration % options.log_every == 0 or last:
+            if logs:
                 log.write(state)
-            if state.iteration % options.checkpoint_every == 0 or last:
+            if saves:
                 _save(state, out / "checkpoints", recipe)
                 saved = state.iteration
-            if bad_in_a_row >= options.max_bad_steps:
+            if in_a_row >= options.max_bad_steps:
                 raise TrainingStoppedError(
-                    f"{bad_in_a_row} steps in a row gave NaN or infinity: lower the learning rate, or look at the "
+                    f"{in_a_row} steps in a row gave NaN or infinity: lower the learning rate, or look at the "
                     f"last sheet in {out}."
                 )
         if interrupt.signum is not None and state.iteration < options.iterations:
             if saved != state.iteration:
+                skipped.ask(state)
                 _save(state, out / "checkpoints", recipe)
             raise Interrupted(interrupt.signum, state.iteration)
     _export(method, state, out / "export")
     return state
+
+
+def _iteration(
+    method: Method,
+    state: TrainState,
+    options: LoopOptions,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    on_device: bool,
+    batch: Batch,
+) -> tuple[dict[str, Tensor], bool | Tensor]:
+    """One iteration's metrics, and whether a step of it was skipped; `on_device` leaves that to a tensor."""
+    update = Updater(state, options, on_device=on_device)
+    metrics = take_turns(method.step, state, batch, update, autocast)
+    state.iteration += 1
+    state.nimg += options.batch_size
+    if update.bad is not True:  # a GPU that skipped a step moves its averages to where the weights still are
+        state.update_ema(options.ema_decay)
+    return {**metrics, **update.norms}, update.bad
+
+
+def _autocast(device: torch.device, options: LoopOptions) -> Callable[[], AbstractContextManager[Any]]:
+    # Without the cache of casts, which would hand a network's weights of before its turn to the next turn.
+    return partial(torch.autocast, device.type, torch.bfloat16, options.precision == "bf16", cache_enabled=False)
+
+
+def _on_device(device: torch.device, state: TrainState, options: LoopOptions) -> bool:
+    """Whether the device decides which steps are skipped: a GPU, with optimizers that can."""
+    able = all(decides_itself(optimizer) for optimizer in state.optimizers.values())
+    return device.type == "cuda" and options.parallel != "fsdp" and able
 
 
 def _open(recipe: Recipe, state: TrainState, batches: Batches, resume: bool) -> None:
@@ -183,6 +215,13 @@ def _device(options: LoopOptions) -> torch.device:
     return torch.device(device)
 
 
+def _hurry(device: torch.device) -> None:
+    """Let a GPU multiply float32 in TF32, of ten bits after the point, and try which convolution is fastest."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+
+
 def _start(recipe: Recipe, method: Method, device: torch.device) -> TrainState:
     """The state at iteration 0, with networks on their device and shared among the processes."""
     if recipe.loop.parallel == "fsdp" and not method.splits:
@@ -193,9 +232,9 @@ def _start(recipe: Recipe, method: Method, device: torch.device) -> TrainState:
             before = dict(network.named_parameters())
             parallel.shard(network, bf16=recipe.loop.precision == "bf16")
             parallel.repoint(method.optimizers.values(), before, network)
-    generator = torch.Generator("cpu").manual_seed(recipe.loop.seed)
+    generator, host = generators(device, recipe.loop.seed)
     ema = {role: start_ema(method.networks[role]) for role in method.averaged}
-    return TrainState(method.networks, method.optimizers, ema, generator)
+    return TrainState(method.networks, method.optimizers, ema, generator, host=host)
 
 
 def _save(state: TrainState, folder: Path, recipe: Recipe) -> None:

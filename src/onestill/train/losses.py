@@ -29,9 +29,9 @@ def hinge_fake(fake: Sequence[Tensor], keep: Tensor) -> Tensor:
     Args:
         fake: logits [B, ...] for each head.
     """
-    if not keep.any():
-        return torch.zeros((), device=keep.device)
-    return sum((F.relu(1 + f[keep]).mean() for f in fake), torch.zeros(()))
+    count = keep.sum().clamp(min=1)  # a question of how many, or whether any, would be a wait for a GPU
+    each = (torch.where(keep, F.relu(1 + f).flatten(1).mean(1), 0.0).sum() for f in fake)
+    return sum((total / count for total in each), torch.zeros(()))
 
 
 def hinge_generator(fake: Sequence[Tensor]) -> Tensor:
@@ -124,6 +124,11 @@ def boundary_scalings(t: Tensor, sigma_data: float = 0.5, scaling: float = 10.0)
 def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
     """Mean of sqrt((x - y)^2 + c^2) - c: square near 0, absolute far away (Song and Dhariwal, arXiv 2310.14189)."""
     return ((x - y.detach()).square() + c * c).sqrt().sub(c).mean()
+
+
+def mean_where(values: Tensor, chosen: Tensor) -> Tensor:
+    """The mean of `values` [B] where bool `chosen` [B] is true; NaN, which a log leaves out, where it nowhere is."""
+    return torch.where(chosen, values, 0.0).sum() / chosen.sum()
 
 
 # --- diffusion -----------------------------------------------------------------------------------------------------

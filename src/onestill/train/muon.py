@@ -23,6 +23,8 @@ SCALE = 0.2  # root mean square of an update of AdamW, as measured
 class Muon(torch.optim.Optimizer):
     """Weights of two dimensions or more; all but the first are flattened.
 
+    As torch's fused optimizers do, it leaves all as it is where its attribute `found_inf`, a tensor, is 1.
+
     Args:
         parameters: the weights.
         lr: learning rate; a step is as long as AdamW's at the same rate.
@@ -51,16 +53,37 @@ class Muon(torch.optim.Optimizer):
             weights = [p for p in group["params"] if p.grad is not None]
             if not weights:
                 continue
-            gradients: list[Tensor] = [p.grad for p in weights]
             for p in weights:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             means = [self.state[p]["momentum_buffer"] for p in weights]
-            torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(gradients, means, group["momentum"])
-            updates = orthogonal(ahead, group["iterations"])
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(weights, updates, alpha=-group["lr"])
+            if (bad := getattr(self, "found_inf", None)) is None:
+                self._step(group, weights, [p.grad for p in weights], means, None)
+            else:
+                skip = bad > 0
+                finite = [torch.where(skip, 0.0, p.grad) for p in weights]
+                self._step(group, weights, finite, means, 1 - bad)
+
+    def _step(
+        self,
+        group: dict[str, Any],
+        weights: list[Tensor],
+        gradients: list[Any],
+        means: list[Tensor],
+        good: Tensor | None,
+    ) -> None:
+        """One step; where `good` is a 0, all stays as it is."""
+        momentum, decay = group["momentum"], group["lr"] * group["weight_decay"]
+        if good is None:
+            torch._foreach_lerp_(means, gradients, 1 - momentum)
+        else:  # the same, with nothing where the gradient is nothing
+            torch._foreach_mul_(means, 1 - (1 - momentum) * good)
+            torch._foreach_add_(means, gradients, alpha=1 - momentum)
+        updates = orthogonal(torch._foreach_lerp(gradients, means, momentum), group["iterations"])
+        if good is not None:
+            torch._foreach_mul_(updates, good)
+        torch._foreach_mul_(weights, 1 - decay if good is None else 1 - decay * good)
+        torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
 
 class Together(torch.optim.Optimizer):
@@ -78,6 +101,7 @@ class Together(torch.optim.Optimizer):
         for member, count in self._members:
             # Lent anew each time: loading a state puts other groups and other slots in their place.
             member.param_groups, member.state = self.param_groups[start : start + count], self.state
+            member.found_inf = getattr(self, "found_inf", None)  # type: ignore[attr-defined]
             member.step()
             start += count
 

@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 from onestill.errors import RecipeError, near
 
 METHODS = ("autoencoder", "contrastive", "diffusion", "add", "ladd", "lcm", "decoder")
+COMPILED = ("diffusion", "add", "ladd", "lcm", "decoder")  # others are work enough for a GPU as they are
 
 T = TypeVar("T")
 
@@ -157,8 +158,8 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
         if not isinstance(table.get(key), str) or not table[key]:
             raise RecipeError(f"the recipe needs a text '{key}', for example {key} = \"my-run\".")
     loop = fill(LoopOptions, table.get("loop", {}), "loop")
-    if loop.compile and method != "diffusion":
-        raise RecipeError(f"loop.compile is for the method diffusion alone, not for {method}: leave it out.")
+    if loop.compile and method not in COMPILED:
+        raise RecipeError(f"loop.compile is for {', '.join(COMPILED)}, not for {method}: leave it out.")
     options = importlib.import_module(f"onestill.train.methods.{method}").Options
     return Recipe(
         name=table["name"],

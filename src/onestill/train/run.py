@@ -65,7 +65,8 @@ def train_recipe(
     module = importlib.import_module(f"onestill.train.methods.{recipe.method}")
     method = module.Method(recipe.options, recipe.loop)
     samples = reader(recipe.data, (rank, world))
-    batches = SampleBatches(samples, COLLATE[method.batch], rows, recipe.data.prefetch)
+    pin = recipe.loop.device.startswith("cuda")
+    batches = SampleBatches(samples, COLLATE[method.batch], rows, recipe.data.prefetch, pin=pin)
     return train(recipe, method, batches, resume=resume)
 
 

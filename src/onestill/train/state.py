@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from onestill.errors import CheckpointError, OutputError, RecipeError
-from onestill.train.draw import Draw, Part
+from onestill.train.draw import Draw, Part, restore
 from onestill.train.parallel import gathered, is_main, like, local, wait, whole
 
 STATE_FILE = "state.json"
@@ -32,8 +32,9 @@ class TrainState:
         networks: the trained networks by role ("student", "discriminator", ...).
         optimizers: their optimizers, under the same or other names.
         ema: for each averaged role, the float32 running mean of its weights, by parameter name.
-        generator: the one source of training noise, on the CPU. part: which rows of a batch are in hand; `draw` gives
-            the noise of those.
+        generator: the one source of training noise, on the device where that is a GPU, else on the CPU. host: what
+            Python's own choices come from, on the CPU; the same generator where that is there. part: which rows of a
+            batch are in hand; `draw` gives the noise of those.
         iteration: optimisation steps done. nimg: images seen. bad_steps: steps skipped for a NaN, in all.
         data: where the batches stand, as their `state()` says it.
     """
@@ -47,22 +48,33 @@ class TrainState:
     bad_steps: int = 0
     data: dict[str, Any] = field(default_factory=dict)
     part: Part = field(default_factory=Part)
+    host: torch.Generator | None = None
+    _pairs: dict[str, tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]] = field(default_factory=dict, repr=False)
 
     @property
     def draw(self) -> Draw:
         """Noise for the samples in hand, from `generator`."""
-        return Draw(self.generator, self.part)
+        return Draw(self.generator, self.part, self.host)
+
+    @property
+    def random(self) -> dict[str, torch.Generator]:
+        """The generators by the names that a checkpoint gives them."""
+        both = {"generator": self.generator, "host": self.host or self.generator}
+        return both if both["host"] is not self.generator else {"generator": self.generator}
 
     def update_ema(self, decay: float) -> None:
         """Move each running mean towards the present weights; the warm-up keeps the first steps from weighing on it."""
         decay = min(decay, (1 + self.iteration) / (10 + self.iteration))
         for role, mean in self.ema.items():
-            current = trained(self.networks[role])
-            floats = [name for name in mean if mean[name].is_floating_point()]
-            means, news = [local(mean[n]) for n in floats], [local(current[n]).float() for n in floats]
-            torch._foreach_lerp_(means, news, 1 - decay)
-            for name in mean.keys() - set(floats):
-                mean[name].copy_(current[name])
+            if role not in self._pairs or self._pairs[role][0] is not mean:
+                current = trained(self.networks[role])  # a walk through all modules, once: these share their memory
+                pairs = [(local(value), local(current[name])) for name, value in mean.items()]
+                self._pairs[role] = mean, pairs
+            floats = [pair for pair in self._pairs[role][1] if pair[0].is_floating_point()]
+            torch._foreach_lerp_([mine for mine, _ in floats], [its.float() for _, its in floats], 1 - decay)
+            for mine, its in self._pairs[role][1]:
+                if not mine.is_floating_point():
+                    mine.copy_(its)
 
     def averaged(self, role: str) -> dict[str, Tensor]:
         """The weights to evaluate and ship: the running mean where there is one. Frozen ones are not among them."""
@@ -124,7 +136,7 @@ def save_checkpoint(state: TrainState, folder: Path, fingerprint: str) -> None:
         files[f"{role}.ema"] = _plain(mean)
     for name, optimizer in state.optimizers.items():
         files[f"{name}.optimizer"], optimizers[name] = _split(optimizer.state_dict())
-    files["random"] = {"generator": state.generator.get_state()}
+    files["random"] = {name: generator.get_state() for name, generator in state.random.items()}
     # Each process stands at its own places in one order of the data; the furthest is where any number of them go on.
     data = max(gathered(state.data), key=lambda at: list(at.values()))
     if is_main():
@@ -193,7 +205,9 @@ def load_checkpoint(state: TrainState, folder: Path, fingerprint: str, defaults:
             tensors = load_file(folder / f"{name}.optimizer.safetensors")
             optimizer.load_state_dict(_join(tensors, saved["optimizers"][name]))
             _match_layout(optimizer)
-        state.generator.set_state(load_file(folder / "random.safetensors")["generator"])
+        saved_random = load_file(folder / "random.safetensors")
+        for name, generator in state.random.items():  # what was trained on a CPU had one generator for both
+            restore(generator, saved_random.get(name, saved_random["generator"]))
     except RecipeError:
         raise
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:

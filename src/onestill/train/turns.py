@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from onestill.errors import RecipeError
 from onestill.train import parallel
 from onestill.train.draw import Part
+from onestill.train.muon import Muon, Together
 from onestill.train.recipe import LoopOptions
 from onestill.train.state import TrainState
 
@@ -60,11 +61,12 @@ def take_turns(
         state.part = Part(rank, world)
         with autocast():
             return step(state, batch, update)
-    before = state.generator.get_state()
+    before = {name: generator.get_state() for name, generator in state.random.items()}
     metrics: dict[str, Tensor] = {}
     for number in range(len(state.optimizers)):
         for turn, part in enumerate(split(batch, turns)):
-            state.generator.set_state(before)
+            for name, generator in state.random.items():
+                generator.set_state(before[name])
             state.part = Part(rank, world, turn, turns)
             update.begin(number, turn)
             try:
@@ -102,10 +104,15 @@ class Updater:
     """One optimizer's turn. A gradient that is not finite skips the step and is remembered in `bad`.
 
     Gradients are averaged over the processes before they are looked at, so that all of them decide alike.
+
+    Args:
+        on_device: let the device decide, and be asked later: `bad` is a tensor then. A GPU that had to answer would
+            stand still until it is given the next work.
     """
 
-    def __init__(self, state: TrainState, options: LoopOptions) -> None:
-        self.bad = False
+    def __init__(self, state: TrainState, options: LoopOptions, *, on_device: bool = False) -> None:
+        self.bad: bool | Tensor = False
+        self._on_device = on_device
         self.norms: dict[str, Tensor] = {}
         self.options = options
         self._state = state
@@ -135,16 +142,57 @@ class Updater:
         found = nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], self.options.grad_clip)
         norm = parallel.whole(found).detach()
         self.norms[f"grad_norm/{name}"] = norm
-        if torch.isfinite(norm):
-            factor = learning_rate_factor(self._state.iteration, self.options)
-            for group in optimizer.param_groups:
-                group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
+        factor = learning_rate_factor(self._state.iteration, self.options)
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
+        if self._on_device:
+            bad = ~torch.isfinite(norm)
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined] # a name of torch's, for fused optimizers
+            optimizer.step()
+            self.bad = bad | self.bad
+        elif torch.isfinite(norm):
             optimizer.step()
         else:
             self.bad = True
         optimizer.zero_grad(set_to_none=True)
         parallel.reshard(self._state.networks.values())
         return norm
+
+
+class Skipped:
+    """Counts skipped iterations, and asks a GPU for all of them together."""
+
+    def __init__(self) -> None:
+        self._each: list[bool | Tensor] = []
+        self._row = 0
+
+    def add(self, bad: bool | Tensor) -> None:
+        """One more iteration."""
+        self._each.append(bad)
+
+    @property
+    def known(self) -> bool:
+        """Whether nobody has to be asked."""
+        return not any(isinstance(bad, Tensor) for bad in self._each)
+
+    def ask(self, state: TrainState) -> int:
+        """Add what was skipped since the last call to `state.bad_steps`; returns the longest row of skipped ones."""
+        tensors = [bad for bad in self._each if isinstance(bad, Tensor)]
+        answers = iter(torch.stack(tensors).tolist() if tensors else [])
+        longest = self._row
+        for bad in self._each:
+            skipped = next(answers) if isinstance(bad, Tensor) else bad
+            state.bad_steps += int(skipped)
+            self._row = self._row + 1 if skipped else 0
+            longest = max(longest, self._row)
+        self._each = []
+        return longest
+
+
+def decides_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer leaves everything as it is where its `found_inf` says so, without being asked."""
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return fused or isinstance(optimizer, (Muon, Together))
 
 
 def learning_rate_factor(iteration: int, options: LoopOptions) -> float:

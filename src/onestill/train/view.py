@@ -18,11 +18,12 @@ from torch import Tensor
 from onestill.errors import RecipeError
 from onestill.train.augment import KINDS, Augmentation
 from onestill.train.cnn import CNNFeatures
+from onestill.train.compiling import compiled
 from onestill.train.conditioning import Condition, LatentSpace
 from onestill.train.denoiser import Denoiser
 from onestill.train.draw import Draw
 from onestill.train.features import FeatureNetwork, LatentFeatures, TeacherFeatures, TowerFeatures, ViTFeatures
-from onestill.train.recipe import option
+from onestill.train.recipe import LoopOptions, option
 
 # Which kinds of feature network see decoded pictures, whatever the space; and which the teacher's noised latents.
 IN_PIXELS = ("vit", "cnn", "cnn+teacher")
@@ -116,6 +117,15 @@ class Views:
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         for network in {id(n): n for n in (*self.networks, self.image_encoder)}.values():
             network.to(device, dtype)
+
+    def compile(self, loop: LoopOptions, device: torch.device) -> None:
+        """Compile the networks, where `loop.compile` asks for it."""
+        for network in self.networks:
+            if isinstance(network, TeacherFeatures):  # which runs parts of the teacher, and not the compiled whole
+                network.denoiser = network.denoiser.eager
+                network.encode = compiled(network.encode, loop, device)  # type: ignore[method-assign]
+            elif not isinstance(network, LatentFeatures):
+                network.taps = compiled(network.taps, loop, device)  # type: ignore[method-assign]
 
     def draw(self, latents: Tensor, draw: Draw) -> View:
         """The view of one iteration, for latents like these [B, C, h, w]."""

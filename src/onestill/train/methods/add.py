@@ -17,6 +17,7 @@ from torch import Tensor
 
 from onestill.errors import RecipeError
 from onestill.schedule import add_noise
+from onestill.train.compiling import compiled
 from onestill.train.conditioning import Condition, TextEncoder
 from onestill.train.discriminator import LEVEL_WIDTH, Discriminator, HeadCondition, level_embedding
 from onestill.train.distiller import Distiller, DistilOptions
@@ -95,7 +96,7 @@ class Method(Distiller):
             LEVEL_WIDTH if options.condition_on_level else 0,
             options.head_blocks,
         )
-        self.networks["discriminator"] = self.discriminator
+        self.networks["discriminator"] = self.heads = self.discriminator
         self.optimizers["student"] = self.adam(self.student, options.lr, options.beta1)
         self.optimizers["discriminator"] = self.adam(self.discriminator, options.discriminator_lr, options.beta1)
 
@@ -106,9 +107,12 @@ class Method(Distiller):
         self.negative = self.negative.to(device)
         if self.words:
             self.words.to(device)
+        self.views.compile(self.loop, device)
+        # R1 differentiates a gradient, which no compiled network can.
+        self.heads = self.discriminator if self.options.gamma_r1 else compiled(self.discriminator, self.loop, device)
 
     def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
-        options, draw, discriminator = self.options, state.draw, self.discriminator
+        options, draw, heads = self.options, state.draw, self.heads
         x0, told = self.read(batch)  # [B, C, h, w]
         plays = state.iteration >= options.heads_first and state.iteration % options.student_every == 0
 
@@ -126,7 +130,7 @@ class Method(Distiller):
             fake = view(x_theta, told)  # F_k(x_theta)
 
         # --- the discriminator's turn: hinge over heads, R1 on the heads' inputs, Eq. 3 ---
-        real_logits, fake_logits = discriminator(real, c), discriminator([tap.detach() for tap in fake], c)
+        real_logits, fake_logits = heads(real, c), heads([tap.detach() for tap in fake], c)
         hinge = hinge_discriminator(real_logits, fake_logits)
         penalty = r1(real, real_logits) if options.gamma_r1 else torch.zeros_like(hinge)
         wrong = self.misaligned(real, c, batch) if options.misaligned else torch.zeros_like(hinge)
@@ -135,8 +139,8 @@ class Method(Distiller):
         # --- the student's turn: Eq. 2 and lambda times Eq. 4 ---
         losses = {"hinge": hinge, "r1": penalty}
         if plays:
-            with frozen(discriminator):
-                adversarial = hinge_generator(discriminator(fake, c))
+            with frozen(self.discriminator):
+                adversarial = hinge_generator(heads(fake, c))
                 distill = self.distill(x_theta, told, view, draw) if options.lambda_distill else torch.zeros_like(hinge)
                 update("student", options.adversarial * adversarial + options.lambda_distill * distill)
             losses |= {"adversarial": adversarial, "distill": distill}
@@ -190,7 +194,7 @@ class Method(Distiller):
 
     def student_timesteps(self, count: int, state: TrainState) -> Tensor:
         """s, [B] from the student's timesteps."""
-        return torch.tensor(self.options.student_timesteps)[state.draw.choice(self.timestep_weights(state), count)]
+        return state.draw.among(self.options.student_timesteps, self.timestep_weights(state), count)
 
     def draw_levels(self, count: int, draw: Draw) -> Tensor:
         """Noise levels under the teacher's features, [B]."""
@@ -216,8 +220,8 @@ class Method(Distiller):
         made, captions = list[Tensor](), list[str]()
         for timestep in self.options.student_timesteps:
             s = torch.full((len(x0),), timestep, device=x0.device)
-            draw = Draw(torch.Generator("cpu").manual_seed(0))
-            made.append(self.student_denoiser.x0(self.noised(x0, s, draw), s, told))
+            draw = Draw(torch.Generator("cpu").manual_seed(0))  # the same noise on every device
+            made.append(self.student_denoiser.eager.x0(self.noised(x0, s, draw), s, told))
             captions += [f"from {timestep}"] * len(x0)
         return made, captions
 
@@ -226,8 +230,8 @@ class Method(Distiller):
         assert c.text is not None
         captions = batch["captions"]
         differ = [mine != other for mine, other in zip(captions, [*captions[-1:], *captions[:-1]], strict=True)]
-        logits = self.discriminator([tap.detach() for tap in real], HeadCondition(c.text.roll(1, 0), c.image, c.level))
-        return hinge_fake(logits, torch.tensor(differ, device=c.text.device))
+        logits = self.heads([tap.detach() for tap in real], HeadCondition(c.text.roll(1, 0), c.image, c.level))
+        return hinge_fake(logits, torch.tensor(differ).to(c.text.device, non_blocking=True))
 
 
 def means(real: Sequence[Tensor], fake: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ class Method:
             x = x + options.noise * state.draw.normal(*x.shape).to(device)
         tower.train()
         image, caption = tower.embed_image(x), tower.embed_text(text, mask)  # [B, E] each
-        same = same_captions(batch["captions"]).to(device)
+        same = same_captions(batch["captions"]).to(device, non_blocking=True)
         loss = info_nce(image, caption, tower.logit_scale.exp().clamp(max=100), same)
         update("tower", loss)
         with torch.no_grad():

@@ -25,9 +25,11 @@ from onestill.engine.torch import most_likely_latents
 from onestill.errors import RecipeError
 from onestill.schedule import add_noise
 from onestill.train.batches import to_pictures
+from onestill.train.compiling import compiled
 from onestill.train.conditioning import LatentSpace, open_text_encoder
 from onestill.train.denoiser import SHEET_PROMPTS, Denoiser, load_unet, read_schedule
 from onestill.train.discriminator import PatchDiscriminator
+from onestill.train.draw import table
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator
 from onestill.train.methods import autoencoder
 from onestill.train.parallel import is_main
@@ -111,6 +113,7 @@ class Method:
             network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.old.to(device)
         self.words.to(device)
+        self.student.unet = compiled(self.student.unet, self.loop, device)  # the rest is work enough for a GPU
 
     def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
         options = self.options
@@ -162,8 +165,8 @@ class Method:
         draw, device = state.draw, clean.device
         made = round(self.options.student_share * len(clean))  # S
         slight = clean + self.options.latent_noise * draw.normal(*clean.shape).to(device)
-        timesteps = torch.tensor(self.student.schedule.timesteps(STUDENT_STEPS))
-        at = timesteps[draw.integers(0, STUDENT_STEPS - 1, len(clean))][:made].to(device)
+        which = draw.integers(0, STUDENT_STEPS - 1, len(clean))
+        at = table(tuple(self.student.schedule.timesteps(STUDENT_STEPS)), which.device)[which][:made].to(device)
         noise = draw.normal(*clean.shape).to(device)[:made]
         alpha, sigma = self.student.signal(at)
         told = self.words(captions[:made]).to(device) if made else None

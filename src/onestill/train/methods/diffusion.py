@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from onestill.errors import RecipeError
 from onestill.schedule import NoiseSchedule, add_noise
+from onestill.train.compiling import compiled
 from onestill.train.conditioning import LatentSpace, TextEncoder, batch_condition
 from onestill.train.denoiser import (
     SHEET_PROMPTS,
@@ -31,7 +32,7 @@ from onestill.train.denoiser import (
     training_schedule,
 )  # fmt: skip
 from onestill.train.draw import Draw
-from onestill.train.losses import min_snr_weight
+from onestill.train.losses import mean_where, min_snr_weight
 from onestill.train.muon import muon_with_adamw
 from onestill.train.parallel import is_main
 from onestill.train.recipe import LoopOptions, option
@@ -76,7 +77,8 @@ class Method:
         self.teacher: Any = load_unet(options.start) if options.start else build_unet(options.unet)
         self.networks: dict[str, nn.Module] = {"teacher": self.teacher}
         self.optimizers: dict[str, torch.optim.Optimizer] = {"teacher": self.optimizer()}
-        self.timestep_weights = log_snr_weights(training_schedule(), options.log_snr_mean, options.log_snr_std)
+        weights = log_snr_weights(training_schedule(), options.log_snr_mean, options.log_snr_std)
+        self.timestep_weights = weights.tolist()
         self.space = LatentSpace(options.autoencoder)
         if self.teacher.config["in_channels"] != self.space.channels:
             raise RecipeError(
@@ -107,8 +109,7 @@ class Method:
         self.teacher.to(device, memory_format=torch.channels_last)
         self.space.to(device)
         self.empty, self.sheet_text = self.empty.to(device), self.sheet_text.to(device)
-        unet = torch.compile(self.teacher) if self.loop.compile else self.teacher
-        self.denoiser = Denoiser(unet, training_schedule())  # type: ignore[arg-type]
+        self.denoiser = Denoiser(compiled(self.teacher, self.loop, device), training_schedule())
 
     def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
         options, denoiser = self.options, self.denoiser
@@ -126,10 +127,8 @@ class Method:
         error = (denoiser.output(x_t, timesteps, condition) - v).square().flatten(1).mean(1)  # [B]
         loss = (self.weight(alpha, sigma) * error).mean()
         update("teacher", loss)
-        late, early = timesteps >= 750, timesteps < 250
-        return {"loss": loss, "error": error.mean()} | {
-            name: error[part].mean() for name, part in (("error_late", late), ("error_early", early)) if part.any()
-        }
+        late, early = mean_where(error, timesteps >= 750), mean_where(error, timesteps < 250)
+        return {"loss": loss, "error": error.mean(), "error_late": late, "error_early": early}
 
     def timesteps(self, count: int, draw: Draw) -> Tensor:
         """The timesteps of one iteration, [B]."""

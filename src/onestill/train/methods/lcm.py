@@ -130,6 +130,6 @@ class Method(Distiller):
 def guidance_embedding(w: Tensor) -> Tensor:
     """Guidance scales [B] -> [B, 256], as diffusers' pipelines tell a UNet with `time_cond_proj_dim`: of w - 1."""
     half = EMBEDDING // 2
-    rates = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(half) / (half - 1)).to(w.device)
+    rates = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(half, device=w.device) / (half - 1))
     angles = (1000 * (w.float() - 1)).unsqueeze(1) * rates
     return torch.cat([angles.sin(), angles.cos()], 1)

@@ -1,0 +1,123 @@
+"""Compiled training is eager training: the same weights, the same names, and a run goes on in either form."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from onestill.train import compiling
+from onestill.train.compiling import mode
+from onestill.train.loop import train
+from onestill.train.methods import add, diffusion, ladd, lcm
+from onestill.train.recipe import LoopOptions, parse_recipe
+from onestill.train.state import TrainState
+from tests.tiny import WIDTH
+from tests.train.parts import CHANNELS, SIZE, write_parts
+from tests.train.worlds import PartBatches
+
+# Dynamo looks at attributes that warn, and hides the warnings by a filter that "error" comes before.
+pytestmark = pytest.mark.filterwarnings("default")
+
+METHODS: dict[str, Any] = {"add": add, "ladd": ladd, "lcm": lcm, "diffusion": diffusion}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return write_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def run(
+    parts: Path, out: Path, name: str, iterations: int, *, compile: bool, resume: bool = False, **options: Any
+) -> TrainState:
+    model = parts / "model"
+    given: dict[str, Any] = {"autoencoder": str(model / "vae"), "text_encoder": str(model), **options}
+    if name == "diffusion":
+        sizes = {"block_out_channels": [16, 32], "head_dim": 8, "groups": 8, "text_width": WIDTH}
+        given |= {"unet": {"sample_size": SIZE, "channels": CHANNELS, **sizes}, "sheet_steps": 1}
+    else:
+        given |= {"teacher": str(model / "unet"), "sheet_prompts": ["a red star"]}
+    often = {"log_every": 1, "sheet_every": 99, "checkpoint_every": 1, "keep_checkpoints": 9, "warmup": 0, "seed": 2}
+    table = {"iterations": iterations, "batch_size": 8, "compile": compile, **often}
+    recipe = parse_recipe({"name": "t", "method": name, "out": str(out), "loop": table, name: given})
+    method = METHODS[name].Method(recipe.options, recipe.loop)
+    return train(recipe, method, PartBatches((0, 1)), resume=resume)
+
+
+def check_alike(one: Path, other: Path, iteration: int) -> None:
+    folders = [out / f"checkpoints/{iteration:08d}" for out in (one, other)]
+    assert sorted(p.name for p in folders[0].iterdir()) == sorted(p.name for p in folders[1].iterdir())
+    for file in folders[0].glob("*.safetensors"):
+        mine, its = (load_file(folder / file.name) for folder in folders)
+        assert mine.keys() == its.keys()
+        assert not any("_orig_mod" in name for name in mine)
+        for name, value in mine.items():
+            torch.testing.assert_close(its[name], value, rtol=1e-3, atol=1e-3, msg=f"{file.name} {name}")
+
+
+TEACHER = {"feature_network": "teacher", "latents_too": True, "teacher_guidance": 2.0, "condition_on_level": True}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "add": ("add", {**TEACHER, "head_width": 16, "misaligned": 1.0}),
+    "add without R1, heads first": ("add", {**TEACHER, "head_width": 16, "gamma_r1": 0.0, "heads_first": 1}),
+    "lcm": ("lcm", {"target": "average"}),
+    "diffusion": ("diffusion", {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_steps_are_the_eager_ones_and_a_run_goes_on_in_either(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """By dynamo and AOT autograd, as inductor gets it; writing and building its C++ takes minutes for a UNet."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    name, options = CASES[case]
+    run(parts, tmp_path / "eager", name, 3, compile=False, **options)
+    run(parts, tmp_path / "compiled", name, 2, compile=True, **options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= (1 if name == "diffusion" else 3)
+    check_alike(tmp_path / "eager", tmp_path / "compiled", 2)
+    run(parts, tmp_path / "compiled", name, 3, compile=False, resume=True, **options)
+    check_alike(tmp_path / "eager", tmp_path / "compiled", 3)
+
+
+def test_a_sheet_and_what_it_samples_are_not_compiled_for(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    seen: list[int] = []
+    real = diffusion.build_like
+
+    def noted(*arguments: Any) -> Any:
+        seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return real(*arguments)
+
+    monkeypatch.setattr(diffusion, "build_like", noted)
+    run(parts, tmp_path, "diffusion", 1, compile=True)
+    assert seen[0] == seen[-1] == torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+
+
+def test_graphs_are_for_gpus_whose_weights_stay_where_they_are() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert mode(LoopOptions(), cuda) == "reduce-overhead"
+    assert mode(LoopOptions(parallel="fsdp"), cuda) is None
+    assert mode(LoopOptions(), cpu) is None
+
+
+def test_without_compile_nothing_is_compiled() -> None:
+    network = torch.nn.Linear(2, 2)
+    assert compiling.compiled(network, LoopOptions(), torch.device("cpu")) is network
+    made = compiling.compiled(network, LoopOptions(compile=True), torch.device("cpu"))
+    assert made is not network
+    assert dataclasses.asdict(LoopOptions(compile=True))["compile"]
