@@ -90,7 +90,7 @@ def test_a_block_is_trained_and_measured(data: Path, tmp_path: Path, capsys: pyt
     rows = rows.replace("[1, 4, 25]", "[1, 2]").replace(
         'beats = ["adversarial only", "distillation only"]', 'beats = ["adversarial only"]'
     )
-    block.write_text(rows.replace('"../', f'"{base}/../').replace('"lcm.toml"', f'"{base}/lcm.toml"'))
+    block.write_text(rows.replace('"add.toml"', f'"{base}/add.toml"').replace('"lcm.toml"', f'"{base}/lcm.toml"'))
     arguments = [str(block), "--data", str(data), "--network", str(contrastive(tmp_path / "n")), "--captions", "12"]
     arguments += ["--teacher", str(model / "unet"), "--autoencoder", str(model / "vae"), "--text-encoder", str(words)]
     arguments += ["--shards", str(shards), "--set", "loop.threads=1", "--set", "loop.log_every=1"]

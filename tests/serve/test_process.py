@@ -20,6 +20,11 @@ from benchmarks.serve.server import running
 from onestill.engine.device import choose
 
 
+def faults(said: str) -> list[str]:
+    """What a server said beyond the note on what it warms up."""
+    return [line for line in said.splitlines() if not line.startswith("note: warming up: ")]
+
+
 @pytest.mark.slow
 def test_kill_loses_and_doubles_nothing_and_sigterm_ends_well(tiny_folder: Path, tmp_path: Path) -> None:
     options = ["--model", str(tiny_folder), "--threads", "1"]
@@ -28,7 +33,7 @@ def test_kill_loses_and_doubles_nothing_and_sigterm_ends_well(tiny_folder: Path,
     assert not report["keys_lost"]
     assert report["pictures_arrived"] > 0
     end = report["sigterm"]
-    assert (end["status"], end["errors"]) == (0, "")
+    assert (end["status"], faults(end["errors"])) == (0, [])
     assert end["seconds"] < 10
     assert set(end["api_statuses"]) <= {"200", "503", "lost"}
 
@@ -48,7 +53,7 @@ def test_sigterm_closes_the_sockets_and_answers_what_runs(tiny_folder: Path) -> 
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1012  # service restart: the page connects again
         assert len(answers) == 1
-        assert (status, process.errors()) == (0, "")
+        assert (status, faults(process.errors())) == (0, [])
         assert seconds < 10
 
 

@@ -70,7 +70,17 @@ def check_alike(one: Path, other: Path, iteration: int) -> None:
 TEACHER = {"feature_network": "teacher", "latents_too": True, "teacher_guidance": 2.0, "condition_on_level": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "add": ("add", {**TEACHER, "head_width": 16, "misaligned": 1.0}),
-    "add without R1, heads first": ("add", {**TEACHER, "head_width": 16, "gamma_r1": 0.0, "heads_first": 1}),
+    "add through a CNN, without R1, heads first": (
+        "add",
+        {
+            **TEACHER,
+            "feature_network": "cnn+teacher",
+            "cnn": "lite0",
+            "head_width": 16,
+            "gamma_r1": 0.0,
+            "heads_first": 1,
+        },
+    ),
     "lcm": ("lcm", {"target": "average"}),
     "diffusion": ("diffusion", {}),
 }
@@ -84,6 +94,7 @@ def test_compiled_steps_are_the_eager_ones_and_a_run_goes_on_in_either(
     """By dynamo and AOT autograd, as inductor gets it; writing and building its C++ takes minutes for a UNet."""
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
     name, options = CASES[case]
+    options = options | ({"cnn": str(parts / options["cnn"])} if "cnn" in options else {})
     run(parts, tmp_path / "eager", name, 3, compile=False, **options)
     run(parts, tmp_path / "compiled", name, 2, compile=True, **options)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= (1 if name == "diffusion" else 3)
