@@ -55,7 +55,8 @@ STAGE = "1-autoencoder"
 NARROW = ["loop.iterations=100000000", "loop.batch_size=2", "loop.threads=1", "loop.log_every=1", "data.workers=0",
           "loop.sheet_every=100000000", "loop.checkpoint_every=100000000", 'data.shards=["sample"]',
           "autoencoder.encoder_width=4", "autoencoder.decoder_width=4", "autoencoder.latent_channels=4",
-          "autoencoder.encoder_blocks=[0, 0, 1]", "autoencoder.decoder_blocks=[1, 0, 0]"]  # fmt: skip
+          "autoencoder.encoder_blocks=[0, 0, 1]", "autoencoder.decoder_blocks=[1, 0, 0]",
+          "autoencoder.perceptual=0"]  # fmt: skip
 ICONS = [sys.executable, "-m", "recipes.icons.train", "--parquet", "none.parquet", "--from", STAGE, "--to", STAGE]
 ICONS += [word for setting in NARROW for word in ("--set", setting)]
 
