@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from onestill.train import compiling
+from onestill.train.cnn import CNNFeatures
 from onestill.train.compiling import mode
 from onestill.train.loop import train
 from onestill.train.methods import add, diffusion, ladd, lcm
@@ -70,17 +71,7 @@ def check_alike(one: Path, other: Path, iteration: int) -> None:
 TEACHER = {"feature_network": "teacher", "latents_too": True, "teacher_guidance": 2.0, "condition_on_level": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "add": ("add", {**TEACHER, "head_width": 16, "misaligned": 1.0}),
-    "add through a CNN, without R1, heads first": (
-        "add",
-        {
-            **TEACHER,
-            "feature_network": "cnn+teacher",
-            "cnn": "lite0",
-            "head_width": 16,
-            "gamma_r1": 0.0,
-            "heads_first": 1,
-        },
-    ),
+    "add without R1, heads first": ("add", {**TEACHER, "head_width": 16, "gamma_r1": 0.0, "heads_first": 1}),
     "lcm": ("lcm", {"target": "average"}),
     "diffusion": ("diffusion", {}),
 }
@@ -94,13 +85,28 @@ def test_compiled_steps_are_the_eager_ones_and_a_run_goes_on_in_either(
     """By dynamo and AOT autograd, as inductor gets it; writing and building its C++ takes minutes for a UNet."""
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
     name, options = CASES[case]
-    options = options | ({"cnn": str(parts / options["cnn"])} if "cnn" in options else {})
     run(parts, tmp_path / "eager", name, 3, compile=False, **options)
     run(parts, tmp_path / "compiled", name, 2, compile=True, **options)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= (1 if name == "diffusion" else 3)
     check_alike(tmp_path / "eager", tmp_path / "compiled", 2)
     run(parts, tmp_path / "compiled", name, 3, compile=False, resume=True, **options)
     check_alike(tmp_path / "eager", tmp_path / "compiled", 3)
+
+
+def test_a_cnn_is_compiled_with_its_hooks(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    features = CNNFeatures(parts / "lite0", ("stages.1", "stages.2"))
+    fast = compiling.compiled(features.taps, LoopOptions(compile=True), torch.device("cpu"))
+    for seed in (0, 1):
+        x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+        gradients = []
+        for taps in (features.taps, fast):
+            shown = x.clone().requires_grad_()
+            found = taps(shown)
+            sum(tap.square().sum() for tap in found).backward()  # type: ignore[union-attr]
+            gradients.append((shown.grad, *found))
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 def test_a_sheet_and_what_it_samples_are_not_compiled_for(
