@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from onestill.train import compiling
 from onestill.train.cnn import CNNFeatures
-from onestill.train.compiling import mode
+from onestill.train.compiling import graphs
 from onestill.train.loop import train
 from onestill.train.methods import add, diffusion, ladd, lcm
 from onestill.train.recipe import LoopOptions, parse_recipe
@@ -41,7 +41,15 @@ def _fresh() -> Any:
 
 
 def run(
-    parts: Path, out: Path, name: str, iterations: int, *, compile: bool, resume: bool = False, **options: Any
+    parts: Path,
+    out: Path,
+    name: str,
+    iterations: int,
+    *,
+    compile: bool,
+    resume: bool = False,
+    device: str = "cpu",
+    **options: Any,
 ) -> TrainState:
     model = parts / "model"
     given: dict[str, Any] = {"autoencoder": str(model / "vae"), "text_encoder": str(model), **options}
@@ -51,7 +59,7 @@ def run(
     else:
         given |= {"teacher": str(model / "unet"), "sheet_prompts": ["a red star"]}
     often = {"log_every": 1, "sheet_every": 99, "checkpoint_every": 1, "keep_checkpoints": 9, "warmup": 0, "seed": 2}
-    table = {"iterations": iterations, "batch_size": 8, "compile": compile, **often}
+    table = {"iterations": iterations, "batch_size": 8, "compile": compile, "device": device, **often}
     recipe = parse_recipe({"name": "t", "method": name, "out": str(out), "loop": table, name: given})
     method = METHODS[name].Method(recipe.options, recipe.loop)
     return train(recipe, method, PartBatches((0, 1)), resume=resume)
@@ -79,11 +87,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_compiled_steps_are_the_eager_ones_and_a_run_goes_on_in_either(
-    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
-    """By dynamo and AOT autograd, as inductor gets it; writing and building its C++ takes minutes for a UNet."""
-    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+def test_compiled_steps_are_the_eager_ones_and_a_run_goes_on_in_either(parts: Path, tmp_path: Path, case: str) -> None:
+    """By dynamo and AOT autograd, whose graphs a GPU records."""
     name, options = CASES[case]
     run(parts, tmp_path / "eager", name, 3, compile=False, **options)
     run(parts, tmp_path / "compiled", name, 2, compile=True, **options)
@@ -93,8 +98,7 @@ def test_compiled_steps_are_the_eager_ones_and_a_run_goes_on_in_either(
     check_alike(tmp_path / "eager", tmp_path / "compiled", 3)
 
 
-def test_a_cnn_is_compiled_with_its_hooks(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+def test_a_cnn_is_compiled_with_its_hooks(parts: Path) -> None:
     features = CNNFeatures(parts / "lite0", ("stages.1", "stages.2"))
     fast = compiling.compiled(features.taps, LoopOptions(compile=True), torch.device("cpu"))
     for seed in (0, 1):
@@ -109,10 +113,24 @@ def test_a_cnn_is_compiled_with_its_hooks(parts: Path, monkeypatch: pytest.Monke
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_gpu_graphs_train_as_eager_does(parts: Path, tmp_path: Path, case: str) -> None:
+    name, options = CASES[case]
+    for out, on in (("eager", False), ("graphs", True)):
+        run(parts, tmp_path / out, name, 3, compile=on, device="cuda", **options)
+    for kind in ("student", "teacher"):
+        file = f"checkpoints/00000003/{kind}.safetensors"
+        if (tmp_path / "eager" / file).is_file():
+            mine, its = (load_file(tmp_path / out / file) for out in ("eager", "graphs"))
+            for key, value in mine.items():
+                torch.testing.assert_close(its[key], value, rtol=1e-2, atol=2e-3, msg=key)
+
+
 def test_a_sheet_and_what_it_samples_are_not_compiled_for(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
     seen: list[int] = []
     real = diffusion.build_like
 
@@ -127,9 +145,9 @@ def test_a_sheet_and_what_it_samples_are_not_compiled_for(
 
 def test_graphs_are_for_gpus_whose_weights_stay_where_they_are() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert mode(LoopOptions(), cuda) == "reduce-overhead"
-    assert mode(LoopOptions(parallel="fsdp"), cuda) is None
-    assert mode(LoopOptions(), cpu) is None
+    assert graphs(LoopOptions(), cuda)
+    assert not graphs(LoopOptions(parallel="fsdp"), cuda)
+    assert not graphs(LoopOptions(), cpu)
 
 
 def test_without_compile_nothing_is_compiled() -> None:
