@@ -1,4 +1,4 @@
-"""Is what is fast also right? On small models of SDXL's architecture, graphs against the same calls in the open.
+"""Is what is fast also right? On small models of SDXL's architecture, graphs against the same calls run eagerly.
 
 Where there is no GPU there are no graphs: the fast engine's plain calls are then held against the plain engine's, and
 the record says so under `twin`.
@@ -74,7 +74,7 @@ def correctness(run: Run, seconds: float, note: Callable[..., None]) -> Mapping[
     networks = RandomNetworks(run.work / f"small-{time.time_ns()}", run.device, SMALL, torch.float32)
     twins = Twins(networks, run.on_gpu)
     checks: dict[str, Any] = {}
-    twin = "CUDA graphs against the same calls in the open" if run.on_gpu else "no GPU: the fast engine's plain calls"
+    twin = "CUDA graphs against the same calls run eagerly" if run.on_gpu else "no GPU: the fast engine's plain calls"
     todo: dict[str, Callable[[Twins], Any]] = {
         **{f"equal, {name}": _equal(given) for name, given in SETTINGS.items()},
         **({"equal to a CPU's": as_on_a_cpu} if run.on_gpu else {}),
@@ -107,7 +107,7 @@ def levels(pipe: Pipeline, count: int = 1, **given: Any) -> Any:
 
 def _equal(given: Mapping[str, Any]) -> Callable[[Twins], str]:
     def check(twins: Twins) -> str:
-        # On a GPU three times, as the first use of a shape may be in the open, the second captured, the third replayed.
+        # On a GPU three times, as the first use of a shape may run eagerly, the second be captured, the third replayed.
         for _ in range(twins.uses):
             found, expected = levels(twins.fast, **given), levels(twins.sure, **given)
             off = int(np.abs(found - expected).max())

@@ -179,7 +179,7 @@ class FastEngine(TorchEngine):
             found: NDArray[np.uint8] = pictures[:count].cpu().numpy()
             return found
         try:
-            # Once more in the open, which says what happened and decodes in float32.
+            # Once more, eagerly, which says what happened and decodes in float32.
             checked: NDArray[np.uint8] = to_uint8(self._networks.checked_image(latents[:count])).cpu().numpy()
             return checked
         except FloatingPointError as error:

@@ -1,4 +1,4 @@
-"""The engine for machines with torch, one call after the other in the open: what faster engines must agree with.
+"""The engine for machines with torch, one call after the other, eagerly: what faster engines must agree with.
 
 Real checkpoints of every kind, on any device, through diffusers' and transformers' own classes. `[torch]`
 """
