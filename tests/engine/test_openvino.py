@@ -143,3 +143,11 @@ def test_an_openvino_without_the_option_draws_as_ever(
     monkeypatch.setattr(onestill.engine.openvino, "UNCHAINED", {"NO_SUCH_OPTION": "DISABLE"})
     engine = OpenVinoEngine(describe(tiny_folder), quick_start=True)
     np.testing.assert_array_equal(np.asarray(Pipeline(engine)("a red apple", seed=5).images[0]), expected)
+
+
+@pytest.mark.parametrize("limit", ["AVX2", "avx512_core"])
+def test_a_limit_on_onednn_s_instructions_is_heeded(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert OpenVinoEngine(describe(tiny_folder)).dtype == "float32"

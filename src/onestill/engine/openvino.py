@@ -33,6 +33,9 @@ from onestill.errors import CheckpointError, OnestillError
 __all__ = ["OpenVinoEngine", "read_graph"]
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+# oneDNN's names for sets of instructions that multiply no bytes, or no bfloat16.
+WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
+WITHOUT_BFLOAT16 = (*WITHOUT_VNNI, "AVX2_VNNI", "AVX512_CORE_VNNI")
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 # OpenVINO writes a kernel for each chain of small operations as it loads a network: half of what loading takes. The
 # text encoder is as fast without and the same. The UNet is not; int8 layers of given ranges come out wrong (26 dB).
@@ -253,7 +256,13 @@ def _can_unchain(core: Any) -> bool:
 
 
 def _fastest_float(core: Any) -> str:
-    return "bfloat16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"
+    has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "bfloat16" if has_bfloat16 and _onednn_limit() not in WITHOUT_BFLOAT16 else "float32"
+
+
+def _onednn_limit() -> str:
+    """The instructions that the environment limits oneDNN to, "" without a limit. OpenVINO asks the CPU alone."""
+    return (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
 
 
 def _multiplies_bytes(has_bfloat16: bool) -> bool:
@@ -261,7 +270,7 @@ def _multiplies_bytes(has_bfloat16: bool) -> bool:
 
     An x86 CPU with bfloat16 has VNNI too. Of the others only Linux says; elsewhere the answer is no.
     """
-    if platform.machine().lower() not in ("x86_64", "amd64"):
+    if platform.machine().lower() not in ("x86_64", "amd64") or _onednn_limit() in WITHOUT_VNNI:
         return False
     with suppress(OSError):
         return has_bfloat16 or "vnni" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
