@@ -31,7 +31,7 @@ class Drawing:
 
     Args:
         work: the folder that stays.
-        options: `parquet`, `samples`, `pixels` and `samples_per_shard`: what is drawn.
+        options: `parquet`, `samples`, `pixels`, `samples_per_shard` and `text_encoder`: what is drawn.
     """
 
     def __init__(self, work: Path, options: Any) -> None:
@@ -40,7 +40,7 @@ class Drawing:
         command = [sys.executable, "-m", "recipes.icons.render", "--parquet", str(options.parquet)]
         command += ["--out", str(work / "shards"), "--splits", "train", "--samples", str(options.samples)]
         command += ["--size", str(options.pixels), "--samples-per-shard", str(options.samples_per_shard)]
-        command += ["--processes", str(self.processes)]
+        command += ["--text-encoder", str(options.text_encoder), "--processes", str(self.processes)]
         if nice := shutil.which("nice"):
             command = [nice, "-n", str(POLITE), *command]
         shutil.rmtree(work / "shards", ignore_errors=True)

