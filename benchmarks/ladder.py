@@ -22,11 +22,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from onestill.cli.bench import found_model
-from onestill.engine import TorchOptions
+from onestill.bench.latency import Setting, measure_elsewhere, psnr
+from onestill.bench.machine import machine
+from onestill.cli.commands.bench import found_model
+from onestill.engine.protocol import TorchOptions
 from onestill.errors import OnestillError
-from onestill.evaluate.latency import Setting, measure_elsewhere, psnr
-from onestill.evaluate.machine import machine
 
 Options = Mapping[str, Any]
 Measure = Callable[[Setting], Mapping[str, Any]]  # raises OnestillError where it cannot be had
@@ -181,8 +181,8 @@ class Floors:
 
     def __call__(self, setting: Setting, result: Mapping[str, Any]) -> dict[str, Any]:
         """The result with `gflop` by part, `tflops`, `floor_ms` and `floor_multiple`."""
+        from onestill.bench.roofline import count_gflop, matrix_tflops
         from onestill.checkpoint import Additions, describe, resolve
-        from onestill.evaluate.floor import count_gflop, matrix_tflops
 
         tiny = Additions(tiny_vae=Path(setting.tiny_vae) if setting.tiny_vae else None)
         info = describe(resolve(setting.model), tiny)

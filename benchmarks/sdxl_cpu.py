@@ -6,7 +6,7 @@
 Every contender draws the same prompts at 512 x 512 px in one step with the same weights, in a process of its own, one
 after the other; a line comes as each has finished, and the report is written then, so that `--resume` goes on with the
 next. diffusers computes in float32, its fastest on a CPU without bfloat16, and in bfloat16 too. The weights are random
-(`onestill.engine.random_weights`): only times and memory mean anything; pictures are compared with diffusers' to show
+(`onestill.networks.random_weights`): only times and memory mean anything; pictures are compared with diffusers' to show
 that it is the same network. Needs the extra `torch`, 16 GB of free memory (diffusers in float32) and 11 GB of disk in
 the cache folder, which ONESTILL_CACHE names.
 """
@@ -25,10 +25,10 @@ from typing import Any
 
 import openvino
 
-from onestill.cli.bench import found_model
+from onestill.bench.latency import Setting, measure_elsewhere, psnr
+from onestill.bench.machine import machine
+from onestill.cli.commands.bench import found_model
 from onestill.errors import OnestillError
-from onestill.evaluate.latency import Setting, measure_elsewhere, psnr
-from onestill.evaluate.machine import machine
 
 SIZE_PX = 512
 OURS = "onestill, OpenVINO int8, tiny VAE"

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from onestill.checkpoint import Additions, describe, identify
 from onestill.checkpoint.presets import PRESETS
 from onestill.cli import main
-from onestill.engine.weights import load_components
 from onestill.errors import CheckpointError, ModelNotFoundError, OnestillError, UnsafeFormatError
+from onestill.networks.load import load_components
 from onestill.pipeline import Pipeline
 from tests.checkpoint_files import ALPHA, RANK, lora_pairs, write_lora
 from tests.on_cpu import load

@@ -74,7 +74,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_the_base_needs_no_torch() -> None:
     code = (
         "import onestill.errors, onestill.schedule, onestill.noise, onestill.sampling, onestill.checkpoint\n"
-        "import onestill.pipeline, onestill.engine.openvino, onestill.cli.app, onestill.serve.run\n"
+        "import onestill.pipeline, onestill.engine.openvino.icons, onestill.cli.app, onestill.serve.run\n"
         "onestill.cli.app.make_app()"
     )
     heavy = {"alembic", "c2pa", "ray", "sqlalchemy", "torch", "diffusers", "transformers"} | {
@@ -94,7 +94,7 @@ def test_without_the_database_the_extra_is_named(command: list[str]) -> None:
 
 
 def test_measuring_on_a_gpu_needs_no_openvino() -> None:
-    code = "import onestill.cli.bench, onestill.evaluate.floor, onestill.evaluate.latency, onestill.engine.cuda"
+    code = "import onestill.cli.commands.bench, onestill.bench.roofline, onestill.engine.torch.fast"
     assert "openvino" not in modules_after(code)
 
 

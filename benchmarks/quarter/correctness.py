@@ -20,8 +20,8 @@ import torch
 from benchmarks.quarter.limits import OverranError
 from benchmarks.quarter.networks import SMALL, RandomNetworks
 from benchmarks.quarter.steps import Run
+from onestill.bench.latency import Setting
 from onestill.errors import NotEnoughMemoryError
-from onestill.evaluate.latency import Setting
 from onestill.pipeline import Pipeline
 
 __all__ = ["correctness"]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from benchmarks.quarter.steps import Run
-from onestill.evaluate.floor import matrix_tflops
-from onestill.evaluate.machine import machine, versions
+from onestill.bench.machine import machine, versions
+from onestill.bench.roofline import matrix_tflops
 
 __all__ = ["environment"]
 

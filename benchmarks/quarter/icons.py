@@ -16,8 +16,8 @@ from benchmarks.quarter.steps import LeftOutError, Run
 from benchmarks.quarter.training import Training, train_for
 from onestill.data import Sample, ShardReader, ShardWriter
 from onestill.train.cache import cache_samples
-from onestill.train.cnn import LITE0
 from onestill.train.conditioning import LatentSpace, open_text_encoder
+from onestill.train.discriminator.cnn import LITE0
 
 __all__ = ["latents", "student", "teacher"]
 

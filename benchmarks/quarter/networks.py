@@ -14,11 +14,11 @@ from typing import Any
 import diffusers
 import torch
 
-import onestill.engine.torch as torch_engine
-from onestill.engine import TorchOptions
-from onestill.engine.random_weights import CLASSES, CONFIGS, meta_module, random_model, weight_scale
-from onestill.engine.weights import DTYPES, quiet_libraries
-from onestill.evaluate.latency import Setting
+import onestill.engine.torch.eager as torch_engine
+from onestill.bench.latency import Setting
+from onestill.engine.protocol import TorchOptions
+from onestill.networks.load import DTYPES, quiet_libraries
+from onestill.networks.random_weights import CLASSES, CONFIGS, meta_module, random_model, weight_scale
 from onestill.pipeline import Pipeline, load
 
 __all__ = ["SMALL", "RandomNetworks"]

@@ -21,9 +21,9 @@ from benchmarks.ladder import Floors, Ladder, shown
 from benchmarks.quarter.limits import OverranError, limited
 from benchmarks.quarter.networks import SMALL, RandomNetworks
 from benchmarks.quarter.steps import Run
+from onestill.bench.contenders import diffusers_contender, diffusers_pipeline, our_contender
+from onestill.bench.latency import PARTS, MeasuringError, Setting, measure, percentile, psnr
 from onestill.checkpoint import describe
-from onestill.evaluate.contenders import diffusers_contender, diffusers_pipeline, our_contender
-from onestill.evaluate.latency import PARTS, MeasuringError, Setting, measure, percentile, psnr
 
 __all__ = ["compiled", "speed"]
 

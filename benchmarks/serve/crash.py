@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.serve.crowd import Crowd
 from benchmarks.serve.server import Process, running, tell
-from onestill.serve.ledger import Ledger
+from onestill.serve.access.ledger import Ledger
 
 LIMIT = 1_000_000
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.serve.crowd import Crowd
 from benchmarks.serve.server import running, tell
-from onestill.serve.ledger import Ledger
+from onestill.serve.access.ledger import Ledger
 
 KEY_LIMIT = 1_000_000
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.serve.server import running
-from onestill.serve.ledger import Ledger
+from onestill.serve.access.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,9 +7,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from onestill.evaluate import Evaluation, Result, fid_ratio, sheets
-from onestill.evaluate.machine import machine_in_words, versions
-from onestill.evaluate.report import About, Report, Target, Tried, write_report
+from onestill.bench.machine import machine_in_words, versions
+from onestill.evaluate import Evaluation, Result, fid_ratio
+from onestill.evaluate.report import sheets
+from onestill.evaluate.report.page import About, Report, Target, Tried, write_report
 from recipes.ablations.block import Block, Trained
 
 CAVEATS = (

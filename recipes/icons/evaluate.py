@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 import onestill
+from onestill.bench.machine import machine_in_words, versions
 from onestill.data import ShardReader
 from onestill.errors import DataError, OnestillError
 from onestill.evaluate import (
@@ -35,11 +36,10 @@ from onestill.evaluate import (
     fid_ratio,
     fingerprint,
     load_network,
-    sheets,
 )
-from onestill.evaluate.machine import machine_in_words, versions
 from onestill.evaluate.protocol import Generate, Pictures
-from onestill.evaluate.report import About, Report, Target, Tried, write_report
+from onestill.evaluate.report import sheets
+from onestill.evaluate.report.page import About, Report, Target, Tried, write_report
 from recipes.icons.captions import style_name
 
 SPLITS = ("val", "style", "concept")

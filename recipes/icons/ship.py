@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, BertModel
 
-from onestill.engine.export import export_openvino, save_folder, write_manifest
+from onestill.export.folder import export_openvino, save_folder, write_manifest
 from onestill.train.conditioning import load_autoencoder, text_folder
 from onestill.train.denoiser import load_unet, training_schedule
 

@@ -15,8 +15,8 @@ import pytest
 
 from benchmarks import ladder
 from benchmarks.ladder import KNOWN, PLAIN, RUNGS, Floors, Ladder
+from onestill.bench.latency import MeasuringError, Setting, measure, measure_elsewhere
 from onestill.errors import OnestillError
-from onestill.evaluate.latency import MeasuringError, Setting, measure, measure_elsewhere
 
 BASE = Setting("onestill", "some-model", dtype="float16")
 

@@ -72,5 +72,5 @@ def test_a_command_imports_none_of_the_others() -> None:
     code = "import sys; from onestill.cli import main; main(['verify', '--help']); print(*sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     loaded = {name for name in said.split() if name.startswith("onestill.cli.")}
-    assert "onestill.cli.verify" in loaded
+    assert "onestill.cli.commands.verify" in loaded
     assert not loaded & {f"onestill.cli.{name}" for name in app.COMMANDS if name != "verify"}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from onestill.engine.graphs import WARM_UPS, Recorder
+from onestill.engine.torch.cuda_graphs import WARM_UPS, Recorder
 
 
 class Replays(Recorder):

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from onestill import load
-from onestill.engine import TorchOptions, load_engine
-from onestill.engine.cuda import FastEngine
+from onestill.engine import load_engine
 from onestill.engine.device import (
     automatic,
     checked_name,
@@ -27,6 +26,8 @@ from onestill.engine.device import (
     synchronize,
 )
 from onestill.engine.gpus import Gpus, TorchDevices
+from onestill.engine.protocol import TorchOptions
+from onestill.engine.torch.fast import FastEngine
 from onestill.errors import OnestillError
 from tests.tiny_sd import tiny_sd
 

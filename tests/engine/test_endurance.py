@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onestill.engine import TorchOptions
 from onestill.engine.memory import parameters
+from onestill.engine.protocol import TorchOptions
 from onestill.errors import NotEnoughMemoryError
 from onestill.pipeline import Pipeline
 from tests.on_cpu import load
@@ -41,7 +41,7 @@ def bytes_used(column: int) -> int:
 @pytest.mark.slow
 def test_memory_does_not_grow_over_500_requests(xl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onestill.pipeline.PROMPTS_KEPT", 16)
-    monkeypatch.setattr("onestill.engine.cuda.PROMPTS_KEPT", 16)
+    monkeypatch.setattr("onestill.engine.torch.fast.PROMPTS_KEPT", 16)
     for pipe in engines(xl):
         for i in range(60):
             pipe(f"a red apple {i}", seed=i)

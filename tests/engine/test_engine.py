@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from onestill.checkpoint import describe, list_models, model_path
-from onestill.engine import Conditioning, Engine, to_images, to_pictures
+from onestill.engine.protocol import Conditioning, Engine, to_images, to_pictures
 from onestill.errors import CheckpointError, MissingExtraError, ModelNotFoundError, OnestillError
 from onestill.pipeline import Pipeline
 from tests.on_cpu import load_engine
@@ -203,7 +203,7 @@ def test_pictures_and_images_round_trip() -> None:
 
 
 def test_a_tokenizers_attention_mask_is_passed_only_where_the_config_asks(tiny_folder: Path, tmp_path: Path) -> None:
-    from onestill.engine.export import export_openvino
+    from onestill.export.folder import export_openvino
 
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "tiny"))
     (folder / "onestill.json").unlink()

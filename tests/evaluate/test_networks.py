@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel
 
-from onestill.engine.text import PromptTokenizer
 from onestill.errors import CheckpointError
 from onestill.evaluate import load_network
+from onestill.text.tokenize import PromptTokenizer
 from tests.on_cpu import load_engine
 
 TEXT_WIDTH, WIDTH = 32, 8

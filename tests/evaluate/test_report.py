@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from onestill.bench.machine import machine_in_words, versions
 from onestill.errors import DataError, OutputError
-from onestill.evaluate import Contender, Evaluation, Protocol, evaluate, sheets
-from onestill.evaluate.charts import Point, Series, line_chart
-from onestill.evaluate.machine import machine_in_words, versions
-from onestill.evaluate.report import About, Report, Target, Tried, write_report
+from onestill.evaluate import Contender, Evaluation, Protocol, evaluate
+from onestill.evaluate.report import sheets
+from onestill.evaluate.report.charts import Point, Series, line_chart
+from onestill.evaluate.report.page import About, Report, Target, Tried, write_report
 from tests.evaluate.shapes import KINDS, NAMES, Painter, colour_network
 
 VOID = {"meta", "link", "img", "line", "polyline", "circle", "br"}

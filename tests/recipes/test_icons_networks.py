@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from onestill.errors import DataError
-from onestill.train.cnn import EfficientNetLite0
-from onestill.train.perceptual import LPIPS, WIDTHS
+from onestill.train.discriminator.cnn import EfficientNetLite0
+from onestill.train.lpips import LPIPS, WIDTHS
 from recipes.icons.networks import ArraysOnly, lite0_weights, lpips_weights
 
 

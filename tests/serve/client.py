@@ -14,11 +14,11 @@ from typing import Any
 from websockets.sync.client import ClientConnection, connect
 
 from onestill.pipeline import Pipeline
-from onestill.serve.access import COOKIE, Access
-from onestill.serve.gallery import Gallery
-from onestill.serve.realtime import unpacked
+from onestill.serve.access.quota import COOKIE, Access
+from onestill.serve.gallery.store import Gallery
 from onestill.serve.run import listen, make_server
-from onestill.serve.state import Server, Settings
+from onestill.serve.web.realtime import unpacked
+from onestill.serve.web.state import Server, Settings
 
 
 @dataclass

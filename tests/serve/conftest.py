@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from onestill.engine import Engine
+from onestill.engine.protocol import Engine
 from onestill.pipeline import Pipeline, load
-
-from .client import Served, serving
+from tests.serve.client import Served, serving
 
 
 class Gated:

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from onestill.train.cnn import LITE0, EfficientNetLite0
 from onestill.train.conditioning import Condition, batch_condition
-from onestill.train.features import Tower, new_backbone
+from onestill.train.discriminator.cnn import LITE0, EfficientNetLite0
+from onestill.train.discriminator.features import Tower, new_backbone
 from onestill.train.methods.add import Method
 from onestill.train.recipe import parse_recipe
 from tests.tiny import MAX_TOKENS, WIDTH, tiny_model

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from onestill.engine.torch import quiet_libraries
+from onestill.engine.torch.eager import quiet_libraries
 from onestill.errors import CheckpointError, RecipeError
 from onestill.train.batches import collate_latents
 from onestill.train.cache import cache_samples
 from onestill.train.conditioning import LatentSpace, open_text_encoder
-from onestill.train.draw import Draw
 from onestill.train.loop import train
 from onestill.train.methods import add, ladd, lcm
+from onestill.train.noise import Draw
 from onestill.train.recipe import parse_recipe
 from onestill.train.state import TrainState, trained
 from tests.tiny import tiny_autoencoder

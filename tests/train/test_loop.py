@@ -16,13 +16,13 @@ import torch
 
 from onestill.engine.device import choose
 from onestill.errors import OutputError, RecipeError
-from onestill.train.interrupt import REPEAT_S, Interrupted
-from onestill.train.log import Log
 from onestill.train.loop import TrainingStoppedError
 from onestill.train.methods.autoencoder import Method
+from onestill.train.monitor.log import Log
+from onestill.train.optim.step import learning_rate_factor
 from onestill.train.recipe import LoopOptions
+from onestill.train.runtime.interrupt import REPEAT_S, Interrupted
 from onestill.train.state import TrainState, checkpoints, save_checkpoint
-from onestill.train.turns import learning_rate_factor
 from tests.train.small import NoiseBatches, rows, small_recipe, small_train
 
 

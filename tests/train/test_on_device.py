@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from onestill.train import loop, parallel
+from onestill.train import loop
 from onestill.train.batches import SampleBatches, to_device
-from onestill.train.draw import Draw, Part, generators, restore, table
 from onestill.train.methods import add, diffusion, ladd, lcm
-from onestill.train.muon import Muon, Together, muon_with_adamw
+from onestill.train.noise import Draw, Part, generators, restore, table
+from onestill.train.optim.muon import Muon, Together, muon_with_adamw
+from onestill.train.optim.step import Skipped, Updater, decides_itself, take_turns
 from onestill.train.recipe import LoopOptions, parse_recipe
+from onestill.train.runtime import parallel
 from onestill.train.state import TrainState, start_ema
-from onestill.train.turns import Skipped, Updater, decides_itself, take_turns
 from tests.tiny import WIDTH
+from tests.train.methods.test_add import KINDS, placed
 from tests.train.parts import CHANNELS, SIZE, latents_batch, write_parts
 from tests.train.small import NoiseBatches, rows, small_train
-from tests.train.test_add import KINDS, placed
 
 METHODS: dict[str, Any] = {"add": add, "ladd": ladd, "lcm": lcm, "diffusion": diffusion}
 AWAY = torch.device("meta")  # tensors there have no numbers: whatever reads one fails, as a GPU would be waited for

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from onestill.cli.train import RecipeReader
+from onestill.cli.commands.train import RecipeReader
 from onestill.data import ShardReader, sample_shards
 from onestill.errors import DataError
 from onestill.train.conditioning import LatentSpace, TextEncoder
 from onestill.train.denoiser import load_unet
-from onestill.train.features import Tower
-from onestill.train.perceptual import LPIPS
+from onestill.train.discriminator.features import Tower
+from onestill.train.lpips import LPIPS
 from onestill.train.recipe import METHODS, read_recipe
 from onestill.train.run import train_recipe
 from recipes.icons import cache, train

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from onestill.train.conditioning import Condition
 from onestill.train.denoiser import Denoiser, training_schedule
-from onestill.train.discriminator import Discriminator
+from onestill.train.discriminator.heads import Discriminator
+from onestill.train.discriminator.inputs import Views
 from onestill.train.loop import train
 from onestill.train.methods.add import Method
 from onestill.train.recipe import LoopOptions, Recipe, parse_recipe
 from onestill.train.state import TrainState
-from onestill.train.view import Views
 
 MODES = torch.stack([torch.tensor([np.cos(a), np.sin(a)]) for a in np.arange(8) * np.pi / 4]).float() * 2**0.5
 SPREAD = 0.06

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from onestill.train import parallel
 from onestill.train.loop import train
 from onestill.train.methods.add import Method
 from onestill.train.recipe import Recipe, parse_recipe
+from onestill.train.runtime import parallel
 from onestill.train.state import TrainState
 from tests.train.parts import add_recipe, latents_batch
 

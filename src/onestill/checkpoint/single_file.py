@@ -40,7 +40,7 @@ class Network:
         config: what that class is made from.
         file: the safetensors file.
         prefix: what every name of this network starts with in the file.
-        layout: "diffusers" where names are the module's own; else how they are told, see `onestill.engine.weights`.
+        layout: "diffusers" where names are the module's own; else how they are told, see `onestill.networks.load`.
     """
 
     kind: str

@@ -19,7 +19,7 @@ __all__ = ["COMMANDS", "make_app", "run"]
 
 USAGE = 2  # the exit status of a mistake in the command itself
 
-# Each is a module beside this one, with a function of its name or, for a group of commands, an `app`.
+# Each is a module of `onestill.cli.commands`, with a function of its name or, for a group of commands, an `app`.
 COMMANDS = (
     "generate",
     "serve",
@@ -42,7 +42,7 @@ def make_app(commands: Iterable[str] = COMMANDS) -> typer.Typer:
         name="onestill", pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
     )
     for name in commands:
-        module = importlib.import_module(f"onestill.cli.{name}")
+        module = importlib.import_module(f"onestill.cli.commands.{name}")
         if hasattr(module, "app"):
             app.add_typer(module.app, name=name)
         else:

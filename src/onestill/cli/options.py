@@ -11,7 +11,7 @@ import typer
 from onestill.errors import OnestillError, SizeError
 
 if TYPE_CHECKING:
-    from onestill.engine import TorchOptions
+    from onestill.engine.protocol import TorchOptions
 
 __all__ = [
     "Compile",
@@ -117,6 +117,6 @@ def torch_options(compiling: str | None, quantizing: str | None) -> TorchOptions
     """How torch computes; None where nothing was asked for."""
     if compiling is None and quantizing is None:
         return None
-    from onestill.engine import TorchOptions
+    from onestill.engine.protocol import TorchOptions
 
     return TorchOptions(compile=compiling or "none", quantize=quantizing or "none")

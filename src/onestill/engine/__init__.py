@@ -1,214 +1,16 @@
-"""The runtimes behind one protocol: words to states, noisy latents to a network's output, latents to pictures.
-
-An engine knows nothing of steps, seeds or guidance; `onestill.pipeline` does. It does not change after loading, and
-any number of threads may call it at once.
-"""
+"""The runtimes behind one protocol, and the factory that loads a model into one of them."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from onestill.checkpoint import Additions, ModelInfo, describe, resolve, verify
+from onestill.checkpoint import Additions, describe, resolve, verify
 from onestill.engine.device import AUTO, checked_name, choose, runs_on_cpu
+from onestill.engine.protocol import ENGINES, Conditioning, Drawn, Engine, Job, TorchOptions, first_latents
 from onestill.errors import CheckpointError, MissingExtraError, OnestillError, near
-from onestill.schedule import Array, add_noise
 
 __all__ = ["ENGINES", "Conditioning", "Drawn", "Engine", "Job", "TorchOptions", "first_latents", "load_engine"]
-
-ENGINES = ("openvino", "torch")
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What a network is told of the words.
-
-    Attributes:
-        states: [B, K, D] float32, K tokens of D numbers for each prompt.
-        tokens_cut: for each prompt, how many of its last tokens did not fit.
-        words_cut: for each prompt, its end from the first word that did not fit whole; "" where all fitted or nobody
-            asks.
-        pooled: [B, P] float32, one vector for each prompt as a whole; SDXL's networks only.
-        time_ids: [B, 6] float32, SDXL's micro-conditioning in pixels: height and width that the picture is said to have
-            had, top and left that were cut off, height and width asked for.
-        guidance_scale: for networks that are told how hard to follow the words (LCM's); others ignore it.
-    """
-
-    states: NDArray[np.float32]
-    tokens_cut: tuple[int, ...]
-    words_cut: tuple[str, ...] = ()
-    pooled: NDArray[np.float32] | None = None
-    time_ids: NDArray[np.float32] | None = None
-    guidance_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.words_cut:
-            object.__setattr__(self, "words_cut", ("",) * len(self.tokens_cut))
-
-    @classmethod
-    def joined(cls, some: Sequence[Conditioning]) -> Conditioning:
-        """That of all the prompts of several; what is said of guidance is the first one's."""
-
-        def rows(arrays: list[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
-            told = [array for array in arrays if array is not None]
-            return np.concatenate(told) if told else None
-
-        return cls(
-            np.concatenate([one.states for one in some]),
-            tuple(cut for one in some for cut in one.tokens_cut),
-            tuple(words for one in some for words in one.words_cut),
-            rows([one.pooled for one in some]),
-            rows([one.time_ids for one in some]),
-            some[0].guidance_scale,
-        )
-
-    def __getitem__(self, part: slice) -> Conditioning:
-        """That of some of the prompts."""
-        return Conditioning(
-            self.states[part],
-            self.tokens_cut[part],
-            self.words_cut[part],
-            None if self.pooled is None else self.pooled[part],
-            None if self.time_ids is None else self.time_ids[part],
-            self.guidance_scale,
-        )
-
-
-class Engine(Protocol):
-    """A loaded model. B may be any number from 1; latents are scaled as the diffusion model sees them."""
-
-    @property
-    def info(self) -> ModelInfo:
-        """The model that was loaded."""
-
-    @property
-    def name(self) -> str:
-        """One of `ENGINES`."""
-
-    @property
-    def device(self) -> str:
-        """Where it runs: "cpu", "cuda", ..."""
-
-    @property
-    def dtype(self) -> str:
-        """What it computes in: "float32", "bfloat16", "float16" or "int8"."""
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode B prompts; an empty one gives the states that guidance steers away from."""
-
-    def denoise(self, latents: NDArray[np.float32], timestep: int, conditioning: Conditioning) -> NDArray[np.float32]:
-        """One call of the network at one timestep: latents [B, C, h, w] -> its output, of the same shape."""
-
-    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Latents [B, C, h, w] -> pictures [B, H, W, 3]."""
-
-    def encode_image(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Pictures [B, H, W, 3] of a size the model draws -> their most likely latents [B, C, h, w]."""
-
-    def warm_ups(self, most: int) -> tuple[int, ...]:
-        """How many pictures to draw, call by call, until no call of at most `most` has anything to prepare."""
-
-
-@dataclass(frozen=True)
-class TorchOptions:
-    """How torch computes where it is to be fast. The defaults are the fast ones that change no picture.
-
-    Attributes:
-        graphs: replay a CUDA graph for each number of images, size and number of steps, in place of thousands of calls.
-        channels_last: keep images as [H, W, C] in memory, which convolutions on GPUs read best, while CUDA's group norm
-            copies them to the other layout and back unless it is compiled; None does on a GPU where all is compiled.
-        fuse: compute an attention's q, k and v as one product; None does on a GPU.
-        compile: "none"; "regional", each kind of block once, half a minute; or "whole", minutes, kept in the cache.
-        quantize: "none"; "int8" or "fp8", the UNet's larger linear layers by torchao. Changes pictures a little.
-        attention: the name of one of diffusers' attention backends; None is torch's own choice.
-        cudnn_benchmark: let cuDNN measure its ways to compute each convolution when a shape is first drawn, in place of
-            guessing; in the whole process while this model draws.
-    """
-
-    graphs: bool = True
-    channels_last: bool | None = None
-    fuse: bool | None = None
-    compile: str = "none"
-    quantize: str = "none"
-    attention: str | None = None
-    cudnn_benchmark: bool = False
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that pictures are drawn from, for an engine that goes from words to pixels by itself.
-
-    Attributes:
-        prompts: B of them.
-        negatives: as many, where guidance steers away from something; None where it is off. None as an entry stands for
-            the zeros of `ModelInfo.zero_negative`.
-        noise: [N, B, C, h, w] float32, the noise to start from and then what the sampler adds, in order.
-        start: [1, C, h, w] float32, latents of an image to start from; None for words alone.
-        time_ids: [B, 6] float32 as in `Conditioning`, or None.
-        sampler: a name in `onestill.sampling.SAMPLERS`.
-        timesteps: falling, each one call of the network.
-        guidance_scale: above 1 it is on, where `negatives` are given.
-    """
-
-    prompts: Sequence[str]
-    negatives: Sequence[str | None] | None
-    noise: NDArray[np.float32]
-    start: NDArray[np.float32] | None
-    time_ids: NDArray[np.float32] | None
-    sampler: str
-    timesteps: tuple[int, ...]
-    guidance_scale: float
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What a job became: pictures [B, H, W, 3], what did not fit of each prompt, and where the milliseconds went."""
-
-    pictures: NDArray[np.uint8]
-    tokens_cut: tuple[int, ...]
-    words_cut: tuple[str, ...]
-    encode_ms: float
-    denoise_ms: float
-    decode_ms: float
-
-    @classmethod
-    def joined(cls, some: Sequence[Drawn]) -> Drawn:
-        """Several as one, their times summed."""
-        return cls(
-            np.concatenate([one.pictures for one in some]),
-            tuple(cut for one in some for cut in one.tokens_cut),
-            tuple(words for one in some for words in one.words_cut),
-            sum(one.encode_ms for one in some),
-            sum(one.denoise_ms for one in some),
-            sum(one.decode_ms for one in some),
-        )
-
-
-def first_latents(info: ModelInfo, timestep: int, noise: Array, start: Array | None) -> Array:
-    """What a walk starts from: the noise of its first timestep, over the latents of an image where there are some.
-
-    Args:
-        info: the model.
-        timestep: the first.
-        noise: N(0, 1), [B, C, h, w], NumPy or torch.
-        start: [1, C, h, w], or None.
-    """
-    if start is None and info.unit_noise:
-        return noise
-    alpha, sigma = info.schedule.at(timestep)
-    return add_noise(0.0 if start is None else start, noise, alpha, sigma)
-
-
-def doubled(most: int) -> tuple[int, ...]:
-    """1, 2, 4 and so on below `most`, and `most` itself."""
-    return *(2**power for power in range(most.bit_length()) if 2**power < most), most
 
 
 def load_engine(
@@ -261,10 +63,10 @@ def load_engine(
         if not has_openvino:
             raise CheckpointError(f"'{folder}' has no OpenVINO form; load it with the engine 'torch'.")
         if info.size_multiple:
-            from onestill.engine.openvino_sd import OpenVinoSdEngine
+            from onestill.engine.openvino.stable_diffusion import OpenVinoSdEngine
 
             return OpenVinoSdEngine(info, device=device, dtype=dtype, threads=threads)
-        from onestill.engine.openvino import OpenVinoEngine
+        from onestill.engine.openvino.icons import OpenVinoEngine
 
         return OpenVinoEngine(info, device=device, dtype=dtype, threads=threads, quick_start=quick_start)
     for package in ("torch", "diffusers", "transformers"):
@@ -274,25 +76,9 @@ def load_engine(
     if options is None and device.startswith("cuda"):
         options = TorchOptions()
     if options is not None:
-        from onestill.engine.cuda import FastEngine
+        from onestill.engine.torch.fast import FastEngine
 
         return FastEngine(info, options, device=device, dtype=dtype, threads=threads)
-    from onestill.engine.torch import TorchEngine
+    from onestill.engine.torch.eager import TorchEngine
 
     return TorchEngine(info, device=device, dtype=dtype, threads=threads)
-
-
-def to_pictures(image: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Images [B, 3, H, W] in [-1, 1] -> pictures [B, H, W, 3], rounded as diffusers rounds."""
-    unit = np.clip(image.astype(np.float32, copy=False) * 0.5 + 0.5, 0.0, 1.0)
-    return np.ascontiguousarray((unit * 255).round().astype(np.uint8).transpose(0, 2, 3, 1))
-
-
-def to_images(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Pictures [B, H, W, 3] -> images [B, 3, H, W] in [-1, 1]."""
-    return np.ascontiguousarray(pictures.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0)
-
-
-def local(folder: Path) -> str:
-    """A folder as the libraries take it, absolute so that it is never mistaken for a name on a hub."""
-    return str(folder.resolve())

@@ -23,9 +23,9 @@ from safetensors.numpy import load_file
 
 from onestill.checkpoint import describe, resolve
 from onestill.engine.device import choose
-from onestill.engine.text import PromptTokenizer
 from onestill.errors import CheckpointError, require
 from onestill.evaluate.protocol import Network, Pictures
+from onestill.text.tokenize import PromptTokenizer
 
 if TYPE_CHECKING:
     import torch

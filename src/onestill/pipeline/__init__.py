@@ -16,7 +16,8 @@ from PIL.Image import Image
 
 from onestill import __version__
 from onestill.checkpoint import Additions
-from onestill.engine import Conditioning, Drawn, Engine, Job, TorchOptions, first_latents, load_engine
+from onestill.engine import load_engine
+from onestill.engine.protocol import Conditioning, Drawn, Engine, Job, TorchOptions, first_latents
 from onestill.errors import NotFiniteError
 from onestill.noise import noise_source
 from onestill.pipeline.checks import (

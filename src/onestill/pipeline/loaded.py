@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass, fields
 from typing import Self
 
 from onestill.checkpoint import ModelInfo
-from onestill.engine import Engine
+from onestill.engine.protocol import Engine
 
 __all__ = ["LoadedInfo"]
 

@@ -16,9 +16,9 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from onestill.errors import OnestillError
-from onestill.serve.app import create_app
 from onestill.serve.process import settle
-from onestill.serve.state import Server
+from onestill.serve.web.app import create_app
+from onestill.serve.web.state import Server
 
 __all__ = ["listen", "make_front", "make_server", "run"]
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from onestill.engine.device import choose
-from onestill.engine.torch import quiet_libraries
+from onestill.engine.torch.eager import quiet_libraries
 from onestill.train.batches import collate_images
 from onestill.train.conditioning import LatentSpace, TextEncoder, TwoTextEncoders, open_text_encoder
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel, CLIPTextModel, CLIPTextModelWithProjection
 
-from onestill.engine.torch import most_likely_latents
+from onestill.engine.torch.eager import most_likely_latents
 from onestill.errors import CheckpointError
 from onestill.train.batches import to_pictures
 

@@ -16,8 +16,8 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor
 
-from onestill.engine.precision import exact_output
 from onestill.errors import CheckpointError, DataError, RecipeError
+from onestill.networks.precision import exact_output
 from onestill.sampling import SAMPLERS, classifier_free_guidance
 from onestill.schedule import NoiseSchedule, rescale_zero_terminal_snr, scaled_linear_alphas_cumprod, to_eps, to_x0
 from onestill.train.conditioning import Condition, joined

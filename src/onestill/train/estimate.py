@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 
-from onestill.engine.torch import quiet_libraries
+from onestill.engine.torch.eager import quiet_libraries
 from onestill.errors import CheckpointError
-from onestill.train.cnn import CNNFeatures
 from onestill.train.conditioning import Condition
 from onestill.train.denoiser import unet_folder
-from onestill.train.discriminator import Discriminator
-from onestill.train.distiller import RANDOM
+from onestill.train.discriminator.cnn import CNNFeatures
+from onestill.train.discriminator.features import TeacherFeatures, tower_widths
+from onestill.train.discriminator.heads import Discriminator
+from onestill.train.discriminator.inputs import IN_PIXELS, NOISED, THROUGH_CNN
 from onestill.train.export import add_lora
-from onestill.train.features import TeacherFeatures, tower_widths
+from onestill.train.methods.distiller import RANDOM
 from onestill.train.recipe import Recipe
-from onestill.train.view import IN_PIXELS, NOISED, THROUGH_CNN
 
 H200_TFLOPS = 790.0  # bf16, measured on the card that the project could borrow
 UTILISATION = 0.35  # of it that training reaches; an assumption, not a measurement

@@ -13,10 +13,10 @@ import torch
 from peft import LoraConfig
 
 from onestill import __version__
-from onestill.engine.torch import quiet_libraries
+from onestill.engine.torch.eager import quiet_libraries
 from onestill.schedule import NoiseSchedule
 from onestill.train.denoiser import build_like, unet_folder
-from onestill.train.parallel import is_main
+from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
 
 # Every layer with a weight matrix, as LCM-LoRA has it: attention, feed-forward, convolutions, timestep projections.

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from onestill.checkpoint import written_whole
 from onestill.engine.device import choose, explained, is_auto
 from onestill.errors import OnestillError, RecipeError
-from onestill.train import parallel
 from onestill.train.batches import to_device
-from onestill.train.compiling import next_iteration
-from onestill.train.draw import generators
-from onestill.train.interrupt import Interrupt, Interrupted
-from onestill.train.log import Log
+from onestill.train.monitor.log import Log
+from onestill.train.noise import generators
+from onestill.train.optim.step import Batch, Skipped, Update, Updater, decides_itself, rows_at_once, take_turns
 from onestill.train.recipe import LoopOptions, Recipe
+from onestill.train.runtime import parallel
+from onestill.train.runtime.compiling import next_iteration
+from onestill.train.runtime.interrupt import Interrupt, Interrupted
 from onestill.train.state import (
     TrainState,
     checkpoints,
@@ -42,7 +43,6 @@ from onestill.train.state import (
     start_ema,
     sweep,
 )  # fmt: skip
-from onestill.train.turns import Batch, Skipped, Update, Updater, decides_itself, rows_at_once, take_turns
 
 
 class Batches(Protocol):

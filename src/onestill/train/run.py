@@ -14,15 +14,15 @@ import transformers
 
 from onestill.engine.device import checked_name
 from onestill.errors import DataError
-from onestill.train import parallel
 from onestill.train.batches import COLLATE, Reader, SampleBatches
 from onestill.train.denoiser import unet_folder
-from onestill.train.distiller import DistilOptions
 from onestill.train.estimate import estimate
 from onestill.train.loop import train
+from onestill.train.methods.distiller import DistilOptions
+from onestill.train.optim.step import rows_at_once
 from onestill.train.recipe import DataOptions, Recipe, read_recipe
+from onestill.train.runtime import parallel
 from onestill.train.state import TrainState
-from onestill.train.turns import rows_at_once
 
 
 def train_recipe(

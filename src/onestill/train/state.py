@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from onestill.errors import CheckpointError, OutputError, RecipeError
-from onestill.train.draw import Draw, Part, restore
-from onestill.train.parallel import gathered, is_main, like, local, wait, whole
+from onestill.train.noise import Draw, Part, restore
+from onestill.train.runtime.parallel import gathered, is_main, like, local, wait, whole
 
 STATE_FILE = "state.json"
 

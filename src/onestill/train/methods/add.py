@@ -17,11 +17,9 @@ from torch import Tensor
 
 from onestill.errors import RecipeError
 from onestill.schedule import add_noise
-from onestill.train.compiling import compiled
 from onestill.train.conditioning import Condition, TextEncoder
-from onestill.train.discriminator import LEVEL_WIDTH, Discriminator, HeadCondition, level_embedding
-from onestill.train.distiller import Distiller, DistilOptions
-from onestill.train.draw import Draw
+from onestill.train.discriminator.heads import LEVEL_WIDTH, Discriminator, HeadCondition, level_embedding
+from onestill.train.discriminator.inputs import NOISED, View, ViewOptions, Views
 from onestill.train.losses import (
     distillation,
     exponential_weight,
@@ -33,10 +31,12 @@ from onestill.train.losses import (
     score_target,
     sds_weight,
 )  # fmt: skip
+from onestill.train.methods.distiller import Distiller, DistilOptions
+from onestill.train.noise import Draw
+from onestill.train.optim.step import Batch, Update, frozen
 from onestill.train.recipe import LoopOptions, option
+from onestill.train.runtime.compiling import compiled
 from onestill.train.state import TrainState
-from onestill.train.turns import Batch, Update, frozen
-from onestill.train.view import NOISED, View, ViewOptions, Views
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,17 +19,17 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from onestill.engine.torch import most_likely_latents
+from onestill.engine.torch.eager import most_likely_latents
 from onestill.errors import RecipeError
 from onestill.train.batches import to_pictures
 from onestill.train.conditioning import load_autoencoder
-from onestill.train.discriminator import PatchDiscriminator
+from onestill.train.discriminator.heads import PatchDiscriminator
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator, unit_moments
-from onestill.train.parallel import is_main
-from onestill.train.perceptual import LPIPS
+from onestill.train.lpips import LPIPS
+from onestill.train.optim.step import Batch, Update
 from onestill.train.recipe import LoopOptions, option
+from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
-from onestill.train.turns import Batch, Update
 
 
 @dataclass(frozen=True, kw_only=True)

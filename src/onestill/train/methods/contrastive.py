@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from onestill.errors import DataError
-from onestill.train.features import Tower, new_backbone
+from onestill.train.discriminator.features import Tower, new_backbone
 from onestill.train.losses import info_nce
-from onestill.train.parallel import is_main
+from onestill.train.optim.step import Batch, Update
 from onestill.train.recipe import LoopOptions, option
+from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
-from onestill.train.turns import Batch, Update
 
 
 @dataclass(frozen=True, kw_only=True)

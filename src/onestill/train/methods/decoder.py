@@ -21,21 +21,21 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from onestill.engine.torch import most_likely_latents
+from onestill.engine.torch.eager import most_likely_latents
 from onestill.errors import RecipeError
 from onestill.schedule import add_noise
 from onestill.train.batches import to_pictures
-from onestill.train.compiling import compiled
 from onestill.train.conditioning import LatentSpace, open_text_encoder
 from onestill.train.denoiser import SHEET_PROMPTS, Denoiser, load_unet, read_schedule
-from onestill.train.discriminator import PatchDiscriminator
-from onestill.train.draw import table
+from onestill.train.discriminator.heads import PatchDiscriminator
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator
 from onestill.train.methods import autoencoder
-from onestill.train.parallel import is_main
+from onestill.train.noise import table
+from onestill.train.optim.step import Batch, Update, frozen
 from onestill.train.recipe import LoopOptions, option
+from onestill.train.runtime.compiling import compiled
+from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
-from onestill.train.turns import Batch, Update, frozen
 
 STUDENT_STEPS = 4  # its timesteps are those of so many steps
 MARGIN = 2  # cells around a window

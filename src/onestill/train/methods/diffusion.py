@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from onestill.errors import RecipeError
 from onestill.schedule import NoiseSchedule, add_noise
-from onestill.train.compiling import compiled
 from onestill.train.conditioning import LatentSpace, TextEncoder, batch_condition
 from onestill.train.denoiser import (
     SHEET_PROMPTS,
@@ -31,13 +30,14 @@ from onestill.train.denoiser import (
     load_unet,
     training_schedule,
 )  # fmt: skip
-from onestill.train.draw import Draw
 from onestill.train.losses import mean_where, min_snr_weight
-from onestill.train.muon import muon_with_adamw
-from onestill.train.parallel import is_main
+from onestill.train.noise import Draw
+from onestill.train.optim.muon import muon_with_adamw
+from onestill.train.optim.step import Batch, Update
 from onestill.train.recipe import LoopOptions, option
+from onestill.train.runtime.compiling import compiled
+from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
-from onestill.train.turns import Batch, Update
 
 
 @dataclass(frozen=True, kw_only=True)

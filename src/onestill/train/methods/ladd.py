@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from onestill.errors import RecipeError
-from onestill.train.draw import Draw
 from onestill.train.methods import add
+from onestill.train.noise import Draw
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.state import TrainState
 

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from onestill.errors import RecipeError
 from onestill.schedule import add_noise
-from onestill.train.distiller import Distiller, DistilOptions
 from onestill.train.losses import boundary_scalings, pseudo_huber
+from onestill.train.methods.distiller import Distiller, DistilOptions
+from onestill.train.optim.step import Batch, Update
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.state import TrainState
-from onestill.train.turns import Batch, Update
 
 EMBEDDING = 256  # of the guidance scale; what diffusers' pipelines make
 

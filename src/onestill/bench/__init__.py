@@ -1,0 +1,1 @@
+"""How long pictures take, where the time goes, and what it was measured on."""

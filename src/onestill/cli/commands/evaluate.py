@@ -1,0 +1,215 @@
+"""`onestill evaluate`: models on the same captions and seeds, in one report. Wires shards, pipelines and a network."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from onestill.cli.commands.data import open_shards
+from onestill.cli.console import announced, note_device, print_json, progress
+from onestill.cli.options import Device, Dtype, Engine, Json
+from onestill.errors import DataError, require
+
+if TYPE_CHECKING:
+    from onestill.data import Sample
+    from onestill.evaluate import Contender, Evaluation
+    from onestill.evaluate.protocol import Generate, Pictures
+    from onestill.pipeline import Pipeline
+
+__all__ = ["evaluate"]
+
+BATCH = 16
+SHOWN = 24  # prompts on the sheet side by side
+CAVEATS = ("Figures of one network; compare them only within one report.",)
+
+
+def evaluate(
+    reference: Annotated[
+        list[str],
+        typer.Option("--reference", metavar="SHARD|FOLDER", help="Real pictures, whose captions are the prompts."),
+    ],
+    network: Annotated[
+        Path, typer.Option("--network", metavar="FOLDER", help="A contrastive model; best one trained for this alone.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="For the report; made if need be.")],
+    models: Annotated[
+        list[str] | None, typer.Option("--model", "-m", metavar="NAME|FOLDER", help="May be repeated. (default: icons)")
+    ] = None,
+    steps: Annotated[
+        list[int] | None, typer.Option("--steps", metavar="N", help="May be repeated. (default: the model's)")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance-scale", metavar="X", help="For all models.")
+    ] = None,
+    text_model: Annotated[
+        str,
+        typer.Option("--text-model", metavar="NAME|FOLDER", help="Whose text encoder the network was trained with."),
+    ] = "icons",
+    number: Annotated[int, typer.Option("--number", min=2, metavar="N", help="Of prompts, at most.")] = 2000,
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Which prompts; the first one's seed.")] = 0,
+    engine: Engine = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the captions of real pictures with every model, measure, and write a report.
+
+    What was drawn is kept in the folder: the same command, killed, goes on.
+    """
+    for package in ("torch", "transformers"):
+        require(package, "evaluate")
+    from onestill.engine.device import choose
+    from onestill.evaluate import Protocol, load_network
+    from onestill.evaluate import evaluate as run
+    from onestill.pipeline import load
+
+    asked = models or ["icons"]
+    pipes = [load(model, engine=engine, device=device, dtype=dtype) for model in asked]
+    contenders = [
+        one
+        for pipe, name in zip(pipes, names_of(asked, pipes), strict=True)
+        for one in contenders_of(pipe, name, steps, guidance_scale)
+    ]
+    samples = read_reference(reference, number, seed, pipes[0])
+    protocol = Protocol(
+        prompts=tuple(sample.caption for sample in samples),
+        seeds=tuple(range(seed, seed + len(samples))),
+        sheets={"side by side": tuple(range(0, len(samples), max(1, len(samples) // SHOWN)))[:SHOWN]},
+        batch_size=BATCH,
+    )
+    where = choose(device)
+    net = load_network(network, text_model, device=where)
+    # Said when the first is read: by then names and networks were found right, and a mistake stays one line.
+    reals = announced(in_batches(samples), lambda: note_device(device, "torch", where))
+    done = 0
+    with progress("evaluating", len(contenders) * protocol.num_pictures) as advance:
+
+        def told(name: str, drawn: int, total: int) -> None:
+            nonlocal done
+            advance(max(0, drawn - done))
+            done = drawn if drawn < total else 0
+
+        result = run(contenders, protocol, reals, [net], out / "material", progress=told)
+    page = report(result, out, len(samples), seed)
+    if as_json:
+        print_json({"report": str(page), "facts": str(out / "report.json")})
+    else:
+        print(page)
+
+
+def names_of(asked: Sequence[str], pipes: Sequence[Pipeline]) -> list[str]:
+    """How a report calls each model: by its own name, or as it was asked for where several have the same one."""
+    count = Counter(pipe.info.name for pipe in pipes)
+    return [pipe.info.name if count[pipe.info.name] == 1 else one for one, pipe in zip(asked, pipes, strict=True)]
+
+
+def contenders_of(
+    pipe: Pipeline, name: str, steps: Sequence[int] | None, guidance_scale: float | None
+) -> list[Contender]:
+    """A pipeline at each number of steps, or at its own, under the name `MODEL, N steps`."""
+    from onestill.evaluate import Contender, fingerprint
+
+    guidance = pipe.info.guidance_scale if guidance_scale is None else guidance_scale
+    settings = {
+        "weights": fingerprint(pipe.info),
+        "engine": pipe.engine.name,
+        "device": pipe.engine.device,
+        "dtype": pipe.engine.dtype,
+        "sampler": pipe.info.sampler,
+    }
+    return [
+        Contender(
+            f"{name}, {count} step{'s' if count > 1 else ''}",
+            drawer(pipe, count, guidance),
+            count,
+            guidance,
+            name,
+            settings,
+        )
+        for count in steps or [pipe.info.num_inference_steps]
+    ]
+
+
+def drawer(pipe: Pipeline, steps: int, guidance: float) -> Generate:
+    """A contender's `generate`, in as few calls as its consecutive seeds allow."""
+    import numpy as np
+
+    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Pictures:
+        parts = []
+        for start, end in consecutive(seeds):
+            drawn = pipe(
+                prompts[start:end], seed=seeds[start], num_inference_steps=steps, guidance_scale=guidance
+            ).images
+            parts += [np.asarray(image) for image in drawn]
+        return np.stack(parts)
+
+    return generate
+
+
+def consecutive(seeds: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """[start, end) of every longest run of seeds that go up by one, which is what one call of a pipeline draws."""
+    start = 0
+    for i in range(1, len(seeds) + 1):
+        if i == len(seeds) or seeds[i] != seeds[i - 1] + 1:
+            yield start, i
+            start = i
+
+
+def read_reference(sources: list[str], number: int, seed: int, pipe: Pipeline) -> list[Sample]:
+    """At most `number` samples of the size that the model draws, chosen by `seed`.
+
+    Raises:
+        DataError: there are fewer than two.
+    """
+    size = (pipe.info.height, pipe.info.width)
+    reader = open_shards(sources, seed=seed, shuffle=True, epochs=1, size=size)
+    samples = list(itertools.islice(reader, number))
+    if len(samples) < 2:
+        raise DataError(
+            f"The reference has {len(samples)} usable pictures of {size[1]}x{size[0]}; it needs two or more."
+        )
+    return samples
+
+
+def in_batches(samples: Sequence[Sample]) -> Iterator[Pictures]:
+    """The samples' pictures, uint8 [B, H, W, 3], in order."""
+    import numpy as np
+
+    for start in range(0, len(samples), BATCH):
+        yield np.stack([sample.image for sample in samples[start : start + BATCH]])
+
+
+def report(result: Evaluation, out: Path, number: int, seed: int) -> Path:
+    """Write the page and its JSON, and return the page."""
+    from onestill.bench.machine import machine_in_words, versions
+    from onestill.evaluate.report.page import About, Report, write_report
+    from onestill.evaluate.report.sheets import failures, side_by_side
+
+    last = result.results[-1].name
+    about = About(
+        title="onestill evaluation",
+        lead=f"{len(result.results)} contenders, {number} captions of real pictures, one picture each.",
+        sets={
+            "prompts": f"{number} captions of the reference",
+            "reference": f"the {number} pictures of those captions",
+        },
+        command=shlex.join(["onestill", *sys.argv[1:]]),
+        seed=seed,
+        machine=machine_in_words(),
+        versions=versions(),
+        caveats=CAVEATS,
+    )
+    sheets = {
+        "side": side_by_side(
+            result, "side by side", "Side by side", "Evenly spaced prompts; nothing was picked by hand."
+        ),
+        "failures": failures(result, last, f"Failures of {last}", "The pictures with the lowest CLIP scores."),
+    }
+    return write_report(Report(about, result, sheets=sheets, hero=last), out)

@@ -1,0 +1,86 @@
+"""`onestill keys`: make, list and revoke the keys that `onestill serve` asks for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from onestill.cli.commands.serve import Database, KeysFile, parse_daily
+from onestill.cli.console import note, print_json, stdout_console
+from onestill.cli.options import Json
+from onestill.errors import OnestillError, require
+
+if TYPE_CHECKING:
+    from onestill.serve.access.ledger import Ledger
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Keys for those who may draw on your server.", no_args_is_help=True)
+
+
+@app.command("new")
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is, for you to know.")],
+    daily: Annotated[
+        str | None, typer.Option("--limit", metavar="N/day", help="Pictures a day. (default: any)")
+    ] = None,
+    database: Database = None,
+    keys: KeysFile = None,
+) -> None:
+    """Make a key and print it. It is shown this once; what is kept is its hash."""
+    pictures = parse_daily(daily)
+    if not name.strip() or not name.isprintable() or len(name) > 200:
+        raise OnestillError("The name must be 1 to 200 printable letters.")
+    if keys is None:
+        print(opened(database).add_key(name.strip(), pictures)[1])
+        return
+    if pictures is not None:
+        raise OnestillError("A file of keys has no counts; use --database for a key with a --limit.")
+    from onestill.serve.access.quota import hash_of, new_key, read_keys
+
+    if keys.exists():
+        read_keys(keys)
+    key_id, key = new_key()
+    with keys.open("a", encoding="utf-8") as file:
+        file.write(f"{key_id} {hash_of(key)} {name.strip()}\n")
+    keys.chmod(0o600)
+    print(key)
+
+
+@app.command("list")
+def list_all(database: Database = None, as_json: Json = False) -> None:
+    """List the keys of a database, with the pictures each drew today."""
+    rows = opened(database).list_keys()
+    if as_json:
+        print_json({"keys": rows})
+        return
+    if not rows:
+        note("there are no keys yet; make one with 'onestill keys new NAME'")
+        return
+    console = stdout_console()
+    for row in rows:
+        limit = "any number" if row["daily"] is None else f"{row['daily']} a day"
+        state = f"revoked {row['revoked']}" if row["revoked"] else f"made {row['made']}"
+        console.print(f"{row['id']}  {limit}, {row['today']} today, {state}  {row['name']}", markup=False)
+
+
+@app.command("revoke")
+def revoke(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="As listed, or the key itself.")],
+    database: Database = None,
+) -> None:
+    """Refuse a key from now on. Servers that run notice within seconds."""
+    short = key_id.split("-")[1] if key_id.startswith("os-") and key_id.count("-") >= 2 else key_id
+    if not opened(database).revoke_key(short):
+        raise OnestillError(f"There is no valid key '{short}'; see 'onestill keys list'.")
+    print(short)
+
+
+def opened(database: str | None) -> Ledger:
+    """The ledger at a URL, the default one where that is None."""
+    require("sqlalchemy", "access")
+    require("alembic", "access")
+    from onestill.serve.access.ledger import Ledger
+
+    return Ledger(database)

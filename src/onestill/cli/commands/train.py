@@ -1,0 +1,88 @@
+"""`onestill train`: run one recipe. Wires the reader of shards to the loop, as neither knows the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from onestill.cli.commands.data import open_shards
+from onestill.cli.console import SIGNALLED, note
+from onestill.errors import RecipeError, require
+
+if TYPE_CHECKING:
+    from onestill.data import Sample
+    from onestill.train.recipe import DataOptions
+
+__all__ = ["RecipeReader", "train"]
+
+MOST_NAMED = 10  # of the samples that could not be used
+
+
+class RecipeReader:
+    """What a recipe's `[data]` table names, read in an order that can be resumed: `onestill.train.batches.Reader`.
+
+    Args:
+        options: `shards` are tar files, folders of them, or `sample` for the packaged set.
+        part: (i, n), every n-th place of the order from i on; for process i of n.
+    """
+
+    def __init__(self, options: DataOptions, part: tuple[int, int] = (0, 1)) -> None:
+        named = {"seed": options.seed, "images": options.images, "workers": options.workers}
+        self.shards = open_shards(options.shards, shuffle=True, part=part, **named)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.shards)
+
+    def state(self) -> dict[str, Any]:
+        """Where the reader stands, as what JSON can hold."""
+        return dict(self.shards.state.as_dict())
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go to where a reader stood when it gave `state`."""
+        self.shards.state = type(self.shards.state).from_dict(state)
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="What to train, and how.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set loop.seed=1. May be repeated."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the recipe and what it will cost, stop.")
+    ] = False,
+    devices: Annotated[int, typer.Option("--devices", min=0, metavar="N", help="How many a dry run plans for.")] = 0,
+) -> None:
+    """Train one stage of a model as its recipe says. Ctrl-C, SIGTERM and SIGHUP save a checkpoint first.
+
+    Started by torchrun or accelerate, its processes train together.
+    """
+    if not recipe.is_file():
+        raise RecipeError(f"There is no recipe '{recipe}'; give a TOML file, such as one from recipes/icons.")
+    for package in ("torch", "accelerate", "tensorboard"):
+        require(package, "train")
+    from onestill.train.run import train_recipe
+    from onestill.train.runtime.interrupt import Interrupted
+
+    readers: list[RecipeReader] = []
+
+    def reader(options: DataOptions, part: tuple[int, int]) -> RecipeReader:
+        readers.append(RecipeReader(options, part))
+        return readers[-1]
+
+    try:
+        train_recipe(recipe, overrides or [], reader=reader, resume=resume, dry_run=dry_run, devices=devices)
+    except Interrupted as stop:
+        if stop.iteration:
+            note(f"saved at iteration {stop.iteration}: --resume goes on from there.")
+        raise typer.Exit(SIGNALLED + stop.signum) from None
+    for one in readers:
+        left_out = dict(one.shards.skipped)  # a copy, as its thread still reads ahead
+        for name, why in list(left_out.items())[:MOST_NAMED]:
+            note(f"left out {name}: {why}")
+        if len(left_out) > MOST_NAMED:
+            note(f"and {len(left_out) - MOST_NAMED} more: 'onestill data count' names all of them.")

@@ -1,0 +1,1 @@
+"""The runtime of the base install: OpenVINO on the CPU, without torch."""

@@ -1,0 +1,148 @@
+"""The engine for machines with torch, one call after the other, eagerly: what faster engines must agree with.
+
+Real checkpoints of every kind, on any device, through diffusers' and transformers' own classes. `[torch]`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from onestill.checkpoint import ModelInfo
+from onestill.engine.device import choose, default_dtype
+from onestill.engine.memory import check_memory, memory_told
+from onestill.engine.protocol import Conditioning, doubled, to_images
+from onestill.errors import NotFiniteError, OnestillError
+from onestill.networks.inference import Networks, most_likely_latents, to_uint8
+from onestill.networks.load import DTYPES, load_components, quiet_libraries
+from onestill.networks.precision import exact_output
+from onestill.text.tokenize import PromptTokenizer, Tokens
+
+__all__ = ["TorchEngine", "load_components", "most_likely_latents", "quiet_libraries"]
+
+TOGETHER = 8  # images to a call, which bounds memory
+
+
+class TorchEngine:
+    """A model on torch. See `onestill.engine.Engine`.
+
+    Args:
+        info: the model.
+        device: as `onestill.engine.device.choose` takes it; None and "auto" are a GPU where torch has one.
+        dtype: one of `DTYPES`; None is float32 on a CPU and float16 elsewhere.
+        threads: how many CPU threads torch uses, in the whole process; None leaves them as they are.
+
+    Raises:
+        OnestillError: there is no such dtype, or the device cannot be had; the sentence says why.
+        CheckpointError: the weights do not fit the configs, or are of a class that is not supported.
+        NotEnoughMemoryError: the weights do not fit into memory.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self, info: ModelInfo, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
+    ) -> None:
+        self.info = info
+        self.device = choose(device)
+        self.dtype = dtype or default_dtype(self.device)
+        if self.dtype not in DTYPES:
+            raise OnestillError(f"The engine 'torch' computes in {', '.join(DTYPES)}, not '{self.dtype}'.")
+        self._device = torch.device(self.device)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        components = ("tokenizer", "tokenizer_2") if info.is_xl else ("tokenizer",)
+        self._tokenizers = [PromptTokenizer(info, component) for component in components]
+        check_memory(info, self.dtype)
+        parts = load_components(info, self.dtype)
+        if parts["vae"].dtype != DTYPES[self.dtype] and _has_bfloat16(self._device):
+            parts["vae"] = parts["vae"].to(torch.bfloat16)  # its range is float32's, at half the time
+        exact_output(parts["unet"], info.schedule.prediction_type)
+        with memory_told(self._device, "hold the model"):
+            self._networks = Networks(info, {name: part.to(self._device) for name, part in parts.items()})
+
+    def warm_ups(self, most: int) -> tuple[int, ...]:
+        """See `onestill.engine.Engine`."""
+        return doubled(min(most, TOGETHER))
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode B prompts."""
+        tokens = [tokenize(prompts) for tokenize in self._tokenizers]
+        states, pooled = [], []
+        with torch.inference_mode(), memory_told(self._device, f"encode {len(prompts)} prompts"):
+            for start in range(0, len(prompts), TOGETHER):
+                found = self._networks.states(*self._inputs(tokens, slice(start, start + TOGETHER)))
+                states.append(_to_numpy(found[0]))
+                if found[1] is not None:
+                    pooled.append(_to_numpy(found[1]))
+        return Conditioning(
+            np.concatenate(states), tokens[0].cut, tokens[0].words_cut, np.concatenate(pooled) if pooled else None
+        )
+
+    def _inputs(self, tokens: Sequence[Tokens], part: slice) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        ids = [torch.from_numpy(one.ids[part]).to(self._device) for one in tokens]
+        # diffusers' pipeline passes the mask only where the text encoder's config asks for it.
+        mask = torch.from_numpy(tokens[0].mask[part]).to(self._device) if self.info.use_attention_mask else None
+        return ids, mask
+
+    def denoise(self, latents: NDArray[np.float32], timestep: int, conditioning: Conditioning) -> NDArray[np.float32]:
+        """Latents [B, C, h, w] -> the network's output, of the same shape."""
+        outputs = []
+        with torch.inference_mode(), memory_told(self._device, _drawing(latents, self.info)):
+            for start in range(0, len(latents), TOGETHER):
+                part = slice(start, start + TOGETHER)
+                told = conditioning[part]
+                x = self._to_torch(latents[part], self._networks.dtype)
+                states, pooled = self._to_torch(told.states, self._networks.dtype), self._optional(told.pooled)
+                # Sizes in pixels stay in float32: to bfloat16, 999 is 1000.
+                ids = None if told.time_ids is None else self._to_torch(told.time_ids, torch.float32)
+                outputs.append(_to_numpy(self._networks.output(x, timestep, states, pooled, ids, told.guidance_scale)))
+        return np.concatenate(outputs)
+
+    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Latents [B, C, h, w] -> pictures [B, H, W, 3].
+
+        Raises:
+            NotFiniteError: the network's or the autoencoder's numbers left every range.
+        """
+        pictures = []
+        with torch.inference_mode(), memory_told(self._device, _drawing(latents, self.info)):
+            for start in range(0, len(latents), TOGETHER):
+                z = self._to_torch(latents[start : start + TOGETHER], torch.float32)
+                try:
+                    pictures.append(to_uint8(self._networks.checked_image(z)).cpu().numpy())
+                except FloatingPointError as error:
+                    raise NotFiniteError.of(str(error), self.dtype) from None
+        return np.concatenate(pictures)
+
+    def encode_image(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Pictures [B, H, W, 3] -> latents [B, C, h, w]."""
+        latents = []
+        with torch.inference_mode(), memory_told(self._device, "encode the picture"):
+            for start in range(0, len(pictures), TOGETHER):
+                image = self._to_torch(to_images(pictures[start : start + TOGETHER]), torch.float32)
+                latents.append(_to_numpy(self._networks.latents(image)))
+        return np.concatenate(latents)
+
+    def _optional(self, array: NDArray[np.float32] | None) -> torch.Tensor | None:
+        return None if array is None else self._to_torch(array, self._networks.dtype)
+
+    def _to_torch(self, array: NDArray[np.float32], dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, dtype)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _drawing(latents: NDArray[np.float32], info: ModelInfo) -> str:
+    height, width = (side * info.vae_scale_factor for side in latents.shape[2:])
+    return f"draw {len(latents)} pictures of {width}x{height}"
+
+
+def _to_numpy(tensor: torch.Tensor) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = tensor.float().cpu().numpy()
+    return found

@@ -1,0 +1,260 @@
+"""The fast torch engine: prompts to pixels in three calls, each a CUDA graph on a GPU. `[torch]`
+
+What the three compute are the functions of `onestill.engine.torch.stages`; without a GPU they are called as they are,
+which is how they are tested against `onestill.engine.torch.eager`. On a GPU `onestill.engine.torch.cuda_graphs` makes
+graphs of them, one for each number of images (1, 2, 4 or 8), size and number of steps.
+
+Shapes: B images, K tokens, D width of a token's state, P of a pooled one, C latent channels, h w latent size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from threading import RLock
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from onestill.checkpoint import ModelInfo
+from onestill.engine.memory import memory_told
+from onestill.engine.protocol import Drawn, Job, TorchOptions
+from onestill.engine.torch.compiling import compiled, prepared, run_as_asked, save_compiled
+from onestill.engine.torch.cuda_graphs import Buckets, Graphs, Recorder
+from onestill.engine.torch.eager import TorchEngine
+from onestill.engine.torch.stages import decode_latents, encode_prompts, take_steps
+from onestill.engine.torch.step_table import walk_table
+from onestill.errors import NotFiniteError
+from onestill.networks.inference import to_uint8
+
+__all__ = ["BATCHES", "FastEngine"]
+
+BATCHES = (1, 2, 4, 8)  # images to a call; others are filled up
+PROMPTS_KEPT = 256  # whose states stay on the device; SDXL's take 0.3 MB each
+TABLES_KEPT = 64  # of walks
+
+
+class _Encoded(NamedTuple):
+    """A prompt's states [K, D] and pooled [P] on the device, and what did not fit of it."""
+
+    states: Tensor
+    pooled: Tensor | None
+    tokens_cut: int
+    words_cut: str
+
+
+class FastEngine(TorchEngine):
+    """A model on torch, prompts to pixels without leaving the device. See `onestill.engine.Engine` and `Job`.
+
+    Any number of threads may call it; they take turns.
+
+    Args:
+        info: the model.
+        options: how to compute.
+        device: as `onestill.engine.device.choose` takes it; None and "auto" are a GPU where torch has one.
+        dtype: one of `onestill.networks.load.DTYPES`; None is float32 on a CPU and float16 elsewhere.
+        threads: how many CPU threads torch uses, in the whole process; None leaves them as they are.
+        recorder: what makes graphs; None is CUDA where it is there and `options.graphs` asks for it.
+
+    Raises:
+        OnestillError: an option cannot be had here; the sentence says which.
+        CheckpointError: the weights do not fit the configs, or are of a class that is not supported.
+        NotEnoughMemoryError: the weights do not fit into memory.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        options: TorchOptions,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        threads: int | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        if dtype is None and options.quantize == "fp8":
+            dtype = "bfloat16"  # all that torchao's fp8 with a scale for each row takes
+        super().__init__(info, device=device, dtype=dtype, threads=threads)
+        self.options = options
+        # With its number: "cuda" alone is whatever GPU is current in the thread that asks.
+        self._device = self._networks.device
+        on_gpu = self._device.type == "cuda"
+        prepared(self._networks, options, on_gpu=on_gpu)
+        call = compiled(self._networks, options, info, self.dtype)
+        self._lock = RLock()  # one call at a time: graphs share their memory
+        self._prompts: OrderedDict[str, _Encoded] = OrderedDict()
+        self._table = lru_cache(TABLES_KEPT)(self._new_table)
+        if recorder is None and options.graphs and on_gpu:
+            recorder = Graphs(self._device)
+        self._recorder = recorder
+
+        def buckets(function: Any, *first: Any) -> Buckets:
+            return Buckets(run_as_asked(partial(function, *first), options), self._device, recorder)
+
+        self._encoder = buckets(encode_prompts, self._networks)
+        self._walk = buckets(take_steps, self._networks, call)
+        self._decoder = buckets(decode_latents, self._networks)
+        self._saved = 0  # first uses when what compiling has left was last written
+
+    def warm_ups(self, most: int) -> tuple[int, ...]:
+        """See `onestill.engine.Engine`; twice each, where the second time records a graph."""
+        sizes = super().warm_ups(most)
+        return sizes if self._recorder is None else tuple(size for size in sizes for _ in range(2))
+
+    def draw(self, job: Job) -> Drawn:
+        """Prompts to pixels for B images.
+
+        Raises:
+            NotEnoughMemoryError: they do not fit; the engine works on for the next job.
+            NotFiniteError: no picture came out.
+        """
+        found = []
+        height, width = (side * self.info.vae_scale_factor for side in job.noise.shape[3:])
+        doing = f"draw {len(job.prompts)} pictures of {width}x{height}"
+        with self._lock, torch.inference_mode(), _current(self._device):
+            try:
+                with memory_told(self._device, doing):
+                    for first in range(0, len(job.prompts), BATCHES[-1]):
+                        found.append(self._draw(job, slice(first, first + BATCHES[-1])))
+            except MemoryError:
+                self._forget()
+                raise
+            self._save_compiled()
+        return Drawn.joined(found)
+
+    def _forget(self) -> None:
+        """Give back what graphs hold. Their common memory is free only when the last of them is gone."""
+        for buckets in (self._encoder, self._walk, self._decoder):
+            buckets.forget()
+        if self._recorder is not None:
+            self._recorder.reset()
+
+    def _save_compiled(self) -> None:
+        uses = self._walk.first_uses + self._decoder.first_uses
+        if uses > self._saved:
+            self._saved = uses
+            save_compiled(self._networks, self.options, self.info, self.dtype)
+
+    def _draw(self, job: Job, part: slice) -> Drawn:
+        prompts = list(job.prompts[part])
+        count = len(prompts)
+        size = next(size for size in BATCHES if size >= count)
+        rows = [min(i, count - 1) for i in range(size)]  # the last image again fills a bucket up
+        clock = _Clock(self._device)
+        encoded = self._encode_each([prompts[row] for row in rows])
+        states, pooled = _stacked(encoded)
+        if job.negatives is not None:
+            negatives = self._negative([job.negatives[part][row] for row in rows])
+            states, pooled = torch.cat([states, negatives[0]]), _both(pooled, negatives[1])
+        time_ids = None if job.time_ids is None else torch.from_numpy(job.time_ids[part][rows])
+        clock.tick()
+        has_start = job.start is not None
+        latents: Tensor = self._walk(
+            self._table(job.sampler, job.timesteps, len(job.noise), has_start),
+            torch.tensor(job.guidance_scale, dtype=torch.float32),
+            _tensor(job.noise[:, part][:, rows]),
+            None if job.start is None else _tensor(job.start),
+            states,
+            pooled,
+            time_ids if job.negatives is None else _both(time_ids, time_ids),
+        ).clone()  # the decoder's graph may use the same memory
+        clock.tick()
+        pictures = self._pictures(latents, count)
+        spent = clock.stop()
+        tokens_cut, words_cut = zip(*((one.tokens_cut, one.words_cut) for one in encoded[:count]), strict=True)
+        return Drawn(pictures, tokens_cut, words_cut, *spent)
+
+    def _new_table(self, sampler: str, timesteps: tuple[int, ...], noises: int, has_start: bool) -> Tensor:
+        return torch.from_numpy(walk_table(self.info, sampler, timesteps, noises, has_start)).to(self._device)
+
+    def _pictures(self, latents: Tensor, count: int) -> NDArray[np.uint8]:
+        pictures, is_whole = self._decoder(latents)
+        if bool(is_whole):
+            found: NDArray[np.uint8] = pictures[:count].cpu().numpy()
+            return found
+        try:
+            # Once more, eagerly, which says what happened and decodes in float32.
+            checked: NDArray[np.uint8] = to_uint8(self._networks.checked_image(latents[:count])).cpu().numpy()
+            return checked
+        except FloatingPointError as error:
+            raise NotFiniteError.of(str(error), self.dtype) from None
+
+    # --- prompts ---
+
+    def _encode_each(self, prompts: Sequence[str]) -> list[_Encoded]:
+        """The prompts encoded, each once and then remembered."""
+        new = [text for text in dict.fromkeys(prompts) if text not in self._prompts]
+        for first in range(0, len(new), BATCHES[-1]):
+            self._remember(new[first : first + BATCHES[-1]])
+        found = [self._prompts[text] for text in prompts]
+        for text in prompts:
+            self._prompts.move_to_end(text)
+        while len(self._prompts) > max(PROMPTS_KEPT, len(prompts)):
+            self._prompts.popitem(last=False)
+        return found
+
+    def _remember(self, prompts: Sequence[str]) -> None:
+        size = next(size for size in BATCHES if size >= len(prompts))
+        tokens = [tokenize([*prompts, *[""] * (size - len(prompts))]) for tokenize in self._tokenizers]
+        ids = [torch.from_numpy(one.ids) for one in tokens]
+        mask = torch.from_numpy(tokens[0].mask) if self.info.use_attention_mask else None
+        states, pooled = self._encoder(ids[0], ids[1] if len(ids) > 1 else None, mask)
+        for i, text in enumerate(prompts):
+            own = None if pooled is None else pooled[i].clone()
+            self._prompts[text] = _Encoded(states[i].clone(), own, tokens[0].cut[i], tokens[0].words_cut[i])
+
+    def _negative(self, negatives: Sequence[str | None]) -> tuple[Tensor, Tensor | None]:
+        """What guidance steers away from: states [B, K, D] and pooled [B, P]."""
+        states, pooled = _stacked(self._encode_each([text or "" for text in negatives]))
+        if self.info.zero_negative and all(text is None for text in negatives):
+            return torch.zeros_like(states), None if pooled is None else torch.zeros_like(pooled)
+        return states, pooled
+
+
+def _stacked(encoded: Sequence[_Encoded]) -> tuple[Tensor, Tensor | None]:
+    pooled = [one.pooled for one in encoded if one.pooled is not None]
+    return torch.stack([one.states for one in encoded]), torch.stack(pooled) if pooled else None
+
+
+def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return None if first is None or second is None else torch.cat([first, second])
+
+
+def _tensor(array: NDArray[np.float32]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Streams, events and graphs belong to the GPU that is current, which is the first one unless said."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+class _Clock:
+    """Milliseconds between ticks; on a GPU by its own events, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[Any] = []
+        self.tick()
+
+    def tick(self) -> None:
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def stop(self) -> list[float]:
+        """The milliseconds between all ticks, this one included."""
+        self.tick()
+        if self._on_gpu:
+            self._marks[-1].synchronize()
+            return [first.elapsed_time(second) for first, second in zip(self._marks, self._marks[1:], strict=False)]
+        return [1000 * (second - first) for first, second in zip(self._marks, self._marks[1:], strict=False)]

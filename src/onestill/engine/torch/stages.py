@@ -1,0 +1,81 @@
+"""What CUDA graphs are made of: prompts to states, the steps, and the decoding, each one function of tensors. `[torch]`
+
+A graph is recorded once and replayed with other numbers in the same memory. So nothing here may depend on a number in a
+tensor, be read back to the host or come from it: no `.item()`, no tensor on the CPU, no index by a condition. What
+differs from call to call is in a tensor argument, which are all on the device; what a graph is made for is their shapes
+alone. Without graphs these functions are called as they are.
+
+Shapes: B images, G 2 with guidance that steers away from something, else 1, S calls of the network, N noises, T terms
+of a walk, K tokens, D width of a token's state, P of a pooled one, C latent channels, h w latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from onestill.engine.torch.step_table import SETTINGS
+from onestill.networks.inference import Networks, to_uint8
+from onestill.sampling import classifier_free_guidance
+
+__all__ = ["decode_latents", "encode_prompts", "take_steps"]
+
+
+def encode_prompts(
+    networks: Networks, ids: Tensor, second_ids: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Token numbers [B, K] of each text encoder -> states [B, K, D], and pooled [B, P] where the model has it."""
+    return networks.states([ids] if second_ids is None else [ids, second_ids], mask)
+
+
+def take_steps(
+    networks: Networks,
+    call: Callable[..., Tensor],
+    table: Tensor,
+    guidance: Tensor,
+    noise: Tensor,
+    start: Tensor | None,
+    states: Tensor,
+    pooled: Tensor | None,
+    time_ids: Tensor | None,
+) -> Tensor:
+    """The whole walk, from noise to latents [B, C, h, w] float32.
+
+    Args:
+        networks: the model.
+        call: its UNet, compiled or not, as `Networks.output`.
+        table: [S, 3 + T] float32, from `onestill.engine.torch.step_table.walk_table`.
+        guidance: [] float32, the scale.
+        noise: [N, B, C, h, w] float32.
+        start: [1, C, h, w] float32, latents of an image to start from, or None.
+        states: [G B, K, D], those that guidance steers away from behind the others.
+        pooled: [G B, P], or None.
+        time_ids: [G B, 6] float32, or None. In float32, as to bfloat16 a size of 999 px is 1000.
+    """
+    dtype, is_guided = networks.dtype, len(states) > noise.shape[1]
+    states, pooled = states.to(dtype), None if pooled is None else pooled.to(dtype)
+    terms = noise.new_empty((table.shape[1] - SETTINGS, *noise.shape[1:]))
+    first = 0 if start is None else 1
+    if start is not None:
+        terms[0] = start
+    terms[first : first + len(noise)] = noise
+    for step in range(len(table)):
+        timestep = table[step, 0].clone()  # compiled code wants what it is given at an aligned address
+        of_x, of_output = table[step, 1], table[step, 2]
+        known = first + len(noise) + step
+        x = (table[step, SETTINGS : SETTINGS + known].view(-1, 1, 1, 1, 1) * terms[:known]).sum(0)
+        given = (torch.cat([x, x]) if is_guided else x).to(dtype)
+        output = call(given, timestep, states, pooled, time_ids, guidance).float()
+        if is_guided:
+            cond, uncond = output.chunk(2)
+            output = classifier_free_guidance(cond, uncond, guidance)  # type: ignore[arg-type] # a number all the same
+        terms[known] = of_x * x + of_output * output
+    return terms[-1]
+
+
+def decode_latents(networks: Networks, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents [B, C, h, w] -> pictures uint8 [B, H, W, 3], and whether every number was finite, [] bool."""
+    image = networks.image(latents)
+    return to_uint8(image), torch.isfinite(image).all() & torch.isfinite(latents).all()

@@ -1,0 +1,1 @@
+"""The report of an evaluation: one page of HTML and one JSON file."""

@@ -1,0 +1,1 @@
+"""The gallery: pictures that visitors chose to show. Needs `[access]`."""

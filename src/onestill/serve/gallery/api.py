@@ -1,0 +1,254 @@
+"""`/v1/gallery`: look at what visitors chose to show, show a picture, take it back. Only where the gallery is on.
+
+A picture comes in by its words and seed, and the server draws it: so nothing is shown that the model did not draw, and
+no file of a stranger's is ever handed to others.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+import secrets
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Path, Request
+from fastapi.responses import JSONResponse, Response
+
+from onestill.serve.access.quota import Visitor
+from onestill.serve.access.rate_limit import Buckets
+from onestill.serve.gallery.store import Entry, Gallery
+from onestill.serve.queue.jobs import Picture
+from onestill.serve.web.errors import ApiError, ErrorBody
+from onestill.serve.web.images import REFUSALS, checked, json_body, unless_gone
+from onestill.serve.web.requests import job_of
+from onestill.serve.web.state import Server
+
+__all__ = ["gallery_router"]
+
+KIND, QUALITY = "WEBP", 90
+MOST_LISTED = 48
+ID = "[0-9a-f]{32}"
+NAME = Path(json_schema_extra={"pattern": f"^{ID}$", "minLength": 32, "maxLength": 32})
+LOOKING: dict[int | str, dict[str, Any]] = {
+    401: {"model": ErrorBody, "description": "A key is needed, or the one that was sent is not valid."},
+    403: {"model": ErrorBody, "description": "An unknown Host, or a foreign Origin."},
+    429: {"model": ErrorBody, "description": "Too often; see Retry-After."},
+    503: {"model": ErrorBody, "description": "The database does not answer; see Retry-After."},
+}
+GONE: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "There is no such picture."}}
+ENTRY: dict[str, Any] = {
+    "type": "object",
+    "required": ["id", "created", "expires", "seed", "num_inference_steps", "width", "height", "url", "prompt", "mine"],
+    "properties": {
+        **{name: {"type": "integer"} for name in ("created", "expires", "seed", "num_inference_steps")},
+        **{name: {"type": "integer"} for name in ("width", "height")},
+        **{name: {"type": "string"} for name in ("id", "url")},
+        "prompt": {"type": ["string", "null"], "description": "Null where its owner keeps the words."},
+        "mine": {"type": "boolean", "description": "Whether you may delete it."},
+    },
+}
+LIST: dict[str, Any] = {
+    "type": "object",
+    "required": ["object", "data", "next"],
+    "properties": {
+        "object": {"type": "string"},
+        "data": {"type": "array", "items": ENTRY},
+        "next": {"type": ["string", "null"], "description": "What `after` must be for those that follow."},
+    },
+}
+PAGING = [
+    {
+        "name": "limit",
+        "in": "query",
+        "schema": {"type": "integer", "minimum": 1, "maximum": MOST_LISTED, "default": 24},
+    },
+    {"name": "after", "in": "query", "schema": {"type": "string", "pattern": rf"^[0-9]{{1,15}}\.{ID}$"}},
+]
+
+
+def gallery_router(server: Server, gallery: Gallery) -> APIRouter:
+    """The routes of a gallery that is on."""
+    routes = _Routes(server, gallery)
+    router = APIRouter(prefix="/v1/gallery", tags=["gallery"])
+    add = router.add_api_route
+    body = _content("application/json", server.forms.shown.model_json_schema())
+    entry, listing = (_content("application/json", schema) for schema in (ENTRY, LIST))
+    file = _content("image/webp", {"type": "string", "format": "binary"})
+    add(
+        "",
+        routes.listed,
+        methods=["GET"],
+        responses={**LOOKING, 200: listing, 400: REFUSALS[400]},
+        openapi_extra={"parameters": PAGING},
+    )
+    add(
+        "",
+        routes.shown,
+        methods=["POST"],
+        status_code=201,
+        responses={**REFUSALS, 201: entry},
+        openapi_extra={"requestBody": {"required": True, **body}},
+    )
+    add("/{name}", routes.one, methods=["GET"], responses={**LOOKING, **GONE, 200: entry})
+    add("/{name}/file", routes.file, methods=["GET"], responses={**LOOKING, **GONE, 200: file}, response_class=Response)
+    add("/{name}", routes.taken_back, methods=["DELETE"], status_code=204, responses={**LOOKING, **GONE})
+    return router
+
+
+class _Routes:
+    """What the routes do."""
+
+    def __init__(self, server: Server, gallery: Gallery) -> None:
+        self._server, self._access, self._gallery = server, server.access, gallery
+        rules = gallery.rules
+        self._looks = Buckets(rules.looks_a_second, 6 * rules.looks_a_second)
+        self._saves = Buckets(rules.saves_a_minute / 60, rules.saves_a_minute)
+
+    async def listed(self, request: Request) -> Response:
+        """What is shown, newest first."""
+        viewer = await self._viewer(request)
+        limit, before = _paging(request)
+        entries = await self._access.in_pool(self._gallery.page, limit + 1, before)
+        last = entries[limit - 1] if len(entries) > limit else None
+        following = None if last is None else f"{last.made_ms}.{last.id}"
+        data = [_told(entry, viewer) for entry in entries[:limit]]
+        return _json({"object": "list", "data": data, "next": following})
+
+    async def shown(self, request: Request) -> Response:
+        """Show a picture: it is drawn once more, and counts as one. `consent` must be true."""
+        server, gallery = self._server, self._gallery
+        visitor, owner = await self._owner(request)
+        form = checked(server, server.forms.shown, await json_body(request))
+        if not form.consent:
+            raise ApiError(400, "Say 'consent': true: everyone here will see it.", "no_consent", param="consent")
+        # Asked again by someone between, as its server died, it is still one picture.
+        request_id = request.headers.get("x-request-id")
+        name = self._access.hidden(f"gallery {owner} {request_id}") if request_id else secrets.token_hex(16)
+        known = await self._access.in_pool(gallery.find, name)
+        if known is not None:
+            return _json(_told(known, owner), 201)
+        job = job_of(form, server.info, request_id=request_id)
+        await self._access.in_pool(gallery.check_room, owner, visitor.address)
+        await server.check_prompt(job.prompt)
+        await self._access.check(visitor, 1)
+        pictures = await unless_gone(request, server.scheduler.submit(job, visitor.name, visitor.address))
+        await server.check_pictures(pictures)
+        (picture,) = pictures
+        file = await _file(server, picture, form.show_prompt)
+        await self._access.in_pool(gallery.check_room, owner, visitor.address, len(file))
+        await self._access.spend(visitor, 1)  # what is refused counts nothing
+        add = partial(
+            gallery.add,
+            name=name,
+            owner=owner,
+            address=visitor.address,
+            prompt=job.prompt if form.show_prompt else None,
+            seed=picture.seed,
+            num_inference_steps=job.num_inference_steps,
+            width=job.width,
+            height=job.height,
+        )
+        entry = await self._access.in_pool(add, file)
+        server.count_picture("gallery", picture.timings)
+        return _json(_told(entry, owner), 201)
+
+    async def one(self, request: Request, name: str = NAME) -> Response:
+        """One picture's entry."""
+        viewer = await self._viewer(request)
+        return _json(_told(await self._found(name), viewer))
+
+    async def file(self, request: Request, name: str = NAME) -> Response:
+        """Its file, a WebP."""
+        await self._viewer(request)
+        entry = await self._found(name)
+        tag = f'"{entry.id}"'
+        # Asked for again each time, so that what was deleted is gone at once; but not sent again.
+        headers = {"etag": tag, "cache-control": "private, no-cache"}
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        found = await self._access.in_pool(self._gallery.file, entry.id)
+        if found is None:
+            raise _no_such()
+        return Response(found, media_type="image/webp", headers=headers)
+
+    async def taken_back(self, request: Request, name: str = NAME) -> Response:
+        """Delete one of your own, for good."""
+        _, owner = await self._owner(request)
+        entry = await self._found(name)
+        if not hmac.compare_digest(entry.owner, owner):
+            raise ApiError(403, "This picture is someone else's.", "not_yours")
+        await self._access.in_pool(self._gallery.remove, entry.id)
+        return Response(status_code=204)
+
+    async def _viewer(self, request: Request) -> str:
+        """Who looks, as owners are kept; "" for one who can own nothing."""
+        visitor = await self._access.identify(request)
+        _take(self._looks, visitor)
+        return self._access.hidden(visitor.owner) if visitor.owner else ""
+
+    async def _owner(self, request: Request) -> tuple[Visitor, str]:
+        visitor = await self._access.identify(request)
+        if not visitor.owner:
+            raise ApiError(401, "Open the page first, or send a key: a picture needs an owner.", "no_owner")
+        _take(self._saves, visitor)
+        return visitor, self._access.hidden(visitor.owner)
+
+    async def _found(self, name: str) -> Entry:
+        known = re.fullmatch(ID, name, re.ASCII) is not None
+        entry = await self._access.in_pool(self._gallery.find, name) if known else None
+        if entry is None:
+            raise _no_such()
+        return entry
+
+
+def _content(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"content": {media_type: {"schema": schema}}}
+
+
+def _take(buckets: Buckets, visitor: Visitor) -> None:
+    # By address where there is one, as a new cookie costs nothing.
+    if not buckets.take(visitor.address or visitor.name):
+        raise ApiError(429, "That is too often; wait a moment.", "rate_limit", retry_after_s=6)
+
+
+def _paging(request: Request) -> tuple[int, tuple[int, str] | None]:
+    limit, after = request.query_params.get("limit", "24"), request.query_params.get("after")
+    if not re.fullmatch(r"[0-9]{1,2}", limit, re.ASCII) or not 1 <= int(limit) <= MOST_LISTED:
+        raise ApiError(400, f"'limit' is wrong: give 1 to {MOST_LISTED}.", "invalid_value", param="limit")
+    if after is None:
+        return int(limit), None
+    found = re.fullmatch(rf"([0-9]{{1,15}})\.({ID})", after, re.ASCII)
+    if found is None:
+        raise ApiError(400, "'after' is wrong: give the 'next' of an earlier list.", "invalid_value", param="after")
+    return int(limit), (int(found[1]), found[2])
+
+
+def _no_such() -> ApiError:
+    return ApiError(404, "There is no such picture in the gallery any more.", "not_found")
+
+
+async def _file(server: Server, picture: Picture, show_prompt: bool) -> bytes:
+    """Its file, which has the words in it only where they may be shown."""
+    metadata = picture.metadata if show_prompt else {**picture.metadata, "prompt": ""}
+    return await server.signed(await server.file_of(replace(picture, metadata=metadata), KIND, QUALITY), KIND)
+
+
+def _told(entry: Entry, mine: str) -> dict[str, Any]:
+    return {
+        "id": entry.id,
+        "created": entry.made_ms // 1000,
+        "expires": entry.expires_ms // 1000,
+        "prompt": entry.prompt,
+        "seed": entry.seed,
+        "num_inference_steps": entry.num_inference_steps,
+        "width": entry.width,
+        "height": entry.height,
+        "url": f"/v1/gallery/{entry.id}/file",
+        "mine": hmac.compare_digest(entry.owner, mine),
+    }
+
+
+def _json(content: Any, status: int = 200) -> JSONResponse:
+    return JSONResponse(content, status, {"cache-control": "no-store"})

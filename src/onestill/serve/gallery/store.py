@@ -1,0 +1,201 @@
+"""Pictures that visitors chose to show, kept beside keys and counts. Needs `[access]`.
+
+A picture is a row, its file in it: it is there whole or not at all, whatever dies meanwhile, and all servers on one
+database show the same. What is kept of its owner is a keyed hash; of the words nothing, unless they are to be shown.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from onestill.serve.access.ledger import Ledger
+from onestill.serve.web.errors import ApiError
+
+__all__ = ["Entry", "Gallery", "Rules"]
+
+OF_ONE_ADDRESS = 4  # as many visitors may be behind one
+DAY_MS = 24 * 3600 * 1000
+KEEPING = 0x6F6E6574  # PostgreSQL's advisory lock while a picture is taken in: any fixed number
+
+_TABLE = sa.Table(
+    "gallery",
+    sa.MetaData(),
+    sa.Column("id", sa.String, primary_key=True),
+    *(sa.Column(name, sa.BigInteger) for name in ("made_ms", "expires_ms", "seed")),
+    *(sa.Column(name, sa.String) for name in ("owner", "address", "prompt")),
+    *(sa.Column(name, sa.Integer) for name in ("num_inference_steps", "width", "height", "size")),
+    sa.Column("file", sa.LargeBinary),
+)
+_TOLD = [column for column in _TABLE.c if column.name not in ("address", "size", "file")]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How much a gallery takes in.
+
+    Attributes:
+        days: how long a picture stays.
+        most, each: pictures in all, and of one owner; of one address four times as many.
+        most_bytes, file_bytes: of all files, and of one.
+        saves_a_minute: of one owner, deletions too.
+        looks_a_second: lists and files, of one owner.
+    """
+
+    days: int = 30
+    most: int = 1000
+    each: int = 20
+    most_bytes: int = 128 * 2**20
+    file_bytes: int = 2**20
+    saves_a_minute: float = 10.0
+    looks_a_second: float = 20.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a picture: `owner` as `Access.hidden` makes it, `prompt` None where it is not to be shown."""
+
+    id: str
+    made_ms: int
+    expires_ms: int
+    seed: int
+    owner: str
+    prompt: str | None
+    num_inference_steps: int
+    width: int
+    height: int
+
+
+class Gallery:
+    """The pictures. Safe to use from any thread, and from many processes at once.
+
+    Args:
+        ledger: whose database they are in.
+        rules: how much is taken in.
+        clock: seconds since 1970.
+    """
+
+    def __init__(self, ledger: Ledger, rules: Rules | None = None, clock: Callable[[], float] = time.time) -> None:
+        self.rules = rules or Rules()
+        self._ledger = ledger
+        self._clock = clock
+
+    def check_room(self, owner: str, address: str, size: int = 0) -> None:
+        """Raise ApiError when a file of that many bytes would be too much: 429 for now, 400 for any gallery."""
+        self._check_size(size)
+        with self._ledger.begin() as connection:
+            self._check_room(connection, owner, address, size)
+
+    def add(
+        self,
+        file: bytes,
+        *,
+        name: str | None = None,
+        owner: str,
+        address: str,
+        prompt: str | None,
+        seed: int,
+        num_inference_steps: int,
+        width: int,
+        height: int,
+    ) -> Entry:
+        """Take a picture in; those that have expired go.
+
+        Args:
+            file: a WebP.
+            name: its id, 32 hexadecimal digits that nobody can guess; None makes one.
+            owner, address: as `Access.hidden` makes them.
+            prompt: None keeps nothing of the words.
+
+        Raises:
+            ApiError: 429, there is no room; 400, the file is too large.
+        """
+        self._check_size(len(file))
+        now = self._now()
+        expires = now + self.rules.days * DAY_MS
+        name = name or secrets.token_hex(16)
+        prompt = prompt and prompt.replace("\0", " ")  # which PostgreSQL's texts cannot hold
+        entry = Entry(name, now, expires, seed, owner, prompt, num_inference_steps, width, height)
+        gone = self.forget_expired()
+        with self._ledger.begin() as connection:
+            if not self._ledger.is_sqlite:  # which has one writer at a time anyway
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(KEEPING)))
+            self._check_room(connection, owner, address, len(file))
+            row = {**vars(entry), "address": address, "size": len(file), "file": file}
+            connection.execute(sa.insert(_TABLE).values(row))
+        if gone:
+            self._ledger.wipe()
+        return entry
+
+    def page(self, most: int, before: tuple[int, str] | None = None) -> list[Entry]:
+        """Up to `most` pictures, newest first, after the one whose (made_ms, id) is `before`."""
+        query = sa.select(*_TOLD).where(_TABLE.c.expires_ms > self._now())
+        if before is not None:
+            query = query.where(sa.tuple_(_TABLE.c.made_ms, _TABLE.c.id) < sa.tuple_(*map(sa.literal, before)))
+        query = query.order_by(_TABLE.c.made_ms.desc(), _TABLE.c.id.desc()).limit(most)
+        with self._ledger.begin() as connection:
+            return [Entry(**row) for row in connection.execute(query).mappings()]
+
+    def find(self, name: str) -> Entry | None:
+        """The picture of this id."""
+        query = sa.select(*_TOLD).where(_TABLE.c.id == name, _TABLE.c.expires_ms > self._now())
+        with self._ledger.begin() as connection:
+            row = connection.execute(query).mappings().one_or_none()
+        return None if row is None else Entry(**row)
+
+    def file(self, name: str) -> bytes | None:
+        """Its bytes."""
+        query = sa.select(_TABLE.c.file).where(_TABLE.c.id == name, _TABLE.c.expires_ms > self._now())
+        with self._ledger.begin() as connection:
+            found = connection.execute(query).scalar_one_or_none()
+        return None if found is None else bytes(found)
+
+    def remove(self, name: str) -> bool:
+        """Delete a picture for good; False where there is none. Who may is for the caller to know."""
+        with self._ledger.begin() as connection:
+            gone = connection.execute(sa.delete(_TABLE).where(_TABLE.c.id == name)).rowcount
+        if gone:
+            self._ledger.wipe()
+        return bool(gone)
+
+    def forget_expired(self) -> int:
+        """Delete for good what has been here long enough; returns how many there were."""
+        with self._ledger.begin() as connection:
+            gone = connection.execute(sa.delete(_TABLE).where(_TABLE.c.expires_ms <= self._now())).rowcount
+        if gone:
+            self._ledger.wipe()
+        return int(gone)
+
+    def _check_size(self, size: int) -> None:
+        if size > self.rules.file_bytes:
+            raise ApiError(400, "This picture is too large for the gallery; take a smaller size.", "too_large")
+
+    def _check_room(self, connection: sa.Connection, owner: str, address: str, size: int) -> None:
+        rules, alive = self.rules, _TABLE.c.expires_ms > self._now()
+        mine, here, total, used = connection.execute(
+            sa.select(
+                _count(_TABLE.c.owner == owner),
+                _count(_TABLE.c.address == address),
+                sa.func.count(),
+                sa.func.coalesce(sa.func.sum(_TABLE.c.size), 0),
+            ).where(alive)
+        ).one()
+        if mine >= rules.each or (address and here >= OF_ONE_ADDRESS * rules.each):
+            raise ApiError(
+                429, "Your part of the gallery is full; delete one of your pictures first.", "gallery_share_full"
+            )
+        if total >= rules.most or used + size > rules.most_bytes:
+            raise ApiError(
+                429, "The gallery is full; there is room again as pictures expire.", "gallery_full", retry_after_s=3600
+            )
+
+    def _now(self) -> int:
+        return int(self._clock() * 1000)
+
+
+def _count(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
+    return sa.func.coalesce(sa.func.sum(sa.case((condition, 1), else_=0)), 0)

@@ -1,0 +1,1 @@
+"""HTTP and WebSocket routes, the page's files, and what every route shares."""

@@ -1,0 +1,258 @@
+"""What can be asked for, and within which bounds: bodies of the images API, messages of the socket, uploads."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import secrets
+import warnings
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias
+
+import PIL.Image
+from PIL.Image import Image
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+
+from onestill.checkpoint import ModelInfo
+from onestill.pipeline.picture import fitted
+from onestill.serve.queue.jobs import Job
+from onestill.serve.web.errors import ApiError
+
+__all__ = ["KINDS", "Bounds", "Edit", "Forms", "Generation", "Live", "Shown", "forms_for", "job_of", "read_upload"]
+
+LARGEST_SEED = 2**53 - 1  # what JavaScript can count to
+KINDS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}  # a picture's formats, in and out, by their names in requests
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much one request may ask for.
+
+    Attributes:
+        prompt: letters.
+        n, live_n: pictures of one request, of one live message.
+        steps: sampling steps.
+        body: bytes of a request, uploads included.
+        message: bytes of one live message.
+        upload_px: pixels of an uploaded picture.
+        messages_each_s: live messages a second, of one connection; twice as many may come at once.
+        live, live_each: live connections in all, and of one address.
+    """
+
+    prompt: int = 4000
+    n: int = 10
+    live_n: int = 4
+    steps: int = 50
+    body: int = 12 * 2**20
+    message: int = 2**20
+    upload_px: int = 16_000_000
+    messages_each_s: float = 60.0
+    live: int = 256
+    live_each: int = 32
+
+
+def _whole(value: object) -> object:
+    # JSON Schema counts 1.0 as an integer, so a client may send it; a boolean or text is none.
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool | str | bytes):
+        raise ValueError("give a whole number")
+    return value
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool | str | bytes):
+        raise ValueError("give a number")
+    return value
+
+
+def _whole_from(low: int, high: int) -> Any:
+    # The bounds stand inside, so that the OpenAPI schema tells them.
+    return Annotated[int, Field(ge=low, le=high), BeforeValidator(_whole)] | None
+
+
+_Seed: TypeAlias = Annotated[int, Field(ge=0, le=LARGEST_SEED), BeforeValidator(_whole)]
+_Quality: TypeAlias = Annotated[int, Field(ge=0, le=100), BeforeValidator(_whole)]
+_Share: TypeAlias = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), BeforeValidator(_number)]
+
+
+class _Common(BaseModel):
+    """Fields of every request. Those that OpenAI's API has and this model has no use for are taken and left."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    seed: _Seed | None = Field(None, description="Picture i has seed `seed + i`; null draws one.")
+
+
+class Generation(_Common):
+    """The body of `POST /v1/images/generations`; the bounds are filled in by `forms_for`."""
+
+    prompt: str
+    model: str | None = None
+    n: int | None = None
+    size: str | None = None
+    num_inference_steps: int | None = None
+    response_format: Literal["b64_json", "url"] | None = Field(None, description="`url` gives a data URL.")
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_compression: _Quality | None = Field(None, description="Quality of a JPEG or WebP.")
+    stream: bool | None = Field(None, strict=True, description="Server-sent events, one a picture.")
+    user: str | None = Field(None, max_length=256, description="Taken and not kept.")
+    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    style: Literal["vivid", "natural"] | None = None
+    partial_images: Annotated[int, Field(ge=0, le=3), BeforeValidator(_whole)] | None = Field(
+        None, description="One step has none on its way."
+    )
+
+
+class Edit(Generation):
+    """The fields of `POST /v1/images/edits` beside its image."""
+
+    strength: _Share | None = Field(None, description="How much of the image to change.")
+    input_fidelity: Literal["low", "high"] | None = None
+
+
+class Shown(_Common):
+    """The body of `POST /v1/gallery`: what names a picture, and two consents."""
+
+    prompt: str
+    model: str | None = None
+    size: str | None = None
+    num_inference_steps: int | None = None
+    consent: bool = Field(
+        strict=True,
+        description="Must be true: everyone who may look will see the picture.",
+        json_schema_extra={"const": True},
+    )
+    show_prompt: bool = Field(False, strict=True, description="Show its words too; else they are not kept.")
+
+
+class Live(_Common):
+    """A message of the socket."""
+
+    id: _Seed
+    prompt: str
+    n: int | None = None
+    size: str | None = None
+    num_inference_steps: int | None = None
+    strength: _Share | None = None
+    format: Literal["jpeg", "webp", "png"] | None = None
+    quality: _Quality | None = None
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The request classes for one model."""
+
+    generation: type[Generation]
+    edit: type[Edit]
+    live: type[Live]
+    shown: type[Shown]
+
+
+def forms_for(info: ModelInfo, bounds: Bounds) -> Forms:
+    """The classes with the model's name, sizes and bounds filled in, so that the OpenAPI schema tells them."""
+    sizes = ("auto", *(f"{width}x{height}" for height, width in info.sizes))
+    # Something visible. Python, Rust and JavaScript differ in what else is white space.
+    prompt: Any = (
+        Annotated[str, Field(min_length=1, max_length=bounds.prompt, pattern=r"[^\s\x00-\x1f\x7f-\x9f]")],
+        Field(description="What to draw.", examples=["a red apple"]),
+    )
+    steps = (_whole_from(1, bounds.steps), Field(None, description="Null is the model's own."))
+    size: Any = (Literal[sizes] | None, Field(None, description="Width x height in pixels."))
+
+    def made(base: type[Any], **more: Any) -> Any:
+        return create_model(base.__name__, __base__=base, prompt=prompt, size=size, num_inference_steps=steps, **more)
+
+    def many(most: int) -> Any:
+        return (_whole_from(1, most), Field(None, description="How many pictures."))
+
+    model = (Literal[info.name] | None, Field(None))
+    return Forms(
+        made(Generation, n=many(bounds.n), model=model),
+        made(Edit, n=many(bounds.n), model=model),
+        made(Live, n=many(bounds.live_n)),
+        made(Shown, model=model),
+    )
+
+
+def job_of(
+    form: Generation | Live | Shown, info: ModelInfo, image: Image | None = None, *, request_id: str | None = None
+) -> Job:
+    """The job that a checked request asks for.
+
+    Args:
+        form: the request.
+        info: the model's.
+        image: a picture to start from.
+        request_id: names the seed where the request has none, so that who asks again gets the same; else it is random.
+
+    Raises:
+        ApiError: the prompt is no valid Unicode text, or blank.
+    """
+    try:
+        form.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ApiError(400, "The prompt is no valid Unicode text.", "invalid_value", param="prompt") from error
+    if not form.prompt.strip():
+        raise ApiError(400, "The prompt is empty; say what to draw.", "invalid_value", param="prompt")
+    n = getattr(form, "n", None) or 1
+    height, width = _size_of(form, info)
+    first = form.seed
+    if first is None:
+        named = hashlib.sha256(request_id.encode()).digest() if request_id else secrets.token_bytes(4)
+        first = int.from_bytes(named[:4], "big")
+    strength = getattr(form, "strength", None)
+    return Job(
+        prompt=form.prompt,
+        seeds=tuple(range(first, first + n)),
+        num_inference_steps=form.num_inference_steps or info.num_inference_steps,
+        height=height,
+        width=width,
+        image=image,
+        strength=0.5 if strength is None else strength,
+    )
+
+
+def _size_of(form: Generation | Live | Shown, info: ModelInfo) -> tuple[int, int]:
+    """(height, width) in pixels that a checked request asks for; the model's own where it names none."""
+    if form.size in (None, "auto"):
+        return info.height, info.width
+    width, height = (int(part) for part in str(form.size).split("x"))
+    return height, width
+
+
+def read_upload(data: bytes, form: Edit | Live, info: ModelInfo, most_px: int) -> Image:
+    """The picture in an upload, fitted to the size that its request asks for, as it may wait long to be drawn from.
+
+    Only PNG, JPEG and WebP are tried, and its size is read before its pixels.
+
+    Args:
+        data: the file.
+        form: the checked request that it came with.
+        info: the model's.
+        most_px: pixels that it may have.
+
+    Raises:
+        ApiError: it is none of those, damaged, or larger than `most_px` pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of sizes that are checked here
+            with PIL.Image.open(io.BytesIO(data), formats=tuple(KINDS.values())) as picture:
+                width, height = picture.size
+                if width * height > most_px or max(width, height) > 64 * min(width, height):
+                    raise PIL.Image.DecompressionBombError
+                return PIL.Image.fromarray(fitted(picture, *_size_of(form, info)))
+    except PIL.Image.DecompressionBombError as error:
+        raise ApiError(
+            400,
+            f"The image has too many pixels; give one of at most {most_px / 1e6:.0f} megapixels, not a strip.",
+            "image_too_large",
+            param="image",
+        ) from error
+    except Exception as error:  # a damaged file may raise anything that Pillow's decoders do
+        raise ApiError(
+            400, "The image cannot be read; give a PNG, JPEG or WebP file.", "invalid_image", param="image"
+        ) from error

@@ -1,0 +1,99 @@
+"""What a server refuses to draw or to hand out. Off for models that need none; a model's card may ask for it.
+
+A prompt filter takes a prompt and returns why it is refused, or None. An image filter takes PIL images and returns, for
+each, whether it must not be shown. Both run in a thread of the server, so they may take their time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from PIL.Image import Image
+
+from onestill.checkpoint import ModelInfo, read_json
+from onestill.errors import OnestillError
+from onestill.serve.web.errors import ApiError
+
+__all__ = [
+    "ImageFilter",
+    "PromptFilter",
+    "blocked_words",
+    "card_asks_for_filter",
+    "named_filter",
+    "refused_picture",
+    "refused_prompt",
+]
+
+PromptFilter: TypeAlias = Callable[[str], str | None]
+ImageFilter: TypeAlias = Callable[[Sequence[Image]], Sequence[bool]]
+
+
+def refused_prompt(reason: str | None) -> None:
+    """Raise ApiError for a filter's reason."""
+    if reason is not None:
+        raise ApiError(400, f"This prompt is refused: {reason}.", "moderation_blocked", param="prompt")
+
+
+def refused_picture(found: Sequence[bool]) -> None:
+    """Raise ApiError where a filter found something."""
+    if any(found):
+        raise ApiError(400, "The picture that came out may not be shown; try other words.", "moderation_blocked")
+
+
+def blocked_words(path: Path) -> PromptFilter:
+    """A filter that refuses prompts with one of the words or phrases of a file, one a line.
+
+    Case, accents and letters that cannot be seen make no difference, as they make none to a tokenizer.
+
+    Raises:
+        OnestillError: the file cannot be read, or holds none.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise OnestillError(f"The words in '{path}' cannot be read; give a text file, one word a line.") from error
+    words = [word for line in lines if not line.startswith("#") and (word := _plain(line))]
+    if not words:
+        raise OnestillError(f"'{path}' holds no words; write one a line.")
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)")
+
+    def refuse(prompt: str) -> str | None:
+        return "it holds a blocked word" if pattern.search(_plain(prompt)) else None
+
+    return refuse
+
+
+def _plain(text: str) -> str:
+    """A text without case, accents and what cannot be seen, its words apart by one space."""
+    letters = (
+        letter
+        for letter in unicodedata.normalize("NFKD", text)
+        if letter in "\t\n\r" or (unicodedata.category(letter)[0] != "C" and unicodedata.category(letter) != "Mn")
+    )
+    return " ".join("".join(letters).replace("\ufffd", "").casefold().split())
+
+
+def named_filter(name: str) -> Any:
+    """A filter given as `package.module:function`, from what the operator has installed.
+
+    Raises:
+        OnestillError: there is no such function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise OnestillError(f"There is no '{name}'; give an installed package.module:function.") from error
+    if not callable(found):
+        raise OnestillError(f"'{name}' is no function; give an installed package.module:function.")
+    return found
+
+
+def card_asks_for_filter(info: ModelInfo) -> bool:
+    """Whether the model's folder says that what it draws needs to be looked at: `requires_safety_checker`."""
+    return bool(read_json(info.path, "model_index.json").get("requires_safety_checker", False))

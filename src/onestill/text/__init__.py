@@ -1,0 +1,1 @@
+"""Prompts -> token ids: WordPiece, CLIP's BPE, normalisation, truncation."""

@@ -1,0 +1,210 @@
+"""Prompts -> token numbers, exactly as diffusers' pipelines ask transformers for them: cut and padded to K tokens.
+
+A single file holds no tokenizer; CLIP's, which every model of its families was trained with, comes with the package.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onestill.checkpoint import ModelInfo, read_json
+from onestill.errors import CheckpointError, require
+from onestill.text.wordpiece import WordPiece, read_wordpiece, token_text
+
+__all__ = ["PromptTokenizer", "Tokens", "clip_vocabulary", "write_clip_vocabulary"]
+
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class Tokens(NamedTuple):
+    """B prompts as numbers.
+
+    Attributes:
+        ids: [B, K] int64.
+        mask: [B, K] int64, 1 for a token and 0 for padding.
+        cut: B counts of the tokens that did not fit.
+        words_cut: B ends of prompts, from the first word that did not fit whole; "" where all fitted.
+    """
+
+    ids: NDArray[np.int64]
+    mask: NDArray[np.int64]
+    cut: tuple[int, ...]
+    words_cut: tuple[str, ...]
+
+
+class PromptTokenizer:
+    """The tokenizer of a model; safe to call from many threads.
+
+    BERT's WordPiece is read by the base install, other kinds by the `tokenizers` library.
+
+    Args:
+        info: the model.
+        component: "tokenizer", or "tokenizer_2" for SDXL's second text encoder, which pads differently.
+
+    Raises:
+        CheckpointError: there is no tokenizer, or it is not understood.
+        MissingExtraError: it is of another kind, and the `tokenizers` library is not installed.
+    """
+
+    def __init__(self, info: ModelInfo, component: str = "tokenizer") -> None:
+        self._max_tokens = info.max_tokens
+        if info.path.is_file():
+            self._cutter: _Cutter = _OtherPieces(*clip_vocabulary(), info.max_tokens)
+            self._pad_id = 0 if component == "tokenizer_2" else self._cutter.number(CLIP_END) or 0
+            return
+        folder = info.path / component
+        config = read_json(info.path, f"{component}/tokenizer_config.json")
+        self._cutter = _cutter(folder, info.max_tokens)
+        pad = _pad_token(folder, config)
+        pad_id = self._cutter.number(pad)
+        if pad_id is None:
+            raise CheckpointError(f"'{folder}' does not know its own padding token {pad!r}; save the model again.")
+        self._pad_id = pad_id
+
+    def __call__(self, prompts: Sequence[str]) -> Tokens:
+        """Tokenize B prompts."""
+        found = [self._cutter(prompt) for prompt in prompts]
+        ids = np.full((len(found), self._max_tokens), self._pad_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, told, (numbers, _) in zip(ids, mask, found, strict=True):
+            row[: len(numbers)] = numbers
+            told[: len(numbers)] = 1
+        words_cut = tuple(
+            self._end_that_was_cut(prompt) if cut else "" for prompt, (_, cut) in zip(prompts, found, strict=True)
+        )
+        return Tokens(ids, mask, tuple(cut for _, cut in found), words_cut)
+
+    def _end_that_was_cut(self, prompt: str) -> str:
+        """The words of a prompt from the first that did not fit whole: the shortest beginning that is cut ends there.
+
+        A word is what white space ends: no tokenizer here makes a token of two.
+        """
+        words = prompt.split()
+        fits, cut = 0, len(words)  # words[:fits] fit, words[:cut] do not
+        while cut - fits > 1:
+            middle = (fits + cut) // 2
+            if self._cutter(" ".join(words[:middle]))[1]:
+                cut = middle
+            else:
+                fits = middle
+        return " ".join(words[fits:])
+
+
+class _Cutter(Protocol):
+    def __call__(self, prompt: str) -> tuple[list[int], int]:
+        """The numbers of at most K tokens with their marks, unpadded; and how many tokens did not fit."""
+
+    def number(self, token: str) -> int | None:
+        """The number of a token, None where there is none."""
+
+
+class _WordPieces:
+    def __init__(self, pieces: WordPiece, max_tokens: int) -> None:
+        self._pieces = pieces
+        self._room = max_tokens - 2  # the marks at both ends stay, however long the prompt
+        if self._room < 1:
+            raise CheckpointError(f"A prompt of {max_tokens} tokens has no room for words; correct model_max_length.")
+        self.number = pieces.number
+
+    def __call__(self, prompt: str) -> tuple[list[int], int]:
+        numbers = self._pieces(prompt)
+        kept = numbers[: self._room]
+        return [self._pieces.start, *kept, self._pieces.end], len(numbers) - len(kept)
+
+
+def _cutter(folder: Path, max_tokens: int) -> _Cutter:
+    if not (folder / "tokenizer.json").exists() and (folder / "merges.txt").is_file():
+        # As the published models have it: CLIP's byte pairs in two files.
+        vocabulary = {str(token): int(number) for token, number in read_json(folder, "vocab.json").items()}
+        return _OtherPieces(vocabulary, _merges((folder / "merges.txt").read_text(encoding="utf-8")), max_tokens)
+    pieces = read_wordpiece(folder)
+    return _WordPieces(pieces, max_tokens) if pieces else _OtherPieces(folder / "tokenizer.json", None, max_tokens)
+
+
+def _pad_token(folder: Path, config: Mapping[str, Any]) -> str:
+    special = read_json(folder, "special_tokens_map.json") if (folder / "special_tokens_map.json").is_file() else {}
+    for tokens in (config, special):
+        if pad := token_text(tokens.get("pad_token")):
+            return pad
+    return token_text(config.get("unk_token"))
+
+
+def _merges(text: str) -> list[tuple[str, str]]:
+    lines = [line.split() for line in text.split("\n") if line and not line.startswith("#version")]
+    return [(line[0], line[1]) for line in lines if len(line) == 2]
+
+
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """OpenAI's CLIP vocabulary, token -> number, and its merges in order."""
+    import gzip  # here, as the shipped model starts without it
+
+    packed = Path(__file__).with_name("clip").joinpath("merges.txt.gz").read_bytes()
+    merges = _merges(gzip.decompress(packed).decode())
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), CLIP_START, CLIP_END]
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def write_clip_vocabulary(folder: Path) -> None:
+    """Write CLIP's vocabulary into a folder, as the published models have it: `vocab.json` and `merges.txt`."""
+    vocabulary, merges = clip_vocabulary()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(" ".join(pair) for pair in merges) + "\n", encoding="utf-8")
+
+
+def _clip_tokenizer(library: Any, vocabulary: Mapping[str, int], merges: list[tuple[str, str]]) -> Any:
+    """CLIP's byte pairs as transformers sets them up."""
+    made = library.Tokenizer(
+        library.models.BPE(dict(vocabulary), merges, end_of_word_suffix="</w>", unk_token=CLIP_END, fuse_unk=False)
+    )
+    normal, parts = library.normalizers, library.pre_tokenizers
+    made.normalizer = normal.Sequence([normal.NFC(), normal.Replace(library.Regex(r"\s+"), " "), normal.Lowercase()])
+    words = library.Regex(CLIP_WORDS)
+    made.pre_tokenizer = parts.Sequence(
+        [parts.Split(words, behavior="removed", invert=True), parts.ByteLevel(add_prefix_space=False)]
+    )
+    made.add_special_tokens([CLIP_START, CLIP_END])
+    ends = ((CLIP_END, vocabulary[CLIP_END]), (CLIP_START, vocabulary[CLIP_START]))
+    made.post_processor = library.processors.RobertaProcessing(*ends, trim_offsets=False, add_prefix_space=False)
+    return made
+
+
+class _OtherPieces:
+    """Any tokenizer by the `tokenizers` library: a `tokenizer.json`, or CLIP's with this vocabulary and merges."""
+
+    def __init__(self, source: Path | Mapping[str, int], merges: list[tuple[str, str]] | None, max_tokens: int) -> None:
+        library = require("tokenizers", "torch")
+        try:
+            self._tokenizer: Any = (
+                library.Tokenizer.from_file(str(source))
+                if isinstance(source, Path)
+                else _clip_tokenizer(library, source, merges or [])
+            )
+        except Exception as error:  # the library raises nothing narrower
+            where = f"'{source}'" if isinstance(source, Path) else "vocab.json with merges.txt"
+            raise CheckpointError(f"{where} is no tokenizer, or is damaged; copy the model again.") from error
+        # What did not fit is counted here: of what the library cuts off, its versions report different numbers.
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._room = max_tokens - self._tokenizer.num_special_tokens_to_add(False)
+        if self._room < 1:
+            raise CheckpointError(f"A prompt of {max_tokens} tokens has no room for words; correct model_max_length.")
+
+    def number(self, token: str) -> int | None:
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+    def __call__(self, prompt: str) -> tuple[list[int], int]:
+        found = self._tokenizer.encode(prompt, add_special_tokens=False)
+        cut = max(len(found) - self._room, 0)
+        if cut:
+            found.truncate(self._room)
+        return self._tokenizer.post_process(found).ids, cut

@@ -1,0 +1,1 @@
+"""What a run leaves to be read, and what its numbers say."""

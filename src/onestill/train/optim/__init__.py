@@ -1,0 +1,1 @@
+"""Optimizers, and one optimisation step: backward, average, clip, step."""

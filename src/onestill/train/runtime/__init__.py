@@ -1,0 +1,1 @@
+"""What a run needs of the machine: several processes, signals, torch.compile."""

@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.routing import APIRoute, APIWebSocketRoute
+from websockets.exceptions import ConnectionClosed
+
+from onestill.errors import OnestillError
+from onestill.pipeline import Pipeline
+from onestill.serve.access import quota as access_module
+from onestill.serve.access.ledger import Ledger
+from onestill.serve.access.quota import COOKIE, Access, Key, hash_of, new_key, read_keys
+from onestill.serve.web.app import create_app
+from onestill.serve.web.state import Server, Settings
+from tests.serve.client import Answer, Served, answer_on, cookie_of, serving
+from tests.serve.web.test_images import png
+
+OPEN = {"/", "/web/{name}", "/v1/models", "/v1/models/{name}", "/healthz", "/readyz", "/metrics", "/openapi.json"}
+DAY = "2026-11-24"
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'serve.db'}"
+
+
+@pytest.fixture
+def ledger(url: str) -> Iterator[Ledger]:
+    found = Ledger(url)
+    yield found
+    found.close()
+
+
+# --- every route, from the route table --------------------------------------------------------------------------------
+
+
+def ask_route(served: Served, path: str, headers: dict[str, str]) -> Answer:
+    """One request that the route would answer, were it not for who asks."""
+    if path == "/v1/images/generations":
+        return served.ask("POST", path, {"prompt": "a"}, headers)
+    if path == "/v1/images/edits":
+        return served.edit(png(), headers)
+    return served.ask("GET", path.replace("{name}", "tiny"), None, headers)
+
+
+def routes(pipe: Pipeline) -> tuple[list[str], list[str]]:
+    server = Server(pipe, Settings())
+    found = create_app(server).routes
+    server.close()
+    http, sockets = [], []
+
+    def walk(routes: Any, prefix: str = "") -> None:
+        for route in routes:
+            if isinstance(route, APIWebSocketRoute):
+                sockets.append(prefix + route.path)
+            elif isinstance(route, APIRoute):
+                http.append(prefix + route.path)
+            elif hasattr(route, "original_router"):
+                walk(route.original_router.routes, prefix)
+            else:
+                http.append(prefix + route.path)
+
+    walk(found)
+    return http, sockets
+
+
+def test_the_route_table_is_known(tiny_pipe: Pipeline) -> None:
+    http, sockets = routes(tiny_pipe)
+    assert set(http) == OPEN | {"/v1/images/generations", "/v1/images/edits"}
+    assert sockets == ["/v1/realtime"]
+
+
+def test_every_route_without_a_key_with_a_wrong_one_and_with_a_revoked_one(tiny_pipe: Pipeline, ledger: Ledger) -> None:
+    good, revoked = ledger.add_key("me", None)[1], ledger.add_key("gone", None)
+    assert ledger.revoke_key(revoked[0])
+    wrong = [new_key()[1], good[:-1] + ("A" if good[-1] != "A" else "B"), revoked[1], "nonsense", good.upper(), ""]
+    with serving(tiny_pipe, access=Access(ledger=ledger, trial=0)) as served:
+        for path in routes(tiny_pipe)[0]:
+            expected = 200 if path in OPEN and path not in ("/v1/models/{name}", "/web/{name}") else None
+            for key in [None, *wrong]:
+                headers = {} if key is None else {"authorization": f"Bearer {key}"}
+                answer = ask_route(served, path, headers)
+                if path in OPEN:
+                    assert answer.status in (200, 404), (path, key)
+                    assert expected in (None, answer.status), (path, key)
+                else:
+                    assert answer.status == 401, (path, key)
+                    assert answer.error["code"] == ("no_api_key" if key is None else "invalid_api_key")
+                    assert answer.headers["www-authenticate"] == "Bearer"
+            if path not in OPEN:
+                assert ask_route(served, path, {"authorization": f"Bearer {good}"}).status == 200
+        for protocol in ([], ["onestill.v1", "onestill.key.bm9uc2Vuc2U"], ["onestill.key.A"]):
+            with served.live(ready=False, subprotocols=protocol or None) as socket:
+                assert answer_on(socket)[0]["error"]["type"] == "authentication_error"
+        assert served.server.scheduler.counts["drawn"] == 2
+        import base64
+
+        offered = ["onestill.v1", "onestill.key." + base64.urlsafe_b64encode(good.encode()).decode().rstrip("=")]
+        with served.live(subprotocols=offered) as socket:
+            assert socket.subprotocol == "onestill.v1"  # the key is not repeated
+            socket.send('{"id": 1, "prompt": "a"}')
+            assert answer_on(socket)[0]["type"] == "image"
+
+
+def test_every_drawing_route_over_its_limit(tiny_pipe: Pipeline, ledger: Ledger) -> None:
+    key = ledger.add_key("me", 3)[1]
+    headers = {"authorization": f"Bearer {key}"}
+    with serving(tiny_pipe, access=Access(ledger=ledger, trial=0)) as served:
+        for path in ("/v1/images/generations", "/v1/images/edits"):
+            assert ask_route(served, path, headers).status == 200
+        with served.live(additional_headers=headers) as socket:
+            for name in (1, 2, 3):
+                socket.send(json.dumps({"id": name, "prompt": "a"}))
+                answer = answer_on(socket)[0]
+                if name == 1:
+                    assert (answer["type"], answer["left"]) == ("image", 0)
+                else:
+                    assert (answer["id"], answer["error"]["code"]) == (name, "insufficient_quota")
+                    assert 0 < answer["retry_after_s"] <= 24 * 3600
+        for path in ("/v1/images/generations", "/v1/images/edits"):
+            answer = ask_route(served, path, headers)
+            assert (answer.status, answer.error["code"]) == (429, "insufficient_quota")
+            assert 0 < int(answer.headers["retry-after"]) <= 24 * 3600
+        assert ledger.list_keys()[0]["today"] == 3
+
+
+def test_a_key_that_is_revoked_ends_its_live_connection(
+    tiny_pipe: Pipeline, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access_module, "KEY_REMEMBERED_S", 0.0)
+    key_id, key = ledger.add_key("me", None)
+    headers = {"authorization": f"Bearer {key}"}
+    access = Access(ledger=ledger, trial=0)
+    with serving(tiny_pipe, access=access) as served, served.live(additional_headers=headers) as socket:
+        socket.send('{"id": 1, "prompt": "a"}')
+        assert answer_on(socket)[0]["type"] == "image"
+        assert ledger.revoke_key(key_id)
+        socket.send('{"id": 2, "prompt": "a"}')
+        answer = answer_on(socket)[0]
+        assert (answer["id"], answer["error"]["code"]) == (2, "invalid_api_key")
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.recv(timeout=20)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1008
+        assert served.server.scheduler.counts["drawn"] == 1
+
+
+def test_a_new_connection_draws_nothing_once_the_day_is_used_up(tiny_pipe: Pipeline, ledger: Ledger) -> None:
+    with serving(tiny_pipe, access=Access(ledger=ledger, trial=2)) as served:
+        with served.live() as socket:
+            for name, expected in ((1, "image"), (2, "image"), (3, "error")):
+                socket.send(json.dumps({"id": name, "prompt": "a"}))
+                assert answer_on(socket)[0]["type"] == expected
+        with served.live() as socket:
+            socket.send('{"id": 1, "prompt": "a", "n": 4}')
+            assert answer_on(socket)[0]["error"]["code"] == "insufficient_quota"
+        assert served.server.scheduler.counts["drawn"] == 2
+
+
+# --- the free trial ---------------------------------------------------------------------------------------------------
+
+
+def test_a_visitor_has_a_trial_by_cookie_and_by_address(tiny_pipe: Pipeline, ledger: Ledger) -> None:
+    with serving(tiny_pipe, access=Access(ledger=ledger, trial=2)) as served:
+
+        def draw(cookie: str | None, n: int = 1) -> int:
+            headers = {} if cookie is None else {"cookie": f"{COOKIE}={cookie}"}
+            return served.ask("POST", "/v1/images/generations", {"prompt": "a", "n": n}, headers).status
+
+        page = served.ask("GET", "/")
+        assert {"HttpOnly", "SameSite=strict"} <= set(page.headers["set-cookie"].split("; "))
+        first = cookie_of(page)
+        assert "set-cookie" not in served.ask("GET", "/", headers={"cookie": f"{COOKIE}={first}"}).headers
+        assert draw(first, 3) == 429  # all or none
+        assert [draw(first), draw(first), draw(first)] == [200, 200, 429]
+        # Every new cookie has its own trial, until the address has had four.
+        second, third, fourth = (cookie_of(served.ask("GET", "/")) for _ in range(3))
+        assert [draw(one, 2) for one in (second, third, fourth)] == [200, 200, 200]
+        assert draw(cookie_of(served.ask("GET", "/"))) == 429
+        assert draw(None) == 429
+
+
+def test_a_forged_or_replayed_cookie_gains_nothing(tiny_pipe: Pipeline, ledger: Ledger) -> None:
+    with serving(tiny_pipe, access=Access(ledger=ledger, trial=1)) as served:
+        good = cookie_of(served.ask("GET", "/"))
+        name, _, signature = good.partition(".")
+        forged = [f"{'0' * 24}.{signature}", f"{name}.{'0' * 32}", name, f"{name}.", ".", "", "a.b.c", "\xff.x"]
+        for cookie in forged:
+            headers = {"cookie": f"{COOKIE}={cookie}"}
+            assert COOKIE in served.ask("GET", "/", headers=headers).headers["set-cookie"]
+        headers = {"cookie": f"{COOKIE}={good}"}
+        body = {"prompt": "a"}
+        statuses = [served.ask("POST", "/v1/images/generations", body, headers).status for _ in range(3)]
+        assert statuses == [200, 429, 429]
+        # Without a valid cookie the address has one trial, which the cookie above has used.
+        for cookie in forged:
+            headers = {"cookie": f"{COOKIE}={cookie}"}
+            assert served.ask("POST", "/v1/images/generations", body, headers).status == 429
+
+
+def test_a_picture_that_is_not_drawn_is_not_counted(tiny_pipe: Pipeline, ledger: Ledger) -> None:
+    with serving(tiny_pipe, access=Access(ledger=ledger, trial=5)) as served:
+        assert served.draw(n=4, size="1x1").status == 400
+        assert served.draw(prompt="").status == 400
+        assert served.draw(n=5).status == 200
+        assert served.draw(n=1).status == 429
+
+
+def test_addresses_are_not_kept(tiny_pipe: Pipeline, url: str, tmp_path: Path) -> None:
+    ledger = Ledger(url)
+    with serving(tiny_pipe, access=Access(ledger=ledger, trial=5)) as served:
+        served.draw()
+    kept = b"".join(file.read_bytes() for file in tmp_path.iterdir())
+    assert b"address:" in kept
+    assert b"127.0.0.1" not in kept
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("2001:db8:1:2::3", "2001:db8:1:2:ffff::1", True),
+        ("2001:db8:1:2::3", "2001:db8:1:3::3", False),
+        ("::ffff:10.0.0.1", "10.0.0.1", True),
+        ("10.0.0.1", "10.0.0.2", False),
+    ],
+)
+def test_a_household_of_ipv6_is_one_address(one: str, other: str, same: bool) -> None:
+    assert (access_module.network(one) == access_module.network(other)) is same
+
+
+# --- the ledger -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_counted_survives_a_restart(url: str) -> None:
+    ledger = Ledger(url)
+    key_id, key = ledger.add_key("me", 5)
+    secret = ledger.secret()
+    assert ledger.spend([(f"key:{key_id}", 5)], 4, DAY)
+    ledger.close()
+    again = Ledger(url)
+    found = again.find_key(key_id)
+    assert found == Key(key_id, "me", hash_of(key), 5)
+    assert again.used([f"key:{key_id}"], DAY) == {f"key:{key_id}": 4}
+    assert again.secret() == secret
+    assert not again.spend([(f"key:{key_id}", 5)], 2, DAY)
+    assert again.spend([(f"key:{key_id}", 5)], 1, DAY)
+    again.close()
+
+
+def test_all_accounts_are_counted_or_none(ledger: Ledger) -> None:
+    assert ledger.spend([("a", 9), ("b", 2)], 2, DAY)
+    assert not ledger.spend([("a", 9), ("b", 2)], 1, DAY)
+    assert not ledger.spend([("c", 1)], 2, DAY)
+    assert ledger.used(["a", "b", "c"], DAY) == {"a": 2, "b": 2}
+
+
+def test_two_servers_on_one_database_never_take_the_last_twice(url: str) -> None:
+    ledgers = [Ledger(url), Ledger(url)]
+    taken: list[bool] = []
+
+    def take(ledger: Ledger) -> None:
+        for _ in range(30):
+            taken.append(ledger.spend([("a", 40)], 1, DAY))
+
+    threads = [threading.Thread(target=take, args=(ledger,)) for ledger in ledgers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(taken) == 40
+    assert ledgers[0].used(["a"], DAY) == {"a": 40}
+    for ledger in ledgers:
+        ledger.close()
+
+
+def test_keys_are_hashed_at_rest_and_the_file_is_its_owners(url: str, tmp_path: Path) -> None:
+    ledger = Ledger(url)
+    key = ledger.add_key("me", None)[1]
+    ledger.close()
+    assert key.rsplit("-", 1)[1].encode() not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
+    assert (tmp_path / "serve.db").stat().st_mode & 0o077 == 0
+
+
+def test_a_database_that_breaks_is_503(tiny_pipe: Pipeline, url: str, tmp_path: Path) -> None:
+    ledger = Ledger(url)
+    with serving(tiny_pipe, access=Access(ledger=ledger, trial=5)) as served:
+        assert served.draw().status == 200
+        ledger.close()
+        for file in tmp_path.iterdir():
+            file.unlink()
+        (tmp_path / "serve.db").write_bytes(b"not a database at all" * 100)
+        answer = served.draw()
+        assert (answer.status, answer.error["code"]) == (503, "ledger_unavailable")
+        assert "retry-after" in answer.headers
+        headers = {"authorization": f"Bearer {new_key()[1]}"}
+        with served.live(ready=False, additional_headers=headers) as socket:
+            assert answer_on(socket)[0]["error"]["code"] == "ledger_unavailable"
+            with pytest.raises(ConnectionClosed) as closed:
+                socket.recv(timeout=20)
+            assert closed.value.rcvd is not None
+            assert closed.value.rcvd.code == 1013
+
+
+@pytest.mark.parametrize("wrong", ["nonsense", "mysql://a@b/c", "sqlite:////no/such/folder/x.db", "://"])
+def test_a_database_that_is_none(wrong: str) -> None:
+    with pytest.raises(OnestillError, match=r"database|supported"):
+        Ledger(wrong)
+
+
+# --- keys in a file ---------------------------------------------------------------------------------------------------
+
+
+def test_keys_in_a_file_need_no_database(tiny_pipe: Pipeline, tmp_path: Path, capsys: Any) -> None:
+    from onestill.cli import main
+
+    path = tmp_path / "keys.txt"
+    assert main(["keys", "new", "Ada Lovelace", "--keys", str(path)]) == 0
+    key = capsys.readouterr().out.strip()
+    assert key not in path.read_text()
+    assert path.stat().st_mode & 0o077 == 0
+    with serving(tiny_pipe, access=Access(read_keys(path), trial=0)) as served:
+        assert served.draw().status == 401
+        body = {"prompt": "a"}
+        assert served.ask("POST", "/v1/images/generations", body, {"authorization": f"Bearer {key}"}).status == 200
+    (tmp_path / "bad.txt").write_text("os-12345678-nothashed\n")
+    with pytest.raises(OnestillError, match="Line 1"):
+        read_keys(tmp_path / "bad.txt")

@@ -1,0 +1,206 @@
+"""The front: a server behind it is killed, another comes in its place, and nobody before it loses anything."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from benchmarks.serve.server import running
+from onestill.pipeline import Pipeline
+from onestill.serve.cluster.proxy import FromFront, Front
+from onestill.serve.cluster.proxy_socket import _id_in, tries
+from onestill.serve.run import listen, make_front
+from onestill.serve.web.guard import Guard
+from onestill.serve.web.realtime import packed
+from onestill.serve.web.requests import Bounds
+from onestill.serve.web.state import Settings
+from tests.serve.client import Served, answer_on, serving
+from tests.serve.web.test_images import png
+
+PROOF = "proof"
+
+
+@contextmanager
+def fronted(port: int, patience_s: float = 60.0) -> Iterator[Served]:
+    """A front before whatever listens at a port."""
+    bounds = Bounds()
+    front = Front("127.0.0.1", port, proof=PROOF, message_bytes=bounds.message, patience_s=patience_s)
+    with listen("127.0.0.1", 0) as bound:
+        started = threading.Event()
+        server = make_front(Guard(front, (), (), bounds.body, lambda *told: None), bounds.message, ready=started.set)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        assert started.wait(20)
+        found = Served.__new__(Served)
+        found.port = bound.getsockname()[1]
+        try:
+            yield found
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+def test_what_goes_through_is_what_would_have_come(tiny_pipe: Pipeline) -> None:
+    with serving(tiny_pipe) as served, fronted(served.port) as front:
+        for path in ("/", "/web/page.js", "/v1/models", "/healthz", "/openapi.json", "/nowhere", "/v1/models/x"):
+            alone, through = served.ask("GET", path), front.ask("GET", path)
+            assert (through.status, through.body) == (alone.status, alone.body), path
+            assert through.headers["content-security-policy"] == alone.headers["content-security-policy"]
+        drawn, again = front.draw(seed=3), served.draw(seed=3)
+        assert drawn.json["data"] == again.json["data"]
+        assert front.edit(png(), seed="3").status == 200
+        assert front.draw(n=11).error["code"] == "invalid_value"
+        events = front.draw(n=3, seed=1, stream=True)
+        assert events.headers["content-type"].startswith("text/event-stream")
+        assert events.body.count(b"event: image_generation.completed") == 3
+        assert events.body.endswith(b"data: [DONE]\n\n")
+        evil = {"origin": "https://evil.example"}
+        assert front.ask("POST", "/v1/images/generations", {"prompt": "a"}, evil).status == 403
+        assert front.ask("GET", "/", headers={"host": "evil.example"}).status == 403
+        with front.live(subprotocols=["onestill.v1"]) as live:
+            assert live.subprotocol == "onestill.v1"
+            for name in range(3):
+                live.send(json.dumps({"id": name, "prompt": "a", "seed": name}))
+                header, data = answer_on(live)
+                assert (header["type"], header["id"], header["seed"]) == ("image", name, name)
+                assert data.startswith(b"\xff\xd8")
+            live.send("{")
+            assert answer_on(live)[0]["error"]["code"] == "invalid_body"
+        with (
+            pytest.raises((ConnectionClosed, InvalidStatus)),
+            connect(f"ws://127.0.0.1:{front.port}/v1/nothing", proxy=None) as live,
+        ):
+            live.recv(timeout=20)
+
+
+def test_one_request_is_one_picture_however_often_it_is_asked(served: Served) -> None:
+    headers = {"x-request-id": "abc"}
+    one, two = (served.ask("POST", "/v1/images/generations", {"prompt": "a"}, headers).json["data"] for _ in range(2))
+    assert one == two
+    assert served.draw().json["data"] != one
+    assert served.ask("POST", "/v1/images/generations", {"prompt": "a", "seed": 1}, headers).json["data"] != one
+
+
+def test_a_request_that_fails_is_asked_once(tiny_pipe: Pipeline) -> None:
+    asked: list[int] = []
+
+    def broken(images: Any) -> list[bool]:
+        asked.append(len(images))
+        raise RuntimeError
+
+    with serving(tiny_pipe, Settings(image_filter=broken)) as served, fronted(served.port, patience_s=2) as front:
+        answer = front.draw()
+        assert (answer.status, answer.error["code"]) == (500, "server_fault")
+        assert asked == [1]
+
+
+def test_the_front_reads_ids_as_a_replica_does() -> None:
+    assert _id_in('{"id": 3, "prompt": 5}', 2**20) == 3
+    assert _id_in(packed({"id": 3}, b"x"), 100) == 3
+    for message in ('{"id": 3, "prompt": "' + "a" * 2**16 + '"}', packed({"id": 3}, b"x" * 100), "[3]", "{"):
+        assert _id_in(message, 100) is None
+
+
+def test_nobody_answers(tiny_pipe: Pipeline) -> None:
+    with fronted(free_port(), patience_s=0.3) as front:
+        answer = front.draw()
+        assert (answer.status, answer.error["code"]) == (503, "closing")
+        assert "retry-after" in answer.headers
+        with pytest.raises((ConnectionClosed, InvalidStatus)), front.live():
+            pass
+
+
+@pytest.mark.slow
+def test_a_server_is_killed_and_nothing_accepted_is_lost(tiny_folder: Path) -> None:
+    port = free_port()
+    options = ["--model", str(tiny_folder), "--threads", "1", "--port", str(port)]
+    statuses: Counter[int] = Counter()
+    ended = threading.Event()
+
+    def draw(front: Served) -> None:
+        """No client tries anything twice."""
+        while not ended.is_set():
+            statuses[front.draw(num_inference_steps=4).status] += 1
+
+    def stream(front: Served, found: list[Any], seen: threading.Event) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", front.port, timeout=120)
+        body = json.dumps({"prompt": "a", "n": 10, "num_inference_steps": 50, "stream": True})
+        connection.request("POST", "/v1/images/generations", body, {"content-type": "application/json"})
+        for line in connection.getresponse():
+            if line.startswith(b"data: {"):
+                found.append(json.loads(line[6:]))
+                seen.set()
+            elif line.startswith(b"data: [DONE]"):
+                found.append("done")
+        connection.close()
+
+    with fronted(port) as front, running(options) as first:
+        threads = [threading.Thread(target=draw, args=(front,)) for _ in range(3)]
+        found: list[Any] = []
+        seen = threading.Event()
+        threads.append(threading.Thread(target=stream, args=(front, found, seen)))
+        with front.live() as live:
+            for name in range(3):
+                live.send(json.dumps({"id": name, "prompt": "a", "num_inference_steps": 50}))
+            for thread in threads:
+                thread.start()
+            assert seen.wait(60)
+            first.stop(signal.SIGKILL)
+            live.send(json.dumps({"id": 3, "prompt": "the last words", "seed": 5}))
+            with running(options):
+                answers = [answer_on(live)[0] for _ in range(4)]
+                time.sleep(1)
+                ended.set()
+                for thread in threads:
+                    thread.join(120)
+    assert sorted(answer["id"] for answer in answers) == [0, 1, 2, 3]
+    assert (answers[-1]["id"], answers[-1]["type"], answers[-1]["seed"]) == (3, "image", 5)
+    assert set(statuses) == {200}
+    assert found[-1] == "done"
+    seeds = [event["seed"] for event in found[:-1]]
+    assert sorted(seeds) == list(range(min(seeds), min(seeds) + 10))  # each once, the killed server's too
+
+
+def test_who_asks_is_who_the_front_says() -> None:
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["client"])
+
+    async def ask(proof: str) -> None:
+        headers = [(b"x-onestill-front", proof.encode()), (b"x-onestill-client", b"10.0.0.7")]
+        await FromFront(app, PROOF)({"type": "http", "client": ("127.0.0.1", 1), "headers": headers}, None, None)  # type: ignore[arg-type]
+
+    import asyncio
+
+    asyncio.run(ask(PROOF))
+    asyncio.run(ask("forged"))
+    assert seen == [("10.0.0.7", 0), ("127.0.0.1", 1)]
+
+
+def test_the_pauses_between_tries_grow_and_end() -> None:
+    import asyncio
+
+    async def count() -> int:
+        return len([number async for number in tries(0.3)])
+
+    assert 3 <= asyncio.run(count()) <= 5
