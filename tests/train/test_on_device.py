@@ -17,7 +17,7 @@ from onestill.train.batches import SampleBatches, to_device
 from onestill.train.methods import add, diffusion, ladd, lcm
 from onestill.train.noise import Draw, Part, generators, restore, table
 from onestill.train.optim.muon import Muon, Together, muon_with_adamw
-from onestill.train.optim.step import Skipped, Updater, decides_itself, take_turns
+from onestill.train.optim.step import Skipped, Update, decides_itself, optimize
 from onestill.train.recipe import LoopOptions, parse_recipe
 from onestill.train.runtime import parallel
 from onestill.train.state import TrainState, start_ema
@@ -133,8 +133,8 @@ def test_a_step_asks_the_device_for_nothing(
     def iteration(on: Any) -> None:
         with on:
             moved = to_device(batch, AWAY)
-            update = Updater(state, recipe.loop, on_device=True)
-            metrics = take_turns(method.step, state, moved, update, lambda: torch.autocast("cpu", enabled=False))
+            update = Update(state, recipe.loop, on_device=True)
+            metrics = optimize(method.step, state, moved, update, lambda: torch.autocast("cpu", enabled=False))
             state.iteration += 1
             state.update_ema(0.9)
             Skipped().add(update.bad)
@@ -198,7 +198,7 @@ class Gradients:
             for p in self.network.parameters():
                 gradient = torch.randn(p.shape, generator=draw)
                 loss = loss + (gradient * p).sum()
-            update = Updater(self.state, options, on_device=on_device)
+            update = Update(self.state, options, on_device=on_device)
             update("net", loss * float("nan") if turn in spoiled else loss)
             bad.append(update.bad)
         return bad

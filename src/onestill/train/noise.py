@@ -14,24 +14,24 @@ from torch import Tensor
 
 
 class Part:
-    """Which rows of a batch a process holds in one pass: rank, rank + world, ... of the pass's stretch.
+    """Which rows of a batch a process holds in pass `index` of `passes`: rank, rank + world, ... of its stretch.
 
     Readers give rank r the places r, r + world, ... of the data's order, so these rows are the single process's.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1, turn: int = 0, turns: int = 1) -> None:
-        self.rank, self.world, self.turn, self.turns = rank, world, turn, turns
+    def __init__(self, rank: int = 0, world: int = 1, index: int = 0, passes: int = 1) -> None:
+        self.rank, self.world, self.index, self.passes = rank, world, index, passes
 
     @property
     def parts(self) -> int:
         """How many such parts make the batch."""
-        return self.world * self.turns
+        return self.world * self.passes
 
     def of(self, whole: Tensor, count: int) -> Tensor:
         """The `count` rows of this part, of all [parts * count, ...]."""
         if self.parts == 1:
             return whole
-        start = self.turn * count * self.world
+        start = self.index * count * self.world
         return whole[start + self.rank : start + count * self.world : self.world]
 
 

@@ -36,20 +36,19 @@ def new_state(method: Method, seed: int = 0) -> TrainState:
     return TrainState(method.networks, method.optimizers, ema, generator)
 
 
-class Turns:
-    """An `update` that looks and does not touch: the losses, and which networks each turn gives gradients."""
+class Seen:
+    """What one step of `method` yields: the losses, and which networks each gives gradients. Nothing is stepped."""
 
-    def __init__(self, method: Method) -> None:
-        self.method, self.losses, self.reached = method, dict[str, float](), dict[str, set[str]]()
-
-    def __call__(self, name: str, loss: Tensor) -> Tensor:
-        everything = {**self.method.networks, "teacher": self.method.teacher, "decoder": self.method.space.autoencoder}
-        loss.backward(retain_graph=True)
-        self.losses[name] = loss.item()
-        self.reached[name] = {role for role, network in everything.items() if _has_gradient(network)}
-        for network in everything.values():
-            network.zero_grad(set_to_none=True)
-        return torch.zeros(())
+    def __init__(self, method: Method, state: TrainState | None = None, batch: dict[str, Any] | None = None) -> None:
+        self.losses, self.metrics, self.reached = dict[str, float](), dict[str, Tensor](), dict[str, set[str]]()
+        everything = {**method.networks, "teacher": method.teacher, "decoder": method.space.autoencoder}
+        for name, loss, shown in method.step(state or new_state(method), batch or latents_batch()):
+            loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+            self.losses[name] = loss.item()
+            self.metrics |= {key: value.detach() for key, value in shown.items()}
+            self.reached[name] = {role for role, network in everything.items() if _has_gradient(network)}
+            for network in everything.values():
+                network.zero_grad(set_to_none=True)
 
 
 def _has_gradient(network: nn.Module) -> bool:
@@ -80,12 +79,11 @@ def placed(parts: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("options", KINDS)
-def test_each_turn_reaches_its_own_network_alone(parts: Path, options: dict[str, Any]) -> None:
+def test_each_loss_reaches_its_own_network_alone(parts: Path, options: dict[str, Any]) -> None:
     method = add_method(parts, **placed(parts, options))
-    turns = Turns(method)
-    metrics = method.step(new_state(method), latents_batch(), turns)
-    assert turns.reached == {"discriminator": {"discriminator"}, "student": {"student"}}
-    assert all(torch.isfinite(torch.as_tensor(value)) for value in metrics.values())
+    seen = Seen(method)
+    assert seen.reached == {"discriminator": {"discriminator"}, "student": {"student"}}
+    assert all(torch.isfinite(torch.as_tensor(value)) for value in seen.metrics.values())
     for features in method.views.networks:
         if isinstance(features, LatentFeatures):
             continue  # it has no weights
@@ -98,23 +96,19 @@ def test_each_turn_reaches_its_own_network_alone(parts: Path, options: dict[str,
     assert all(p.requires_grad for p in method.discriminator.parameters())
 
 
-@pytest.mark.parametrize("turn", ["student", "discriminator"])
-def test_a_turn_leaves_the_other_network_untouched(parts: Path, turn: str) -> None:
+@pytest.mark.parametrize("stepped", ["student", "discriminator"])
+def test_a_step_leaves_the_other_network_untouched(parts: Path, stepped: str) -> None:
     method = add_method(parts, feature_network="both")
     before = {role: [p.clone() for p in net.parameters()] for role, net in method.networks.items()}
     teacher = [p.clone() for p in method.teacher.parameters()]
-
-    def update(name: str, loss: Tensor) -> Tensor:
-        if name == turn:
+    for name, loss, _ in method.step(new_state(method), latents_batch()):
+        if name == stepped:
             method.optimizers[name].zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             method.optimizers[name].step()
-        return torch.zeros(())
-
-    method.step(new_state(method), latents_batch(), update)
     for role, network in method.networks.items():
         moved = any(not torch.equal(a, b) for a, b in zip(before[role], network.parameters(), strict=True))
-        assert moved == (role == turn)
+        assert moved == (role == stepped)
     assert all(torch.equal(a, b) for a, b in zip(teacher, method.teacher.parameters(), strict=True))
 
 
@@ -173,9 +167,8 @@ def test_lambda_scales_the_distillation_alone(parts: Path) -> None:
     made = {}
     for scale in (1e-9, 1.0, 2.5):
         method = add_method(parts, lambda_distill=scale)
-        turns = Turns(method)
-        metrics = method.step(new_state(method), latents_batch(), turns)
-        made[scale] = (turns.losses["student"], float(metrics["distill"].detach()))
+        seen = Seen(method)
+        made[scale] = (seen.losses["student"], float(seen.metrics["distill"]))
     assert made[1e-9][1] == made[2.5][1]
     assert made[2.5][0] - made[1e-9][0] == pytest.approx(2.5 * made[2.5][1], rel=1e-3)
     assert made[1.0][0] - made[1e-9][0] == pytest.approx(made[2.5][1], rel=1e-3)
@@ -185,10 +178,9 @@ def test_gamma_weighs_r1(parts: Path) -> None:
     losses = {}
     for gamma in (0.0, 3.0):
         method = add_method(parts, gamma_r1=gamma)
-        turns = Turns(method)
-        metrics = method.step(new_state(method), latents_batch(), turns)
-        losses[gamma] = turns.losses["discriminator"]
-    assert losses[3.0] - losses[0.0] == pytest.approx(3 * float(metrics["r1"].detach()), rel=1e-3)
+        seen = Seen(method)
+        losses[gamma] = seen.losses["discriminator"]
+    assert losses[3.0] - losses[0.0] == pytest.approx(3 * float(seen.metrics["r1"]), rel=1e-3)
 
 
 def test_several_teacher_steps_walk_down_the_teachers_path(parts: Path) -> None:
@@ -258,22 +250,17 @@ def test_misaligned_captions_are_fakes_and_equal_ones_are_not(parts: Path) -> No
 
 
 @pytest.mark.parametrize(("options", "plays"), [({"student_every": 2}, [1, 0, 1]), ({"heads_first": 2}, [0, 0, 1])])
-def test_the_student_takes_the_turns_that_it_is_given(parts: Path, options: dict[str, int], plays: list[int]) -> None:
+def test_the_student_steps_when_it_is_to(parts: Path, options: dict[str, int], plays: list[int]) -> None:
     method = add_method(parts, **options)
-    state, turns = new_state(method), []
+    state, stepped = new_state(method), []
     for state.iteration in range(3):
-        seen = Turns(method)
-        method.step(state, latents_batch(), seen)
-        turns.append(sorted(seen.losses))
-    assert turns == [["discriminator", "student"] if it else ["discriminator"] for it in plays]
+        stepped.append(sorted(Seen(method, state).losses))
+    assert stepped == [["discriminator", "student"] if it else ["discriminator"] for it in plays]
 
 
 def test_without_gamma_r1_is_not_computed(parts: Path) -> None:
-    told = {}
-    for gamma in (0.0, 1e-5):
-        method = add_method(parts, gamma_r1=gamma)
-        told[gamma] = float(method.step(new_state(method), latents_batch(), Turns(method))["r1"].detach())
-    assert told[0.0] == 0 < told[1e-5]
+    penalty = {gamma: float(Seen(add_method(parts, gamma_r1=gamma)).metrics["r1"]) for gamma in (0.0, 1e-5)}
+    assert penalty[0.0] == 0 < penalty[1e-5]
 
 
 def test_all_noise_comes_from_the_states_generator(parts: Path) -> None:
@@ -281,9 +268,7 @@ def test_all_noise_comes_from_the_states_generator(parts: Path) -> None:
     for seed, elsewhere in ((1, 0), (1, 9), (2, 0)):
         method = add_method(parts, feature_network="both", teacher_guidance=2.0)
         torch.manual_seed(elsewhere)
-        turns = Turns(method)
-        method.step(new_state(method, seed), latents_batch(), turns)
-        losses.append(turns.losses)
+        losses.append(Seen(method, new_state(method, seed)).losses)
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
 
@@ -368,7 +353,7 @@ def test_sheet_and_export(parts: Path, tmp_path: Path) -> None:
     assert not (pictures[:16] == pictures[16:32]).all()  # one step and four differ
     assert numbers["steps_4_to_1"] > 0
     assert captions[32:] == []
-    method.step(state, latents_batch(), Turns(method))
+    Seen(method, state)
     pictures, captions, _ = method.sheet(state)
     assert captions[32:36] == ["from 999"] * 4  # what it makes of the batch, at each student timestep
     assert captions[-4:] == ["from 249"] * 4

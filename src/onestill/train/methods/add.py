@@ -33,7 +33,7 @@ from onestill.train.losses import (
 )  # fmt: skip
 from onestill.train.methods.distiller import Distiller, DistilOptions
 from onestill.train.noise import Draw
-from onestill.train.optim.step import Batch, Update, frozen
+from onestill.train.optim.step import Batch, Objectives, frozen
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.runtime.compiling import compiled
 from onestill.train.state import TrainState
@@ -111,40 +111,43 @@ class Method(Distiller):
         # R1 differentiates a gradient, which no compiled network can.
         self.heads = self.discriminator if self.options.gamma_r1 else compiled(self.discriminator, self.loop, device)
 
-    def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
+    def step(self, state: TrainState, batch: Batch) -> Objectives:
         options, draw, heads = self.options, state.draw, self.heads
         x0, told = self.read(batch)  # [B, C, h, w]
         plays = state.iteration >= options.heads_first and state.iteration % options.student_every == 0
 
-        # --- generate once: x_theta from a real image noised to a student timestep, Eq. 1 ---
+        # --- generate once: x_theta from a real image noised to a student timestep ---
         s = self.student_timesteps(len(x0), state).to(x0.device)  # [B]
         with torch.set_grad_enabled(plays):
-            x_theta = self.student_denoiser.x0(self.noised(x0, s, draw), s, told)  # [B, C, h, w]
+            x_s = self.noised(x0, s, draw)  # Eq. 1
+            x_theta = self.student_denoiser.x0(x_s, s, told)  # [B, C, h, w]
 
-        # --- what the heads see of both, under one view; one forward serves both turns ---
+        # --- features of both, under one view; one forward serves both losses ---
         view = self.views.draw(x0, draw)
         with torch.no_grad():
             real = [tap.requires_grad_() for tap in view(x0, told)]  # F_k(x0), [B, N_k, D_k] each
-            c = self.head_condition(x0, s, view, told, batch)  # c_text, c_img
+            c = self.head_condition(x0, s, view, told, batch)  # c_text, c_img of section 3.2
         with torch.set_grad_enabled(plays):
             fake = view(x_theta, told)  # F_k(x_theta)
 
-        # --- the discriminator's turn: hinge over heads, R1 on the heads' inputs, Eq. 3 ---
+        # --- the discriminator's turn ---
         real_logits, fake_logits = heads(real, c), heads([tap.detach() for tap in fake], c)
-        hinge = hinge_discriminator(real_logits, fake_logits)
-        penalty = r1(real, real_logits) if options.gamma_r1 else torch.zeros_like(hinge)
+        hinge = hinge_discriminator(real_logits, fake_logits)  # Eq. 3
+        penalty = r1(real, real_logits) if options.gamma_r1 else torch.zeros_like(hinge)  # Eq. 3, on the heads' inputs
         wrong = self.misaligned(real, c, batch) if options.misaligned else torch.zeros_like(hinge)
-        update("discriminator", hinge + options.gamma_r1 * penalty + options.misaligned * wrong)
+        loss = hinge + options.gamma_r1 * penalty + options.misaligned * wrong
+        shown = {"hinge": hinge, "r1": penalty, **({"misaligned": wrong} if options.misaligned else {})}
+        yield "discriminator", loss, shown | mean_logits(real_logits, fake_logits)
 
-        # --- the student's turn: Eq. 2 and lambda times Eq. 4 ---
-        losses = {"hinge": hinge, "r1": penalty}
+        # --- the student's turn, against the heads as they are now ---
         if plays:
             with frozen(self.discriminator):
-                adversarial = hinge_generator(heads(fake, c))
+                adversarial = hinge_generator(heads(fake, c))  # Eq. 2
                 distill = self.distill(x_theta, told, view, draw) if options.lambda_distill else torch.zeros_like(hinge)
-                update("student", options.adversarial * adversarial + options.lambda_distill * distill)
-            losses |= {"adversarial": adversarial, "distill": distill}
-        return losses | ({"misaligned": wrong} if options.misaligned else {}) | means(real_logits, fake_logits)
+                loss = options.adversarial * adversarial + options.lambda_distill * distill  # Eq. 4 with its lambda
+                yield "student", loss, {"adversarial": adversarial, "distill": distill}
+
+        # --- averages: the loop moves the student's running mean, `TrainState.update_ema` ---
 
     def distill(self, x_theta: Tensor, told: Condition, view: View, draw: Draw) -> Tensor:
         """Eq. 4: the teacher's x0 from x_theta noised to t, weighted by c(t); no gradient through the teacher."""
@@ -234,7 +237,7 @@ class Method(Distiller):
         return hinge_fake(logits, torch.tensor(differ).to(c.text.device, non_blocking=True))
 
 
-def means(real: Sequence[Tensor], fake: Sequence[Tensor]) -> dict[str, Tensor]:
+def mean_logits(real: Sequence[Tensor], fake: Sequence[Tensor]) -> dict[str, Tensor]:
     """Mean logits, over all heads and for each."""
     found = {}
     for name, logits in (("real_logits", real), ("fake_logits", fake)):

@@ -26,7 +26,7 @@ from onestill.train.conditioning import load_autoencoder
 from onestill.train.discriminator.heads import PatchDiscriminator
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator, unit_moments
 from onestill.train.lpips import LPIPS
-from onestill.train.optim.step import Batch, Update
+from onestill.train.optim.step import Batch, Objectives
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
@@ -99,7 +99,7 @@ class Method:
         for network in (*self.networks.values(), *([self.lpips] if self.lpips else [])):
             network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
+    def step(self, state: TrainState, batch: Batch) -> Objectives:
         options = self.options
         device = next(self.autoencoder.parameters()).device
         x = batch["images"].to(device).contiguous(memory_format=torch.channels_last)  # [B, 3, H, W] in [-1, 1]
@@ -124,13 +124,12 @@ class Method:
             if state.iteration >= options.adversarial_from + options.adversarial_warmup:
                 loss = loss + options.adversarial * hinge_generator([logits])
             metrics["fake_logits"] = logits.mean()
-        update("autoencoder", loss)
+        yield "autoencoder", loss, metrics
+
         if playing:
             real, fake = self.discriminator(x)[-1], self.discriminator(y.detach())[-1]
-            game = hinge_discriminator([real], [fake])
-            update("discriminator", game)
-            metrics |= {"discriminator": game, "real_logits": real.mean()}
-        return metrics
+            hinge = hinge_discriminator([real], [fake])
+            yield "discriminator", hinge, {"discriminator": hinge, "real_logits": real.mean()}
 
     def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
         """The first pictures since the run began or was resumed, above what becomes of them."""

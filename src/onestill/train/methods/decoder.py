@@ -31,7 +31,7 @@ from onestill.train.discriminator.heads import PatchDiscriminator
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator
 from onestill.train.methods import autoencoder
 from onestill.train.noise import table
-from onestill.train.optim.step import Batch, Update, frozen
+from onestill.train.optim.step import Batch, Objectives, frozen
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.runtime.compiling import compiled
 from onestill.train.runtime.parallel import is_main
@@ -115,7 +115,7 @@ class Method:
         self.words.to(device)
         self.student.unet = compiled(self.student.unet, self.loop, device)  # the rest is work enough for a GPU
 
-    def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
+    def step(self, state: TrainState, batch: Batch) -> Objectives:
         options = self.options
         x = batch["images"].to(next(self.autoencoder.parameters()).device)
         x = x.contiguous(memory_format=torch.channels_last)  # [B, 3, H, W] in [-1, 1]
@@ -129,12 +129,12 @@ class Method:
         # --- the encoder: a quarter is enough, as all but its first layers were trained before ---
         some = x[: max(1, len(x) // 4)]
         kept = F.mse_loss(most_likely_latents(self.autoencoder, some) * self.old.scale, clean[: len(some)])
-        update("encoder", kept)
+        yield "encoder", kept, {"kept": kept}
 
         # --- the decoder: the picture, as far as its latents know it, and always that it looks like one ---
         l1, edges = (known * (y - target).abs()).mean(), gradient_difference(known * target, known * y)
         loss = options.l1 * l1 + options.gradient * edges
-        metrics = {"kept": kept, "l1": l1, "edges": edges}
+        metrics = {"l1": l1, "edges": edges}
         if self.lpips is not None:
             seen_rows, seen_columns = autoencoder.window(y.shape[-1], options.perceptual_window, state)
             distance = self.lpips(target[:, :, seen_rows, seen_columns], y[:, :, seen_rows, seen_columns])  # [B]
@@ -149,12 +149,11 @@ class Method:
                 alike = sum((known * (a - b).abs()).mean() for a, b in zip(seen, wanted, strict=True)) / len(seen)
                 loss = loss + options.adversarial * hinge_generator(fake) + options.features * alike
                 metrics |= {"features": alike}
-            update("decoder", loss)
+            yield "decoder", loss, metrics
+
         if playing:
-            game = hinge_discriminator(self.discriminator(target)[0], self.discriminator(y.detach())[0])
-            update("discriminator", game)
-            metrics |= {"discriminator": game}
-        return metrics
+            hinge = hinge_discriminator(self.discriminator(target)[0], self.discriminator(y.detach())[0])
+            yield "discriminator", hinge, {"discriminator": hinge}
 
     @torch.no_grad()
     def latents(self, clean: Tensor, captions: Sequence[str], state: TrainState) -> tuple[Tensor, Tensor]:

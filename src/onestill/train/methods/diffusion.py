@@ -33,7 +33,7 @@ from onestill.train.denoiser import (
 from onestill.train.losses import mean_where, min_snr_weight
 from onestill.train.noise import Draw
 from onestill.train.optim.muon import muon_with_adamw
-from onestill.train.optim.step import Batch, Update
+from onestill.train.optim.step import Batch, Objectives
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.runtime.compiling import compiled
 from onestill.train.runtime.parallel import is_main
@@ -111,7 +111,7 @@ class Method:
         self.empty, self.sheet_text = self.empty.to(device), self.sheet_text.to(device)
         self.denoiser = Denoiser(compiled(self.teacher, self.loop, device), training_schedule())
 
-    def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
+    def step(self, state: TrainState, batch: Batch) -> Objectives:
         options, denoiser = self.options, self.denoiser
         device, draw = self.empty.text.device, state.draw
         x0, condition = batch["latents"].to(device), batch_condition(batch, device)
@@ -126,9 +126,8 @@ class Method:
         v = alpha * eps - sigma * x0  # [B, C, h, w]
         error = (denoiser.output(x_t, timesteps, condition) - v).square().flatten(1).mean(1)  # [B]
         loss = (self.weight(alpha, sigma) * error).mean()
-        update("teacher", loss)
         late, early = mean_where(error, timesteps >= 750), mean_where(error, timesteps < 250)
-        return {"loss": loss, "error": error.mean(), "error_late": late, "error_early": early}
+        yield "teacher", loss, {"loss": loss, "error": error.mean(), "error_late": late, "error_early": early}
 
     def timesteps(self, count: int, draw: Draw) -> Tensor:
         """The timesteps of one iteration, [B]."""

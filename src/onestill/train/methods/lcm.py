@@ -22,7 +22,7 @@ from onestill.errors import RecipeError
 from onestill.schedule import add_noise
 from onestill.train.losses import boundary_scalings, pseudo_huber
 from onestill.train.methods.distiller import Distiller, DistilOptions
-from onestill.train.optim.step import Batch, Update
+from onestill.train.optim.step import Batch, Objectives
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.state import TrainState
 
@@ -79,7 +79,7 @@ class Method(Distiller):
             torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
         return student
 
-    def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
+    def step(self, state: TrainState, batch: Batch) -> Objectives:
         options, draw = self.options, state.draw
         x0, told = self.read(batch)  # [B, C, h, w]
         count, device = len(x0), x0.device
@@ -106,8 +106,7 @@ class Method(Distiller):
             there = self.consistent(x_earlier, earlier, told, extra)
         here = self.consistent(x_later, later, told, extra)
         loss = pseudo_huber(here, there, options.huber_c)
-        update("student", loss)
-        return {"loss": loss, "distance": (here - there).detach().square().mean().sqrt()}
+        yield "student", loss, {"loss": loss, "distance": (here - there).square().mean().sqrt()}
 
     def consistent(self, x: Tensor, t: Tensor, told: Any, extra: dict[str, Tensor]) -> Tensor:
         """f(x, t) = c_skip x + c_out x0(x, t), LCM Eq. 9: x itself at t = 0."""
