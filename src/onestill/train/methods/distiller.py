@@ -67,7 +67,7 @@ class Distiller:
     averaged: tuple[str, ...] = ("student",)
     batch = "latents"
     splits = True
-    guidance_told = "no guidance (`guidance_scale=0`)"
+    guidance_note = "no guidance (`guidance_scale=0`)"
     sampler = "euler_ancestral"
     sheet_steps: tuple[int, ...] = (1, 4)
 
@@ -95,7 +95,7 @@ class Distiller:
         self.side = options.sample_size or int(self.student.config["sample_size"])
         self.native_px = self.side * self.space.factor
         self._encoder: Any = open_text_encoder(options.text_encoder or options.teacher)
-        self.empty, self.sheet_text = self.told([""]), self.told(options.sheet_prompts)
+        self.empty, self.sheet_text = self.conditioning([""]), self.conditioning(options.sheet_prompts)
         if self.empty.text.shape[-1] != self.teacher.config["cross_attention_dim"]:
             raise RecipeError(
                 f"the text encoder's states are {self.empty.text.shape[-1]} wide and the teacher takes "
@@ -144,10 +144,10 @@ class Distiller:
         """
         device = self.empty.text.device
         x0: Tensor = batch["latents"].to(device)
-        told = batch_condition(batch, device, self.native_px)
-        check_cached(self.teacher, x0, told)
-        self.shown = x0[:FROM_DATA], told.map(lambda part: part[:FROM_DATA])
-        return x0, told
+        conditioning = batch_condition(batch, device, self.native_px)
+        check_cached(self.teacher, x0, conditioning)
+        self.shown = x0[:FROM_DATA], conditioning.map(lambda part: part[:FROM_DATA])
+        return x0, conditioning
 
     def sheet_x0(self, steps: int) -> Tensor:
         """The sheet's prompts in latents [B, C, h, w], by the student as it is now."""
@@ -161,9 +161,9 @@ class Distiller:
         """
         with torch.no_grad(), state.using_average("student"):
             drawn = [self.sheet_x0(steps) for steps in self.sheet_steps]
-            made, told = self.from_data()
+            made, made_captions = self.from_data()
         prompts = self.options.sheet_prompts
-        captions = [f"{steps}: {prompt}" for steps in self.sheet_steps for prompt in prompts] + told
+        captions = [f"{steps}: {prompt}" for steps in self.sheet_steps for prompt in prompts] + made_captions
         numbers = {
             f"steps_{steps}_to_1": float((latents - drawn[0]).square().mean().sqrt())
             for steps, latents in zip(self.sheet_steps[1:], drawn[1:], strict=True)
@@ -177,7 +177,7 @@ class Distiller:
     def export(self, state: TrainState, folder: Path) -> None:
         export_student(self, state, folder)
 
-    def told(self, prompts: Sequence[str]) -> Condition:
+    def conditioning(self, prompts: Sequence[str]) -> Condition:
         """Prompts known before training; where the UNet takes sizes, an uncropped picture of the native size."""
         condition: Condition = self._encoder(prompts)
         if condition.pooled is None:

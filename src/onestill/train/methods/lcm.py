@@ -64,7 +64,7 @@ class Method(Distiller):
         if len(mine.alpha) != len(its.alpha) or not np.allclose(mine.alpha, its.alpha, rtol=0, atol=1e-6):
             raise RecipeError("lcm follows the teacher's path: the student's noise schedule must be the teacher's.")
         if options.embed_guidance:
-            self.guidance_told = f"the guidance scale that you like (`guidance_scale={options.sheet_guidance:g}`)"
+            self.guidance_note = f"the guidance scale that you like (`guidance_scale={options.sheet_guidance:g}`)"
         self.optimizers["student"] = self.adam(self.student, options.lr, options.beta1)
 
     def new_student(self, unet: Any) -> Any:
@@ -81,7 +81,7 @@ class Method(Distiller):
 
     def step(self, state: TrainState, batch: Batch) -> Objectives:
         options, draw = self.options, state.draw
-        x0, told = self.read(batch)  # [B, C, h, w]
+        x0, conditioning = self.read(batch)  # [B, C, h, w]
         count, device = len(x0), x0.device
 
         # --- a place on the teacher's path, and the guidance to follow it with ---
@@ -95,7 +95,7 @@ class Method(Distiller):
         # --- one DDIM step of the guided teacher down to t_n, LCM Eq. 14 ---
         with torch.no_grad():
             alpha, sigma = self.teacher_denoiser.signal(later)
-            estimate = self.teacher_denoiser.guided_x0(x_later, later, told, self.empty, w.view(-1, 1, 1, 1))
+            estimate = self.teacher_denoiser.guided_x0(x_later, later, conditioning, self.empty, w.view(-1, 1, 1, 1))
             noise = (x_later - alpha * estimate) / sigma
             x_earlier = add_noise(estimate, noise, *self.teacher_denoiser.signal(earlier))
 
@@ -103,15 +103,15 @@ class Method(Distiller):
         extra = self.guidance(w)
         asked = state.using_average("student") if options.target == "average" else nullcontext()
         with torch.no_grad(), asked:
-            there = self.consistent(x_earlier, earlier, told, extra)
-        here = self.consistent(x_later, later, told, extra)
+            there = self.consistent(x_earlier, earlier, conditioning, extra)
+        here = self.consistent(x_later, later, conditioning, extra)
         loss = pseudo_huber(here, there, options.huber_c)
         yield "student", loss, {"loss": loss, "distance": (here - there).square().mean().sqrt()}
 
-    def consistent(self, x: Tensor, t: Tensor, told: Any, extra: dict[str, Tensor]) -> Tensor:
+    def consistent(self, x: Tensor, t: Tensor, conditioning: Any, extra: dict[str, Tensor]) -> Tensor:
         """f(x, t) = c_skip x + c_out x0(x, t), LCM Eq. 9: x itself at t = 0."""
         c_skip, c_out = (part.view(-1, 1, 1, 1) for part in boundary_scalings(t))
-        return c_skip * x + c_out * self.student_denoiser.x0(x, t, told, **extra)
+        return c_skip * x + c_out * self.student_denoiser.x0(x, t, conditioning, **extra)
 
     def guidance(self, w: Tensor) -> dict[str, Tensor]:
         """What tells the student the guidance scale w [B]: `timestep_cond` [B, 256], or nothing."""

@@ -130,12 +130,16 @@ class Update:
         Args:
             name: the optimizer's.
         """
-        optimizer = self._state.optimizers[name]
-        if first:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if not last:
-            return
+        # Autocast is for the forward pass: in it, Muon's products lose so much that its steps go uphill.
+        with torch.autocast(loss.device.type, enabled=False):
+            optimizer = self._state.optimizers[name]
+            if first:
+                optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if last:
+                self._step(name, optimizer)
+
+    def _step(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         # Averaged before they are looked at, so that all processes decide alike whether to skip.
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         parallel.average_gradients(parameters)
