@@ -58,7 +58,12 @@ def nested(options: dict[str, Any]) -> dict[str, Any]:
 
 def add_recipe(parts: Path, **options: Any) -> Any:
     model = parts / "model"
-    given = {"teacher": str(model / "unet"), "autoencoder": str(model / "vae"), "text_encoder": str(model)}
+    given: dict[str, Any] = {
+        "teacher": str(model / "unet"),
+        "autoencoder": str(model / "vae"),
+        "text_encoder": str(model),
+    }
+    given["sheet_prompts"] = ["a red star", "a blue cat"] * 8
     given |= {
         "features__tower": str(parts / "latents"),
         "features__tower_layers": [0, 1, 3],

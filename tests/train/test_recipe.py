@@ -138,6 +138,7 @@ def test_fingerprint_leaves_out_length_place_and_bookkeeping() -> None:
     assert fingerprint(data={"prefetch": 0}) == same
     for change in ({"iterations": 3}, {"threads": 2}, {"log_every": 1}, {"checkpoint_every": 3}, {"device": "cuda"}):
         assert fingerprint(loop=change) == same
+    assert fingerprint(diffusion={"sheet_prompts": ["a fox"]}) == same
 
 
 def test_fingerprint_keeps_what_changes_the_numbers() -> None:

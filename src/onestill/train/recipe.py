@@ -34,6 +34,9 @@ from onestill.errors import RecipeError, near
 METHODS = ("autoencoder", "contrastive", "diffusion", "add", "ladd", "lcm", "decoder")
 COMPILED = ("diffusion", "add", "ladd", "lcm", "decoder")  # others are work enough for a GPU as they are
 
+# What sheets show where the recipe names no prompts: common things, for a model of anything.
+SHEET_PROMPTS = ["a red apple", "a cat", "a house by the sea", "a blue car"]
+
 T = TypeVar("T")
 
 
@@ -117,20 +120,30 @@ class Recipe:
         return plain
 
     def fingerprint(self) -> str:
-        """What a checkpoint must share with the recipe that resumes it: all but length, place and bookkeeping."""
-        plain = self.resolved()
-        plain.pop("out")
-        free = ("iterations", "device", "log_every", "sheet_every", "checkpoint_every", "keep_checkpoints", "threads")
-        for key in (*free, "max_bad_steps", "compile", "parallel", "accumulate"):
-            plain["loop"].pop(key)
-        for key in ("prefetch", "workers"):
-            plain["data"].pop(key)
-        return json.dumps(plain, sort_keys=True)
+        """What a checkpoint must share with the recipe that resumes it, as JSON."""
+        return json.dumps(binding(self.resolved()), sort_keys=True)
 
     def default_fingerprint(self) -> str:
         """The same with every setting at its default, for checkpoints that are older than a setting."""
         kind = type(self.options)
         return dataclasses.replace(self, data=DataOptions(), loop=LoopOptions(), options=kind()).fingerprint()
+
+
+def binding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a recipe's settings, those that a run keeps for life: all but length, place and bookkeeping."""
+    free = {
+        "loop": ("iterations", "device", "log_every", "sheet_every", "checkpoint_every", "keep_checkpoints", "threads",
+                 "max_bad_steps", "compile", "parallel", "accumulate"),
+        "data": ("prefetch", "workers"),
+        settings.get("method"): ("sheet_prompts",),
+    }  # fmt: skip
+    return {
+        key: {name: one for name, one in value.items() if name not in free.get(key, ())}
+        if isinstance(value, Mapping)
+        else value
+        for key, value in settings.items()
+        if key != "out"
+    }
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

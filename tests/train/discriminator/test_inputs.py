@@ -104,5 +104,5 @@ def test_a_cnn_sees_pictures_and_needs_a_folder(parts: Path) -> None:
     )
     first, *_ = transform.features(latents, condition(latents_batch()))
     torch.testing.assert_close(first, method.inputs.networks[0].features(method.space.decode(latents))[0])
-    with pytest.raises(RecipeError, match="name its folder with features.cnn"):
+    with pytest.raises(RecipeError, match=r"name its folder with features\.cnn"):
         new(parts, features__network="cnn")

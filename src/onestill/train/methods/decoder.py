@@ -26,13 +26,13 @@ from onestill.errors import RecipeError
 from onestill.schedule import add_noise
 from onestill.train.batches import to_pictures
 from onestill.train.conditioning import LatentSpace, open_text_encoder
-from onestill.train.denoiser import SHEET_PROMPTS, Denoiser, load_unet, read_schedule
+from onestill.train.denoiser import Denoiser, load_unet, read_schedule
 from onestill.train.discriminator.heads import PatchDiscriminator
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator
 from onestill.train.methods import autoencoder
 from onestill.train.noise import table
 from onestill.train.optim.step import Batch, Objectives, frozen
-from onestill.train.recipe import LoopOptions, option
+from onestill.train.recipe import SHEET_PROMPTS, LoopOptions, option
 from onestill.train.runtime.compiling import compiled
 from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState

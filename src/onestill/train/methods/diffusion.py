@@ -21,7 +21,6 @@ from onestill.errors import RecipeError
 from onestill.schedule import NoiseSchedule, add_noise
 from onestill.train.conditioning import LatentSpace, TextEncoder, batch_condition
 from onestill.train.denoiser import (
-    SHEET_PROMPTS,
     Denoiser,
     UNetOptions,
     build_like,
@@ -34,7 +33,7 @@ from onestill.train.losses import mean_where, min_snr_weight
 from onestill.train.noise import Draw
 from onestill.train.optim.muon import muon_with_adamw
 from onestill.train.optim.step import Batch, Objectives
-from onestill.train.recipe import LoopOptions, option
+from onestill.train.recipe import SHEET_PROMPTS, LoopOptions, option
 from onestill.train.runtime.compiling import compiled
 from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
@@ -62,6 +61,7 @@ class Options:
     log_snr_mean: float = option(-0.5, low=-20.0, high=20.0)
     log_snr_std: float = option(2.0, low=0.01, high=100.0)
     snr_gamma: float = option(5.0, low=0.0)
+    sheet_prompts: list[str] = option(SHEET_PROMPTS)
     sheet_steps: int = option(25, low=1, high=50)
     sheet_guidance: float = option(3.0, low=1.0)
 
@@ -86,7 +86,7 @@ class Method:
                 f"{self.space.channels}: set diffusion.unet.channels."
             )
         encoder = TextEncoder(options.text_encoder)
-        self.empty, self.sheet_text = encoder([""]), encoder(SHEET_PROMPTS)
+        self.empty, self.sheet_text = encoder([""]), encoder(options.sheet_prompts)
         width = self.empty.text.shape[-1]
         if self.teacher.config["cross_attention_dim"] != width:
             raise RecipeError(
@@ -149,7 +149,7 @@ class Method:
         shape = (config["in_channels"], config["sample_size"], config["sample_size"])
         denoiser = Denoiser(averaged, training_schedule())
         latents = denoiser.sample(self.sheet_text, self.empty, shape, options.sheet_steps, options.sheet_guidance)
-        return self.space.pictures(latents), list(SHEET_PROMPTS)
+        return self.space.pictures(latents), list(options.sheet_prompts)
 
     def export(self, state: TrainState, folder: Path) -> None:
         averaged = build_like(self.teacher, state.shipped("teacher"), torch.device("cpu"))

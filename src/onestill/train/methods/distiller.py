@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from onestill.errors import RecipeError
 from onestill.train.conditioning import Condition, LatentSpace, batch_condition, native_sizes, open_text_encoder
-from onestill.train.denoiser import SHEET_PROMPTS, Denoiser, check_cached, load_unet, read_schedule
+from onestill.train.denoiser import Denoiser, check_cached, load_unet, read_schedule
 from onestill.train.export import add_lora, export_student
 from onestill.train.optim.step import Batch
-from onestill.train.recipe import LoopOptions, option
+from onestill.train.recipe import SHEET_PROMPTS, LoopOptions, option
 from onestill.train.runtime import parallel
 from onestill.train.runtime.compiling import compiled
 from onestill.train.state import TrainState
