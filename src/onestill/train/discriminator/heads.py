@@ -116,6 +116,15 @@ def level_embedding(timesteps: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
+def mean_logits(real: Sequence[Tensor], fake: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Mean logits, over all heads and for each."""
+    found: dict[str, Tensor] = {}
+    for name, logits in (("real_logits", real), ("fake_logits", fake)):
+        found[name] = torch.cat([one.detach().flatten() for one in logits]).mean()
+        found |= {f"{name}/{k}": one.detach().mean() for k, one in enumerate(logits)}
+    return found
+
+
 class PatchDiscriminator(nn.Module):
     """[B, 3, H, W] -> what each layer makes of it, last the logits [B, 1, H/8, W/8] of patches of some 40 pixels."""
 

@@ -24,6 +24,7 @@ from onestill.train.discriminator.heads import (
     HeadCondition,
     HeadOptions,
     level_embedding,
+    mean_logits,
 )
 from onestill.train.discriminator.inputs import (
     NOISED,
@@ -147,11 +148,11 @@ class Method(Distiller):
         adversarial, lambda_distill = self.options.adversarial, self.options.distillation.lambda_distill
         draw, zero = state.draw, torch.zeros(())
         x0, conditioning = self.read(batch)  # [B, C, h, w]
-        plays = state.iteration >= adversarial.heads_first and state.iteration % adversarial.student_every == 0
+        trains_student = state.iteration >= adversarial.heads_first and state.iteration % adversarial.student_every == 0
 
         # --- generate once: x_theta from a real image noised to a student timestep ---
         s = self.student_timesteps(len(x0), state).to(x0.device)  # [B]
-        with torch.set_grad_enabled(plays):
+        with torch.set_grad_enabled(trains_student):
             x_s = self.noised(x0, s, draw)  # Eq. 1
             x_theta = self.student_denoiser.x0(x_s, s, conditioning)  # [B, C, h, w]
 
@@ -160,7 +161,7 @@ class Method(Distiller):
         with torch.no_grad():
             real = [one.requires_grad_() for one in transform.features(x0, conditioning)]  # F_k(x0), [B, N_k, D_k]
             c = self.head_condition(x0, s, transform, conditioning, batch)  # c_text and c_img of section 3.2
-        with torch.set_grad_enabled(plays):
+        with torch.set_grad_enabled(trains_student):
             fake = transform.features(x_theta, conditioning)  # F_k(x_theta)
 
         # --- the discriminator's turn ---
@@ -173,7 +174,7 @@ class Method(Distiller):
         yield "discriminator", loss, shown | mean_logits(real_logits, fake_logits)
 
         # --- the student's turn, against the heads as they are now ---
-        if plays:
+        if trains_student:
             with frozen(self.discriminator):
                 fooled = hinge_generator(self.heads(fake, c))  # Eq. 2
                 distill = self.distill(x_theta, conditioning, transform, draw) if lambda_distill else zero  # Eq. 4
@@ -271,15 +272,6 @@ class Method(Distiller):
         differ = [mine != other for mine, other in zip(captions, [*captions[-1:], *captions[:-1]], strict=True)]
         logits = self.heads([one.detach() for one in real], HeadCondition(c.text.roll(1, 0), c.image, c.level))
         return hinge_fake(logits, torch.tensor(differ).to(c.text.device, non_blocking=True))
-
-
-def mean_logits(real: Sequence[Tensor], fake: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Mean logits, over all heads and for each."""
-    found = {}
-    for name, logits in (("real_logits", real), ("fake_logits", fake)):
-        found[name] = torch.cat([one.detach().flatten() for one in logits]).mean()
-        found |= {f"{name}/{k}": one.detach().mean() for k, one in enumerate(logits)}
-    return found
 
 
 def check(options: Options) -> None:

@@ -42,14 +42,13 @@ MARGIN = 2  # cells around a window
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(autoencoder.LossOptions):
     """`autoencoder` is the one whose latents stay, `student` the UNet whose latents are decoded.
 
     Blocks are listed as in an `autoencoder` recipe, from full resolution for the encoder and from the latents for the
     decoder, and one more of each than the old has doubles the side. Above the decoder's `window_from`-th size a window
     of `window` such cells a side stands for the picture (0: all of it). `student_share` of a batch passes through the
-    student. `perceptual` weighs LPIPS by the network in the file `perceptual_network`, on one random window of
-    `perceptual_window` px. `features` weighs how alike the discriminators find a picture and its decoding; they join at
+    student. `features` weighs how alike the discriminators find a picture and its decoding; they join at
     `adversarial_from`, and look at `scales` halvings of it.
     """
 
@@ -61,19 +60,11 @@ class Options:
     window: int = option(16, low=0, high=1024)
     window_from: int = option(1, low=0, high=16)
     student_share: float = option(0.75, low=0.0, high=1.0)
-    latent_noise: float = option(0.05, low=0.0, high=1.0)
     lr: float = option(5e-4, low=0.0, high=1.0)
-    l1: float = option(1.0, low=0.0)
-    gradient: float = option(1.0, low=0.0)
-    perceptual: float = option(0.0, low=0.0)
-    perceptual_network: str = option("")
-    perceptual_window: int = option(64, low=16, high=4096)
     adversarial: float = option(0.05, low=0.0)
     features: float = option(0.5, low=0.0)
     adversarial_from: int = option(200, low=0)
-    discriminator_width: int = option(32, low=4)
     scales: int = option(3, low=1, high=6)
-    discriminator_lr: float = option(5e-4, low=0.0, high=1.0)
     sheet_prompts: list[str] = option(SHEET_PROMPTS)
 
 
@@ -180,19 +171,16 @@ class Method:
         sizes = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Upsample)]
         cut = sizes[self.options.window_from]  # the layer that leaves the size whose windows are taken
         x = layers[:cut](x)
-        side = x.shape[-1]
-        window = min(self.options.window or side, side)
-        factor = 2 ** (len(blocks) - 1 - self.options.window_from)
-        # Half a window beyond the edges and back, or what lies at an edge would hardly ever be seen.
-        down, right = (min(max(at, 0), side - window) for at in state.draw.shared(-window // 2, side - window // 2, 2))
+        side, factor = x.shape[-1], 2 ** (len(blocks) - 1 - self.options.window_from)
+        window = autoencoder.window(side, self.options.window or side, state, beyond=0.5)
         # A few cells more on every side that has them, so that what is compared has seen what it will see.
-        top, left = max(0, down - MARGIN), max(0, right - MARGIN)
-        x = x[:, :, top : down + window + MARGIN, left : right + window + MARGIN]
-        y = layers[cut:](x).mul(2).sub(1)
-        rows, columns = ((at - start) * factor for at, start in ((down, top), (right, left)))
-        span = window * factor
-        y = y[:, :, rows : rows + span, columns : columns + span]
-        return y, (slice(down * factor, down * factor + span), slice(right * factor, right * factor + span))
+        rows, columns = (slice(max(0, part.start - MARGIN), part.stop + MARGIN) for part in window)
+        y = layers[cut:](x[:, :, rows, columns]).mul(2).sub(1)
+        inner, outer = list[slice](), list[slice]()
+        for part, wider in zip(window, (rows, columns), strict=True):
+            inner.append(slice((part.start - wider.start) * factor, (part.stop - wider.start) * factor))
+            outer.append(slice(part.start * factor, part.stop * factor))
+        return y[:, :, inner[0], inner[1]], (outer[0], outer[1])
 
     def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
         """Four real pictures, what becomes of them, and the student's one step for `sheet_prompts`."""
