@@ -138,7 +138,7 @@ def _card(distiller: Any, state: TrainState, folder: Path) -> str:
         guidance=distiller.guidance_note,
         bad_steps=state.bad_steps,
         use=use,
-        data=options.data_note or ", ".join(made.get("data", {}).get("shards", [])) or "not told",
+        data=options.data_note or ", ".join(made.get("data", {}).get("shards", [])) or "not stated",
         numbers=json.dumps(json.loads(last[0]), indent=1) if last else "{}",
         recipe=json.dumps(made, indent=1),
     )

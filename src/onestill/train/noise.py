@@ -62,9 +62,9 @@ class Draw:
 
     Args:
         generator: in the same state everywhere; tensors are drawn on its device.
-        part: which rows this process keeps; all of them, unless told.
-        host: on the CPU, for the numbers that Python needs, which no GPU is then asked for; `generator` itself, unless
-            told.
+        part: which rows this process keeps; the default is all of them.
+        host: on the CPU, for the numbers that Python needs, which no GPU is then asked for; the default is
+            `generator` itself.
         device: where tensors are drawn, if not on the generator's device.
     """
 

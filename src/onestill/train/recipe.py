@@ -51,7 +51,7 @@ def option(
     """A dataclass field with its allowed range (both ends included) or choices, checked when a recipe is read.
 
     Args:
-        was: another key that it had in the table around its own; whoever still writes it is told where it is now.
+        was: another key that it had in the table around its own; the error for that key names the new one.
     """
     limits = {"low": low, "high": high, "choices": tuple(choices), "was": was}
     if isinstance(default, (list, dict)):

@@ -115,7 +115,7 @@ def test_a_window_is_that_part_of_the_whole(model: Path, window: int) -> None:
 
 def test_it_learns_and_nothing_else_moves(model: Path) -> None:
     method, state = new_method(model, student_share=0.5, adversarial_from=20, lr=5e-3)
-    fixed = [method.old.autoencoder, method.student.unet, method.words.model]
+    fixed = [method.old.autoencoder, method.student.unet, method.text_encoder.model]
     before = [weights(network) for network in fixed]
     judges = weights(method.discriminator)
     update, told = Update(state, LoopOptions(warmup=0)), batch(8)

@@ -84,17 +84,17 @@ class Method:
         if unet.config["in_channels"] != self.old.channels:
             raise RecipeError("the student's and the autoencoder's latents differ: give the one it was trained on.")
         self.lpips = autoencoder.perceptual(options.perceptual, options.perceptual_network)
-        self.words: Any = open_text_encoder(options.text_encoder)
+        self.text_encoder: Any = open_text_encoder(options.text_encoder)
         self.discriminator = Discriminators(options.discriminator_width, options.scales)
         self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder, "discriminator": self.discriminator}
-        players: dict[str, tuple[nn.Module, float, float]] = {
+        roles: dict[str, tuple[nn.Module, float, float]] = {
             "encoder": (self.autoencoder.encoder, options.lr, 0.9),
             "decoder": (self.autoencoder.decoder, options.lr, 0.9),
             "discriminator": (self.discriminator, options.discriminator_lr, 0.5),
         }
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             name: torch.optim.AdamW(network.parameters(), lr=lr, betas=(beta1, 0.99), weight_decay=0.0, fused=True)
-            for name, (network, lr, beta1) in players.items()
+            for name, (network, lr, beta1) in roles.items()
         }
         self._shown: Tensor | None = None
         self._captions: list[str] = []
@@ -103,7 +103,7 @@ class Method:
         for network in (*self.networks.values(), self.student.unet, *([self.lpips] if self.lpips else [])):
             network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.old.to(device)
-        self.words.to(device)
+        self.text_encoder.to(device)
         self.student.unet = compiled(self.student.unet, self.loop, device)  # the rest is work enough for a GPU
 
     def step(self, state: TrainState, batch: Batch) -> Objectives:
@@ -159,8 +159,12 @@ class Method:
         at = table(tuple(self.student.schedule.timesteps(STUDENT_STEPS)), which.device)[which][:made].to(device)
         noise = draw.normal(*clean.shape).to(device)[:made]
         alpha, sigma = self.student.signal(at)
-        told = self.words(captions[:made]).to(device) if made else None
-        x0 = self.student.x0(add_noise(clean[:made], noise, alpha, sigma), at, told) if told else clean[:0]
+        conditioning = self.text_encoder(captions[:made]).to(device) if made else None
+        x0 = (
+            self.student.x0(add_noise(clean[:made], noise, alpha, sigma), at, conditioning)
+            if conditioning
+            else clean[:0]
+        )
         known = torch.cat([alpha, torch.ones(len(clean) - made, 1, 1, 1, device=device)])
         return torch.cat([x0, slight[made:]]), known
 
@@ -187,9 +191,9 @@ class Method:
         assert self._shown is not None
         averaged = grown(self.old, self.options).to(self._shown.device)
         averaged.load_state_dict(state.averaged("autoencoder"))
-        told, empty = (self.words(prompts) for prompts in (self.options.sheet_prompts, [""]))
+        conditioning, empty = (self.text_encoder(prompts) for prompts in (self.options.sheet_prompts, [""]))
         side = self._shown.shape[-1] // 2 // self.old.factor
-        made = self.student.sample(told, empty, (self.old.channels, side, side), 1)
+        made = self.student.sample(conditioning, empty, (self.old.channels, side, side), 1)
         with torch.no_grad():
             raw = torch.cat([most_likely_latents(averaged, self._shown), made / self.old.scale])
             y = torch.cat([averaged.decode(some).sample for some in torch.split(raw, 4)])

@@ -2,7 +2,7 @@
 
 A noised real latent x_{t+k} and the same latent one DDIM step of the guided teacher further down, x_t, lie on one path;
 the student's f must map both to the same x0. f at x_t is the averaged student's, or the student's own without
-gradient. A full student is told the teacher's guidance scale; a LoRA learns one scale, LCM-LoRA's way
+gradient. A full student is conditioned on the teacher's guidance scale; a LoRA learns one scale, LCM-LoRA's way
 (arXiv 2311.05556).
 
 Shapes: B batch, C latent channels, h w latent size.
@@ -31,18 +31,15 @@ EMBEDDING = 256  # of the guidance scale; what diffusers' pipelines make
 
 @dataclass(frozen=True, kw_only=True)
 class Options(DistilOptions):
-    """`ddim_steps` is how finely the teacher's path is cut: 50 steps skip k = 20 timesteps at a time.
+    """LCM's own names; section and equation numbers are its paper's."""
 
-    The guidance scale is uniform from `guidance_low` to `guidance_high`; with `embed_guidance` the student is told it,
-    and `sheet_guidance` is what sheets are drawn with. `target` is whose answer further down is asked for.
-    """
-
-    ddim_steps: int = option(50, low=1, high=1000)
-    guidance_low: float = option(3.0, low=1.0, high=50.0)
+    ddim_steps: int = option(50, low=1, high=1000)  # how finely the teacher's path is cut: k = 20 timesteps at a time
+    guidance_low: float = option(3.0, low=1.0, high=50.0)  # the guidance scale is uniform between these
     guidance_high: float = option(15.0, low=1.0, high=50.0)
-    embed_guidance: bool = option(True)
-    sheet_guidance: float = option(8.0, low=1.0, high=50.0)
-    huber_c: float = option(1e-3, low=1e-9)
+    embed_guidance: bool = option(True)  # the student is conditioned on the scale; an adapter cannot be
+    sheet_guidance: float = option(8.0, low=1.0, high=50.0)  # what sheets are drawn with, where it is embedded
+    huber_c: float = option(1e-3, low=1e-9)  # of the pseudo-Huber loss; diffusers' script's
+    # whose answer further down the path counts: the averaged student's (the paper) or its own (diffusers' LoRA script)
     target: str = option("student", choices=("student", "average"))
     beta1: float = option(0.9, low=0.0, high=0.999)
     lr: float = option(8e-6, low=0.0, high=1.0)
@@ -58,7 +55,9 @@ class Method(Distiller):
         if options.lora_rank and options.embed_guidance:
             raise RecipeError("a LoRA cannot add the guidance embedding to its teacher: set embed_guidance = false.")
         if options.lora_rank and options.guidance_low != options.guidance_high:
-            raise RecipeError("a LoRA is not told the guidance scale: set guidance_low and guidance_high to one value.")
+            raise RecipeError(
+                "a LoRA is not conditioned on the guidance scale: set guidance_low and guidance_high to one value."
+            )
         super().__init__(options, loop)
         mine, its = self.student_denoiser.schedule, self.teacher_denoiser.schedule
         if len(mine.alpha) != len(its.alpha) or not np.allclose(mine.alpha, its.alpha, rtol=0, atol=1e-6):
@@ -114,7 +113,7 @@ class Method(Distiller):
         return c_skip * x + c_out * self.student_denoiser.x0(x, t, conditioning, **extra)
 
     def guidance(self, w: Tensor) -> dict[str, Tensor]:
-        """What tells the student the guidance scale w [B]: `timestep_cond` [B, 256], or nothing."""
+        """What conditions the student on the guidance scale w [B]: `timestep_cond` [B, 256], or nothing."""
         return {"timestep_cond": guidance_embedding(w)} if self.options.embed_guidance else {}
 
     def sheet_x0(self, steps: int) -> Tensor:
@@ -127,7 +126,7 @@ class Method(Distiller):
 
 
 def guidance_embedding(w: Tensor) -> Tensor:
-    """Guidance scales [B] -> [B, 256], as diffusers' pipelines tell a UNet with `time_cond_proj_dim`: of w - 1."""
+    """Guidance scales [B] -> [B, 256], an embedding of w - 1, as diffusers' pipelines make for `time_cond_proj_dim`."""
     half = EMBEDDING // 2
     rates = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(half, device=w.device) / (half - 1))
     angles = (1000 * (w.float() - 1)).unsqueeze(1) * rates

@@ -21,8 +21,8 @@ def _won(row: Row) -> bool:
 
 
 def _blind(row: Row) -> bool:
-    told_apart = _number(row, "real_logits") - _number(row, "fake_logits")
-    return heads(row) > 0 and 1.9 * heads(row) < _number(row, "hinge") < 2.2 * heads(row) and abs(told_apart) < 0.05
+    margin = _number(row, "real_logits") - _number(row, "fake_logits")
+    return heads(row) > 0 and 1.9 * heads(row) < _number(row, "hinge") < 2.2 * heads(row) and abs(margin) < 0.05
 
 
 def _steep(row: Row) -> bool:
