@@ -48,12 +48,7 @@ def cached(model: Path) -> dict[str, Any]:
     """A batch of four captioned pictures, cached as `onestill data cache` does it."""
     draw = np.random.default_rng(0)
     captions = ["a red star", "a blue cat", "", "a star"]
-    metas = [
-        {"original_size": [64, 48], "discriminator_input__crop": [3, 0]},
-        {"original_size": None, "discriminator_input__crop": 3},
-        {},
-        {},
-    ]
+    metas = [{"original_size": [64, 48], "crop": [3, 0]}, {"original_size": None, "crop": 3}, {}, {}]
     samples = [
         SimpleNamespace(image=draw.integers(0, 256, (32, 32, 3), dtype=np.uint8), caption=caption, meta=meta)
         for caption, meta in zip(captions, metas, strict=True)
@@ -175,9 +170,7 @@ def test_what_the_cache_tells_sdxl_is_what_its_pipeline_tells_it(models: Path) -
     batch = cached(models / "sdxl")
     with quiet_libraries():
         pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(models / "sdxl")
-    text, negative, pooled, _ = pipeline.encode_prompt(
-        ["a red star", "a blue cat"], distillation__negative_prompt=["", ""]
-    )
+    text, negative, pooled, _ = pipeline.encode_prompt(["a red star", "a blue cat"], negative_prompt=["", ""])
     torch.testing.assert_close(batch["text"][:2], text, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(batch["pooled"][:2], pooled, rtol=1e-2, atol=1e-2)
     assert batch["sizes"].tolist()[:2] == [[64, 48, 3, 0, 32, 32], [32, 32, 0, 0, 32, 32]]
