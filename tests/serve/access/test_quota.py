@@ -133,7 +133,7 @@ def test_every_drawing_route_over_its_limit(tiny_pipe: Pipeline, ledger: Ledger)
 def test_a_key_that_is_revoked_ends_its_live_connection(
     tiny_pipe: Pipeline, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access_module, "KEY_REMEMBERED_S", 0.0)
+    monkeypatch.setattr(access_module, "KEY_CACHE_S", 0.0)
     key_id, key = ledger.add_key("me", None)
     headers = {"authorization": f"Bearer {key}"}
     access = Access(ledger=ledger, trial=0)
