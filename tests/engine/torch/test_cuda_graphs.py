@@ -233,8 +233,8 @@ def test_an_overflow_is_decoded_again_from_latents_that_are_whole(xl: Path) -> N
     graphed, slow = Graphed(xl), load(xl, engine="torch")
     for pipe in (graphed.pipe, slow):
         engine: Any = pipe.engine
-        engine._networks.decoder.to(torch.float16)
-        engine._networks.decoder.decoder.conv_in.weight *= 1e4
+        engine._networks.latent_space.decoder.to(torch.float16)
+        engine._networks.latent_space.decoder.decoder.conv_in.weight *= 1e4
     pictures = []
     for pipe in (slow, graphed.pipe, graphed.pipe):  # the second time by graphs
         with pytest.warns(RuntimeWarning, match=r"decoded in float32"):
