@@ -251,7 +251,7 @@ def test_out_of_memory_gives_all_graphs_back_and_the_engine_works_on(xl: Path, m
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(graphed.engine._networks, "image", image)
+        patch.setattr(graphed.engine._networks.latent_space, "decode", image)
         with pytest.raises(NotEnoughMemoryError, match="draw 2 pictures of 64x64"):
             levels(graphed.pipe, ["a red apple", "a star"])
     assert graphed.graphs == (0, 0, 0)
