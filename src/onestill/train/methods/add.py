@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from onestill.errors import RecipeError
+from onestill.networks.condition import Condition
+from onestill.networks.text_encoder import open_text_encoder
 from onestill.schedule import add_noise
-from onestill.train.conditioning import Condition, TextEncoder
 from onestill.train.discriminator.heads import (
     LEVEL_WIDTH,
     Discriminator,
@@ -118,7 +119,7 @@ class Method(Distiller):
         self.inputs = DiscriminatorInputs(
             options.features, options.discriminator_input, self.teacher_denoiser, self.space, self.draw_levels
         )
-        self.head_text_encoder = TextEncoder(heads.text_encoder) if heads.text_encoder else None
+        self.head_text_encoder = open_text_encoder(heads.text_encoder, parts=("",)) if heads.text_encoder else None
         self.negative = self.conditioning([options.distillation.negative_prompt])
         text_width = self.head_text_encoder.width if self.head_text_encoder else self.empty.embedding.shape[-1]
         self.discriminator = Discriminator(
