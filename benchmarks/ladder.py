@@ -22,8 +22,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from onestill.bench.latency import Setting, measure_elsewhere, psnr
+from onestill.bench.latency import measure_elsewhere, psnr
 from onestill.bench.machine import machine
+from onestill.bench.setting import Setting
 from onestill.cli.commands.bench import found_model
 from onestill.engine.protocol import TorchOptions
 from onestill.errors import OnestillError

@@ -25,8 +25,9 @@ from typing import Any
 
 import openvino
 
-from onestill.bench.latency import Setting, measure_elsewhere, psnr
+from onestill.bench.latency import measure_elsewhere, psnr
 from onestill.bench.machine import machine
+from onestill.bench.setting import Setting
 from onestill.cli.commands.bench import found_model
 from onestill.errors import OnestillError
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from onestill.bench.machine import machine_in_words, versions
 from onestill.evaluate import Evaluation, Result, fid_ratio
 from onestill.evaluate.report import sheets
-from onestill.evaluate.report.page import About, Report, Target, Tried, write_report
+from onestill.evaluate.report.model import About, Report, Target, Tried
+from onestill.evaluate.report.page import write_report
 from recipes.ablations.block import Block, Trained
 
 CAVEATS = (

@@ -39,7 +39,8 @@ from onestill.evaluate import (
 )
 from onestill.evaluate.protocol import Generate, Pictures
 from onestill.evaluate.report import sheets
-from onestill.evaluate.report.page import About, Report, Target, Tried, write_report
+from onestill.evaluate.report.model import About, Report, Sheet, Target, Tried
+from onestill.evaluate.report.page import write_report
 from recipes.icons.captions import style_name
 
 SPLITS = ("val", "style", "concept")
@@ -211,7 +212,7 @@ def protocol_of(samples: Sequence[HeldOut], options: argparse.Namespace) -> Prot
     )
 
 
-def sheets_of(evaluation: Evaluation, one: str, most: str) -> dict[str, sheets.Sheet]:
+def sheets_of(evaluation: Evaluation, one: str, most: str) -> dict[str, Sheet]:
     told = {name: " ".join(text.split()) for name, text in TEXTS.items()}
     styles, concepts = "Things in styles they were never trained in", "Things it never saw"
     return {

@@ -12,17 +12,9 @@ import pytest
 
 from onestill.bench.chart import bars
 from onestill.bench.contenders import comparable, load_contender
-from onestill.bench.latency import (
-    MeasuringError,
-    Setting,
-    measure,
-    measure_elsewhere,
-    percentile,
-    prompts,
-    psnr,
-    with_contender,
-)
+from onestill.bench.latency import MeasuringError, measure, measure_elsewhere, percentile, prompts, psnr
 from onestill.bench.roofline import count_gflop, matrix_tflops
+from onestill.bench.setting import Setting, with_contender
 from onestill.checkpoint import describe, model_path
 from onestill.checkpoint.header import read_header
 from onestill.cli import main

@@ -18,7 +18,8 @@ from onestill.errors import DataError, OutputError
 from onestill.evaluate import Contender, Evaluation, Protocol, evaluate
 from onestill.evaluate.report import sheets
 from onestill.evaluate.report.charts import Point, Series, line_chart
-from onestill.evaluate.report.page import About, Report, Target, Tried, write_report
+from onestill.evaluate.report.model import About, Report, Target, Tried
+from onestill.evaluate.report.page import write_report
 from tests.evaluate.shapes import KINDS, NAMES, Painter, colour_network
 
 VOID = {"meta", "link", "img", "line", "polyline", "circle", "br"}

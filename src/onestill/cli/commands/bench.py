@@ -16,7 +16,8 @@ from onestill.cli.options import Compile, Device, Dtype, Engine, Json, Model, Qu
 from onestill.errors import OnestillError, near, require
 
 if TYPE_CHECKING:
-    from onestill.bench.latency import MeasuringError, Setting
+    from onestill.bench.latency import MeasuringError
+    from onestill.bench.setting import Setting
 
 __all__ = ["bench"]
 
@@ -59,8 +60,8 @@ def bench(
     """
     if compare not in (None, "diffusers"):
         raise OnestillError(f"There is no '{compare}' to compare with; the one there is: diffusers.")
-    from onestill.bench.latency import Setting
     from onestill.bench.machine import machine
+    from onestill.bench.setting import Setting
     from onestill.engine.device import checked_name
 
     checked_name(device)
@@ -125,7 +126,7 @@ def settings(
     asked: Setting, batches: list[int], weights: dict[str, str], compare: bool, compiling: bool
 ) -> list[Setting]:
     """Ours at each batch, and diffusers' beside it where it is compared with."""
-    from onestill.bench.latency import with_contender
+    from onestill.bench.setting import with_contender
 
     found: list[Setting] = []
     for count in batches:

@@ -189,7 +189,8 @@ def in_batches(samples: Sequence[Sample]) -> Iterator[Pictures]:
 def report(result: Evaluation, out: Path, number: int, seed: int) -> Path:
     """Write the page and its JSON, and return the page."""
     from onestill.bench.machine import machine_in_words, versions
-    from onestill.evaluate.report.page import About, Report, write_report
+    from onestill.evaluate.report.model import About, Report
+    from onestill.evaluate.report.page import write_report
     from onestill.evaluate.report.sheets import failures, side_by_side
 
     last = result.results[-1].name

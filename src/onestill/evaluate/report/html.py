@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
-from typing import TYPE_CHECKING
 
 from onestill.evaluate.report import pieces
+from onestill.evaluate.report.model import About, Report, Sheet, Target, Tried
 from onestill.evaluate.run import Evaluation
-
-if TYPE_CHECKING:
-    from onestill.evaluate.report.page import About, Report, Target, Tried
-    from onestill.evaluate.report.sheets import Sheet
 
 __all__ = ["render"]
 

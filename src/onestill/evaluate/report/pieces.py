@@ -13,7 +13,7 @@ from PIL import Image
 
 from onestill.evaluate.measure import Figure, Result
 from onestill.evaluate.report.charts import Point, Series, line_chart
-from onestill.evaluate.report.sheets import Cell, Sheet
+from onestill.evaluate.report.model import Cell, Sheet
 from onestill.evaluate.run import Evaluation
 
 __all__ = ["charts", "figures_table", "image", "section", "sheet_html", "strip", "table"]
