@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onestill.cli.commands.data import open_shards
 from onestill.cli.console import announced, note_device, print_json, progress
 from onestill.cli.options import Device, Dtype, Engine, Json
 from onestill.errors import DataError, require
@@ -169,7 +168,9 @@ def read_reference(sources: list[str], number: int, seed: int, pipe: Pipeline) -
         DataError: there are fewer than two.
     """
     size = (pipe.info.height, pipe.info.width)
-    reader = open_shards(sources, seed=seed, shuffle=True, epochs=1, size=size)
+    from onestill.data import ShardReader
+
+    reader = ShardReader(sources, seed=seed, shuffle=True, epochs=1, size=size)
     samples = list(itertools.islice(reader, number))
     if len(samples) < 2:
         raise DataError(
