@@ -11,7 +11,7 @@ from onestill.cli.commands.serve import Hooks, built, is_loopback, opened_access
 from onestill.cli.options import parse_daily
 from onestill.errors import OnestillError
 from onestill.serve.queue.scheduler import Limits
-from onestill.serve.web.state import Settings
+from onestill.serve.web.server import Settings
 
 Refused = Callable[..., str]
 
