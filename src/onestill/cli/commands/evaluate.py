@@ -19,7 +19,7 @@ from onestill.errors import DataError, require
 if TYPE_CHECKING:
     from onestill.data import Sample
     from onestill.evaluate import Contender, Evaluation
-    from onestill.evaluate.protocol import Generate, Pictures
+    from onestill.evaluate.protocol import Pictures
     from onestill.pipeline import Pipeline
 
 __all__ = ["evaluate"]
@@ -113,52 +113,10 @@ def contenders_of(
     pipe: Pipeline, name: str, steps: Sequence[int] | None, guidance_scale: float | None
 ) -> list[Contender]:
     """A pipeline at each number of steps, or at its own, under the name `MODEL, N steps`."""
-    from onestill.evaluate import Contender, fingerprint
+    from onestill.evaluate import pipeline_contender
 
     guidance = pipe.info.guidance_scale if guidance_scale is None else guidance_scale
-    settings = {
-        "weights": fingerprint(pipe.info),
-        "engine": pipe.engine.name,
-        "device": pipe.engine.device,
-        "dtype": pipe.engine.dtype,
-        "sampler": pipe.info.sampler,
-    }
-    return [
-        Contender(
-            f"{name}, {count} step{'s' if count > 1 else ''}",
-            drawer(pipe, count, guidance),
-            count,
-            guidance,
-            name,
-            settings,
-        )
-        for count in steps or [pipe.info.num_inference_steps]
-    ]
-
-
-def drawer(pipe: Pipeline, steps: int, guidance: float) -> Generate:
-    """A contender's `generate`, in as few calls as its consecutive seeds allow."""
-    import numpy as np
-
-    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Pictures:
-        parts = []
-        for start, end in consecutive(seeds):
-            drawn = pipe(
-                prompts[start:end], seed=seeds[start], num_inference_steps=steps, guidance_scale=guidance
-            ).images
-            parts += [np.asarray(image) for image in drawn]
-        return np.stack(parts)
-
-    return generate
-
-
-def consecutive(seeds: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """[start, end) of every longest run of seeds that go up by one, which is what one call of a pipeline draws."""
-    start = 0
-    for i in range(1, len(seeds) + 1):
-        if i == len(seeds) or seeds[i] != seeds[i - 1] + 1:
-            yield start, i
-            start = i
+    return [pipeline_contender(pipe, name, count, guidance) for count in steps or [pipe.info.num_inference_steps]]
 
 
 def read_reference(sources: list[str], number: int, seed: int, pipe: Pipeline) -> list[Sample]:

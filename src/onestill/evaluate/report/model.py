@@ -60,7 +60,7 @@ class Target:
     """Something the evaluation was to show, and whether it did.
 
     Attributes:
-        what: e.g. "one-step FID against the teacher's at 50 steps".
+        what: e.g. "one-step Fréchet distance against the teacher's at 50 steps".
         measured: e.g. "1.18x".
         limit: e.g. "at most 1.25x".
         met: whether it is within the limit.

@@ -48,13 +48,13 @@ def _facts(report: Report, created: str) -> dict[str, Any]:
     evaluation = report.evaluation
     return {
         "format": "onestill.evaluation",
-        "version": 1,
+        "version": 2,  # 1 had the short names fid, kid and floor_fid
         "created": created,
         "about": asdict(report.about),
         "network": evaluation.network,
         "num_prompts": len(evaluation.protocol.prompts),
         "retrieval_among": evaluation.retrieval_among,
-        "floor_fid": evaluation.floor,
+        "floor_frechet_distance": evaluation.floor,
         "real": asdict(evaluation.real),
         "results": [asdict(result) for result in evaluation.results],
         "targets": [asdict(target) for target in report.targets],
