@@ -48,8 +48,8 @@ SPLITS = ("val", "style", "concept")
 MOST_DISTANCE_RATIO, MOST_CLIP_LOSS, LEAST_TEACHER_RATIO, LEAST_COLOUR = 1.25, 0.05, 2.0, 0.80
 CAVEATS = (
     "Fréchet distance and CLIP score are by a small network that this project trained on the same kind of pictures. "
-    "They rank the contenders of this page; they do not compare with figures by Inception or by OpenAI's CLIP, nor with "
-    "another number of pictures.",
+    "They rank the contenders of this page; they do not compare with figures by Inception or by OpenAI's CLIP, nor "
+    "with another number of pictures.",
     "The evaluation network was trained apart from everything that the student was trained against, but on the "
     "same training pictures and with the same frozen text encoder: what that cannot tell apart, no figure here sees.",
     "The real picture of a caption is one of many right answers: the real pictures' own figures are no upper limit.",
