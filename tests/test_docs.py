@@ -21,6 +21,7 @@ PAGES = sorted(
 NAMED = re.compile(r"(?<![\w./-])(?:src|tests|docs|recipes|benchmarks|deploy|requirements|\.ci)/[\w./*-]+")
 INSIDE = re.compile(r"(?<![\w./-])(?:train|serve|engine|evaluate|networks|data)/[\w/]+\.py")
 MADE = ("recipes/icons/report/", "recipes/ablations/report/")  # written by a command; a version may lack them
+DRAWING = ROOT / "docs/assets/how-it-works.svg"
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -32,7 +33,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, DRAWING], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_path_that_a_page_names_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = {name.rstrip("./") for name in NAMED.findall(text) if "NAME" not in name}
