@@ -3,8 +3,8 @@
     python docs/follow.py docs/distil-your-own.md
 
 A block without a language runs as it stands. A block with a language, or one that is indented by four spaces, does not
-run. One shell runs all blocks and stops at the first failure. The time of each block is reported. The clone contains what
-is committed and nothing else.
+run. One shell runs all blocks and stops at the first failure. The time of each block is reported. The clone contains
+what is committed and nothing else.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path)
     parser.add_argument("--minutes", type=float, default=0, help="fail if it takes longer (0: no limit)")
-    parser.add_argument("--keep", type=Path, help="where to clone to, which must not exist; a temporary folder by default")
+    parser.add_argument("--keep", type=Path, help="a new folder for the clone (a temporary one by default)")
     options = parser.parse_args(arguments)
     commands = blocks(options.page.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as scratch:
