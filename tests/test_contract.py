@@ -28,9 +28,9 @@ from onestill.sampling import SAMPLERS
 from onestill.serve.access.ledger import Ledger
 from onestill.serve.access.quota import Access
 from onestill.serve.gallery.store import Gallery, Rules
+from onestill.serve.metrics import HELP
 from onestill.serve.web.app import create_app
-from onestill.serve.web.metrics import HELP
-from onestill.serve.web.state import Server, Settings
+from onestill.serve.web.server import Server, Settings
 from onestill.train.recipe import COMPILED, METHODS, DataOptions, LoopOptions
 from tests.serve.client import answer_on, serving
 
