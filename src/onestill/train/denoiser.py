@@ -23,13 +23,6 @@ from onestill.schedule import NoiseSchedule, rescale_zero_terminal_snr, scaled_l
 from onestill.train.conditioning import Condition, joined
 from onestill.train.recipe import option
 
-SHEET_PROMPTS = [
-    "a red apple, fluent 3d emoji", "a red heart", "a blue star", "a cat face, noto emoji",
-    "a green square", "a yellow circle", "a rocket, fluent flat emoji", "a pizza, twemoji",
-    "a purple triangle", "a house, outline icon in black", "a grinning face, fluent 3d emoji", "a tree, noto emoji",
-    "an umbrella, fluent gradient emoji", "a dog, blob emoji", "a yellow bell on a blue background", "a car, emojione",
-]  # fmt: skip
-
 
 @dataclass(frozen=True, kw_only=True)
 class UNetOptions:

@@ -135,10 +135,10 @@ def _card(distiller: Any, state: TrainState, folder: Path) -> str:
         teacher=options.teacher,
         nimg=state.nimg,
         iteration=state.iteration,
-        guidance=distiller.guidance_told,
+        guidance=distiller.guidance_note,
         bad_steps=state.bad_steps,
         use=use,
-        data=options.data_note or ", ".join(made.get("data", {}).get("shards", [])) or "not told",
+        data=options.data_note or ", ".join(made.get("data", {}).get("shards", [])) or "not stated",
         numbers=json.dumps(json.loads(last[0]), indent=1) if last else "{}",
         recipe=json.dumps(made, indent=1),
     )

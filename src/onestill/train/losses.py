@@ -84,7 +84,7 @@ def sds_weight(alpha: Tensor, sigma: Tensor, w: Tensor | float = 1.0) -> Tensor:
 def nfsd_direction(eps_text: Tensor, eps_empty: Tensor, eps_negative: Tensor, t: Tensor, scale: float) -> Tensor:
     """Noise-free score distillation's direction, delta_D + s delta_C (Katzir et al. 2023, arXiv 2310.17590, Eq. 6).
 
-    delta_C = eps(text) - eps(empty) is where the words point; delta_D is what is left of the score when its noise is
+    delta_C = eps(text) - eps(empty) is where the prompt points; delta_D is what is left of the score when its noise is
     taken out: eps(empty) itself while there is little noise, t < 200, and eps(empty) - eps(negative) above.
 
     Args:

@@ -18,7 +18,7 @@ from onestill.errors import RecipeError
 from onestill.train.loop import train
 from onestill.train.methods.add import Method
 from onestill.train.methods.autoencoder import Method as AutoencoderMethod
-from onestill.train.optim.step import Updater, rows_at_once, take_turns
+from onestill.train.optim.step import Update, optimize, rows_at_once
 from onestill.train.recipe import LoopOptions
 from onestill.train.state import TrainState, checkpoints
 from tests.train.parts import latents_batch, write_parts
@@ -95,15 +95,15 @@ def one_iteration(parts: Path, accumulate: int) -> tuple[dict[str, torch.Tensor]
     method.to(torch.device("cpu"))
     method.discriminator.eval()  # spectral norms would iterate once a pass
     state = TrainState(method.networks, method.optimizers, {}, torch.Generator().manual_seed(0))
-    update = Updater(state, recipe.loop)
-    metrics = take_turns(method.step, state, latents_batch(BATCH), update, nullcontext)
+    update = Update(state, recipe.loop)
+    metrics = optimize(method.step, state, latents_batch(BATCH), update, nullcontext)
     assert metrics.keys() >= {"hinge", "adversarial", "distill"}
     weights = {f"{role}.{n}": p.detach() for role, net in state.networks.items() for n, p in net.named_parameters()}
     return weights, update.norms
 
 
 def test_passes_over_parts_are_one_pass_over_the_batch(parts: Path) -> None:
-    """The second player answers the first one's whole update, however many passes there are."""
+    """The student answers the discriminator's whole update, however many passes there are."""
     whole, norms = one_iteration(parts, 1)
     for accumulate in (2, 4):
         weights, found = one_iteration(parts, accumulate)
@@ -114,8 +114,8 @@ def test_passes_over_parts_are_one_pass_over_the_batch(parts: Path) -> None:
         assert off < 1e-3 * sum(value.numel() for value in whole.values())
 
 
-def test_players_that_took_no_turn_are_asked_for_none(tmp_path: Path) -> None:
-    """The autoencoder's patch discriminator joins late: until then its pass finds nothing to do."""
+def test_an_optimizer_without_a_loss_is_not_stepped(tmp_path: Path) -> None:
+    """The autoencoder's patch discriminator joins late: until then the step yields one loss."""
     recipe = small_recipe(tmp_path, 4, accumulate=2, batch_size=4)
     batches = NoiseBatches()
     batches.next = lambda: {"images": torch.rand(4, 3, 8, 8) * 2 - 1, "captions": [""] * 4}  # type: ignore[method-assign]

@@ -21,7 +21,6 @@ from onestill.errors import RecipeError
 from onestill.schedule import NoiseSchedule, add_noise
 from onestill.train.conditioning import LatentSpace, TextEncoder, batch_condition
 from onestill.train.denoiser import (
-    SHEET_PROMPTS,
     Denoiser,
     UNetOptions,
     build_like,
@@ -33,8 +32,8 @@ from onestill.train.denoiser import (
 from onestill.train.losses import mean_where, min_snr_weight
 from onestill.train.noise import Draw
 from onestill.train.optim.muon import muon_with_adamw
-from onestill.train.optim.step import Batch, Update
-from onestill.train.recipe import LoopOptions, option
+from onestill.train.optim.step import Batch, Objectives
+from onestill.train.recipe import SHEET_PROMPTS, LoopOptions, option
 from onestill.train.runtime.compiling import compiled
 from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
@@ -62,6 +61,7 @@ class Options:
     log_snr_mean: float = option(-0.5, low=-20.0, high=20.0)
     log_snr_std: float = option(2.0, low=0.01, high=100.0)
     snr_gamma: float = option(5.0, low=0.0)
+    sheet_prompts: list[str] = option(SHEET_PROMPTS)
     sheet_steps: int = option(25, low=1, high=50)
     sheet_guidance: float = option(3.0, low=1.0)
 
@@ -86,7 +86,7 @@ class Method:
                 f"{self.space.channels}: set diffusion.unet.channels."
             )
         encoder = TextEncoder(options.text_encoder)
-        self.empty, self.sheet_text = encoder([""]), encoder(SHEET_PROMPTS)
+        self.empty, self.sheet_text = encoder([""]), encoder(options.sheet_prompts)
         width = self.empty.text.shape[-1]
         if self.teacher.config["cross_attention_dim"] != width:
             raise RecipeError(
@@ -111,7 +111,7 @@ class Method:
         self.empty, self.sheet_text = self.empty.to(device), self.sheet_text.to(device)
         self.denoiser = Denoiser(compiled(self.teacher, self.loop, device), training_schedule())
 
-    def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
+    def step(self, state: TrainState, batch: Batch) -> Objectives:
         options, denoiser = self.options, self.denoiser
         device, draw = self.empty.text.device, state.draw
         x0, condition = batch["latents"].to(device), batch_condition(batch, device)
@@ -126,9 +126,8 @@ class Method:
         v = alpha * eps - sigma * x0  # [B, C, h, w]
         error = (denoiser.output(x_t, timesteps, condition) - v).square().flatten(1).mean(1)  # [B]
         loss = (self.weight(alpha, sigma) * error).mean()
-        update("teacher", loss)
         late, early = mean_where(error, timesteps >= 750), mean_where(error, timesteps < 250)
-        return {"loss": loss, "error": error.mean(), "error_late": late, "error_early": early}
+        yield "teacher", loss, {"loss": loss, "error": error.mean(), "error_late": late, "error_early": early}
 
     def timesteps(self, count: int, draw: Draw) -> Tensor:
         """The timesteps of one iteration, [B]."""
@@ -150,7 +149,7 @@ class Method:
         shape = (config["in_channels"], config["sample_size"], config["sample_size"])
         denoiser = Denoiser(averaged, training_schedule())
         latents = denoiser.sample(self.sheet_text, self.empty, shape, options.sheet_steps, options.sheet_guidance)
-        return self.space.pictures(latents), list(SHEET_PROMPTS)
+        return self.space.pictures(latents), list(options.sheet_prompts)
 
     def export(self, state: TrainState, folder: Path) -> None:
         averaged = build_like(self.teacher, state.shipped("teacher"), torch.device("cpu"))
