@@ -182,9 +182,9 @@ def test_what_waits_is_seen(waits: Any) -> None:
 def test_a_gpu_may_use_its_faster_arithmetic_and_a_cpu_is_left_alone() -> None:
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
     try:
-        loop._hurry(torch.device("cpu"))
+        loop._allow_tf32(torch.device("cpu"))
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == before
-        loop._hurry(torch.device("cuda"))
+        loop._allow_tf32(torch.device("cuda"))
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", True)
     finally:
         torch.set_float32_matmul_precision(before[0])

@@ -204,7 +204,8 @@ def test_a_dry_run_builds_and_trains_nothing(runs: Path) -> None:
         )
         is None
     )
-    told = json.loads(said[0])
-    assert told["method"] == "autoencoder"
-    assert told["parameters"]["autoencoder"] > 100_000
+    plan = json.loads(said[0])
+    assert plan["method"] == "autoencoder"
+    assert plan["parameters"]["autoencoder"] > 100_000
+    assert f'"decoder_blocks": {plan["autoencoder"]["decoder_blocks"]}' in said[0]  # lists on one line
     assert not (runs / "dry").exists()

@@ -87,7 +87,8 @@ def check_cached(unet: Any, x0: Tensor, told: Condition) -> None:
 
 def build_like(unet: Any, weights: dict[str, Tensor], device: torch.device) -> Any:
     """A copy of `unet`, a diffusers model, with other weights; for sheets and export."""
-    made = type(unet).from_config(dict(unet.config))
+    # Without its notes on itself: diffusers would put back defaults in the place of settings registered later.
+    made = type(unet).from_config({key: value for key, value in unet.config.items() if not key.startswith("_")})
     made.load_state_dict({name: value.float().cpu() for name, value in weights.items()})
     return made.eval().requires_grad_(False).to(device)
 

@@ -65,6 +65,13 @@ def add_lora(unet: Any, rank: int) -> Any:
     return unet
 
 
+def save_averaged(state: TrainState, role: str, folder: Path) -> None:
+    """Write the averaged network of that role, a diffusers model, into `folder`; every process calls it."""
+    averaged = build_like(state.networks[role], state.shipped(role), torch.device("cpu"))
+    if is_main():
+        averaged.save_pretrained(folder)
+
+
 def export_student(distiller: Any, state: TrainState, folder: Path) -> None:
     """Write the averaged student of a `Distiller` into `folder`.
 

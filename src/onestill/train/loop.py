@@ -107,9 +107,9 @@ def train(recipe: Recipe, method: Method, batches: Batches, *, resume: bool = Fa
     parallel.start(options.device)
     rows_at_once(options, parallel.world())
     device = _device(options)
-    _hurry(device)
-    state = _start(recipe, method, device)
-    _open(recipe, state, batches, resume)
+    _allow_tf32(device)
+    state = _initial_state(recipe, method, device)
+    _resume(recipe, state, batches, resume)
     if is_auto(options.device) and parallel.is_main():
         print(f"loop.device is auto: {explained(str(device))}", file=sys.stderr)
     autocast, on_device = _autocast(device, options), _on_device(device, state, options)
@@ -171,8 +171,8 @@ def _on_device(device: torch.device, state: TrainState, options: LoopOptions) ->
     return device.type == "cuda" and options.parallel != "fsdp" and able
 
 
-def _open(recipe: Recipe, state: TrainState, batches: Batches, resume: bool) -> None:
-    """Go to the run's last checkpoint, where it is to be resumed, and write down its recipe."""
+def _resume(recipe: Recipe, state: TrainState, batches: Batches, resume: bool) -> None:
+    """Load the run's last checkpoint, where it is to be resumed, and write down its recipe."""
     out = Path(recipe.out)
     if parallel.is_main():
         sweep(out / "checkpoints")
@@ -207,14 +207,14 @@ def _device(options: LoopOptions) -> torch.device:
     return torch.device(device)
 
 
-def _hurry(device: torch.device) -> None:
-    """Let a GPU multiply float32 in TF32, of ten bits after the point, and try which convolution is fastest."""
+def _allow_tf32(device: torch.device) -> None:
+    """Let a GPU multiply float32 in TF32, of ten bits after the point, and measure which convolution is fastest."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
 
 
-def _start(recipe: Recipe, method: Method, device: torch.device) -> TrainState:
+def _initial_state(recipe: Recipe, method: Method, device: torch.device) -> TrainState:
     """The state at iteration 0, with networks on their device and shared among the processes."""
     if recipe.loop.parallel == "fsdp" and not method.splits:
         raise RecipeError(f"the method {recipe.method} does not split its networks: set loop.parallel to ddp.")

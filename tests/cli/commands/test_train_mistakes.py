@@ -192,7 +192,7 @@ def test_parts_that_do_not_fit(refused: Refused, distil: Path, here: Path) -> No
     assert "holds no whole tokenizer" in said("text_encoder=words")
     distil.write_text(DISTIL.replace('method = "add"', 'method = "ladd"').replace("[add", "[ladd"))
     zeros = ("--set", "ladd.student_input.warm_weights=[0,0,0,0]")
-    assert "warm_timestep_weights are all zero" in refused("train", distil, *zeros)
+    assert "warm_weights are all zero" in refused("train", distil, *zeros)
 
 
 def test_autoencoders_that_do_not_fit_together(refused: Refused, small: Path) -> None:

@@ -46,6 +46,7 @@ from onestill.train.losses import (
 )  # fmt: skip
 from onestill.train.methods.distiller import Distiller, DistilOptions
 from onestill.train.noise import Draw
+from onestill.train.optim.adam import adamw
 from onestill.train.optim.step import Batch, Objectives, frozen
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.runtime.compiling import compiled
@@ -129,8 +130,8 @@ class Method(Distiller):
         )
         self.networks["discriminator"] = self.heads = self.discriminator
         # Momentum chases a moving opponent: none for either, as in StyleGAN-T.
-        self.optimizers["student"] = self.adam(self.student, options.lr, beta1=0.0)
-        self.optimizers["discriminator"] = self.adam(self.discriminator, heads.lr, beta1=0.0)
+        self.optimizers["student"] = adamw(self.student, options.lr, beta1=0.0)
+        self.optimizers["discriminator"] = adamw(self.discriminator, heads.lr, beta1=0.0)
 
     def to(self, device: torch.device) -> None:
         super().to(device)

@@ -23,12 +23,14 @@ from onestill.engine.torch.eager import most_likely_latents
 from onestill.errors import RecipeError
 from onestill.train.batches import to_pictures
 from onestill.train.conditioning import load_autoencoder
+from onestill.train.denoiser import build_like
 from onestill.train.discriminator.heads import PatchDiscriminator
+from onestill.train.export import save_averaged
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator, unit_moments
 from onestill.train.lpips import LPIPS
+from onestill.train.optim.adam import adamw
 from onestill.train.optim.step import Batch, Objectives
 from onestill.train.recipe import LoopOptions, option
-from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
 
 
@@ -91,16 +93,9 @@ class Method:
         self.discriminator = PatchDiscriminator(options.discriminator_width)
         self.lpips = perceptual(options.perceptual, options.perceptual_network)
         self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder, "discriminator": self.discriminator}
-        adam = dict(betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "autoencoder": torch.optim.AdamW(self.autoencoder.parameters(), lr=options.lr, **adam),  # type: ignore[arg-type]
-            "discriminator": torch.optim.AdamW(
-                self.discriminator.parameters(),
-                lr=options.discriminator_lr,
-                betas=(0.5, 0.99),
-                weight_decay=0.0,
-                fused=True,
-            ),
+            "autoencoder": adamw(self.autoencoder, options.lr),
+            "discriminator": adamw(self.discriminator, options.discriminator_lr, beta1=0.5),
         }
         self._shown: Tensor | None = None
         self._captions: list[str] = []
@@ -144,18 +139,14 @@ class Method:
     def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
         """The first pictures since the run began or was resumed, above what becomes of them."""
         assert self._shown is not None
-        averaged = build(self.options).to(self._shown.device)
-        averaged.load_state_dict(state.averaged("autoencoder"))
+        averaged = build_like(self.autoencoder, state.averaged("autoencoder"), self._shown.device)
         with torch.no_grad():
             y = averaged.decode(most_likely_latents(averaged, self._shown)).sample
         return to_pictures(torch.cat([self._shown, y])), self._captions + ["reconstruction"] * len(y)
 
     def export(self, state: TrainState, folder: Path) -> None:
         """The averaged autoencoder in diffusers' format, its scale 1 until `LatentSpace.calibrate` has seen latents."""
-        averaged = build(self.options)
-        averaged.load_state_dict({k: v.cpu() for k, v in state.averaged("autoencoder").items()})
-        if is_main():
-            averaged.save_pretrained(folder / "vae")
+        save_averaged(state, "autoencoder", folder / "vae")
 
 
 def perceptual(weight: float, file: str) -> LPIPS | None:

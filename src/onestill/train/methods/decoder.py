@@ -26,15 +26,16 @@ from onestill.errors import RecipeError
 from onestill.schedule import add_noise
 from onestill.train.batches import to_pictures
 from onestill.train.conditioning import LatentSpace, open_text_encoder
-from onestill.train.denoiser import Denoiser, load_unet, read_schedule
+from onestill.train.denoiser import Denoiser, build_like, load_unet, read_schedule
 from onestill.train.discriminator.heads import PatchDiscriminator
+from onestill.train.export import save_averaged
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator
 from onestill.train.methods import autoencoder
 from onestill.train.noise import table
+from onestill.train.optim.adam import adamw
 from onestill.train.optim.step import Batch, Objectives, frozen
 from onestill.train.recipe import SHEET_PROMPTS, LoopOptions, option
 from onestill.train.runtime.compiling import compiled
-from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
 
 STUDENT_STEPS = 4  # its timesteps are those of so many steps
@@ -87,14 +88,10 @@ class Method:
         self.text_encoder: Any = open_text_encoder(options.text_encoder)
         self.discriminator = Discriminators(options.discriminator_width, options.scales)
         self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder, "discriminator": self.discriminator}
-        roles: dict[str, tuple[nn.Module, float, float]] = {
-            "encoder": (self.autoencoder.encoder, options.lr, 0.9),
-            "decoder": (self.autoencoder.decoder, options.lr, 0.9),
-            "discriminator": (self.discriminator, options.discriminator_lr, 0.5),
-        }
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            name: torch.optim.AdamW(network.parameters(), lr=lr, betas=(beta1, 0.99), weight_decay=0.0, fused=True)
-            for name, (network, lr, beta1) in roles.items()
+            "encoder": adamw(self.autoencoder.encoder, options.lr),
+            "decoder": adamw(self.autoencoder.decoder, options.lr),
+            "discriminator": adamw(self.discriminator, options.discriminator_lr, beta1=0.5),
         }
         self._shown: Tensor | None = None
         self._captions: list[str] = []
@@ -189,8 +186,7 @@ class Method:
     def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
         """Four real pictures, what becomes of them, and the student's one step for `sheet_prompts`."""
         assert self._shown is not None
-        averaged = grown(self.old, self.options).to(self._shown.device)
-        averaged.load_state_dict(state.averaged("autoencoder"))
+        averaged = build_like(self.autoencoder, state.averaged("autoencoder"), self._shown.device)
         conditioning, empty = (self.text_encoder(prompts) for prompts in (self.options.sheet_prompts, [""]))
         side = self._shown.shape[-1] // 2 // self.old.factor
         made = self.student.sample(conditioning, empty, (self.old.channels, side, side), 1)
@@ -202,10 +198,7 @@ class Method:
 
     def export(self, state: TrainState, folder: Path) -> None:
         """The averaged autoencoder in diffusers' format, with the scale of the one whose latents it keeps."""
-        averaged = grown(self.old, self.options)
-        averaged.load_state_dict({k: v.cpu() for k, v in state.averaged("autoencoder").items()})
-        if is_main():
-            averaged.save_pretrained(folder / "vae")
+        save_averaged(state, "autoencoder", folder / "vae")
 
 
 def halved(x: Tensor) -> Tensor:

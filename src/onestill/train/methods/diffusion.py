@@ -29,13 +29,14 @@ from onestill.train.denoiser import (
     load_unet,
     training_schedule,
 )  # fmt: skip
+from onestill.train.export import save_averaged
 from onestill.train.losses import mean_where, min_snr_weight
 from onestill.train.noise import Draw
+from onestill.train.optim.adam import adamw
 from onestill.train.optim.muon import muon_with_adamw
 from onestill.train.optim.step import Batch, Objectives
 from onestill.train.recipe import SHEET_PROMPTS, LoopOptions, option
 from onestill.train.runtime.compiling import compiled
-from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
 
 
@@ -95,15 +96,13 @@ class Method:
             )
 
     def optimizer(self) -> torch.optim.Optimizer:
-        options, betas = self.options, (0.9, 0.99)
-        decay = options.weight_decay
+        options = self.options
         if options.optimizer == "adamw":
-            return torch.optim.AdamW(
-                self.teacher.parameters(), lr=options.lr, betas=betas, weight_decay=decay, fused=True
-            )
+            return adamw(self.teacher, options.lr, weight_decay=options.weight_decay)
         if self.loop.parallel == "fsdp":
             raise RecipeError("muon needs whole matrices, which fsdp splits: set loop.parallel to ddp.")
-        return muon_with_adamw(self.teacher, muon_lr=options.muon_lr, lr=options.lr, betas=betas, weight_decay=decay)
+        rates = {"muon_lr": options.muon_lr, "lr": options.lr, "weight_decay": options.weight_decay}
+        return muon_with_adamw(self.teacher, betas=(0.9, 0.99), **rates)
 
     def to(self, device: torch.device) -> None:
         self.teacher.to(device, memory_format=torch.channels_last)
@@ -152,9 +151,7 @@ class Method:
         return self.space.pictures(latents), list(options.sheet_prompts)
 
     def export(self, state: TrainState, folder: Path) -> None:
-        averaged = build_like(self.teacher, state.shipped("teacher"), torch.device("cpu"))
-        if is_main():
-            averaged.save_pretrained(folder / "unet")
+        save_averaged(state, "teacher", folder / "unet")
 
 
 def log_snr_weights(schedule: NoiseSchedule, mean: float, std: float, uniform: float = 0.1) -> Tensor:

@@ -5,7 +5,7 @@ Shapes: B batch, C latent channels, h w latent size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,11 +108,6 @@ class Distiller:
     def new_student(self, unet: Any) -> Any:
         """The student, from a copy of the teacher or of the UNet that the recipe names."""
         return add_lora(unet, self.options.lora_rank) if self.options.lora_rank else unet
-
-    def adam(self, network: nn.Module, lr: float, beta1: float) -> torch.optim.Optimizer:
-        """AdamW on what of `network` trains, without weight decay."""
-        trained: Iterable[nn.Parameter] = (p for p in network.parameters() if p.requires_grad)
-        return torch.optim.AdamW(trained, lr=lr, betas=(beta1, 0.99), weight_decay=0.0, fused=True)
 
     def to(self, device: torch.device) -> None:
         self._encoder = None  # all fixed prompts are encoded; cached samples bring their own

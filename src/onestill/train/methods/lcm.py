@@ -22,6 +22,7 @@ from onestill.errors import RecipeError
 from onestill.schedule import add_noise
 from onestill.train.losses import boundary_scalings, pseudo_huber
 from onestill.train.methods.distiller import Distiller, DistilOptions
+from onestill.train.optim.adam import adamw
 from onestill.train.optim.step import Batch, Objectives
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.state import TrainState
@@ -64,7 +65,7 @@ class Method(Distiller):
             raise RecipeError("lcm follows the teacher's path: the student's noise schedule must be the teacher's.")
         if options.embed_guidance:
             self.guidance_note = f"the guidance scale that you like (`guidance_scale={options.sheet_guidance:g}`)"
-        self.optimizers["student"] = self.adam(self.student, options.lr, options.beta1)
+        self.optimizers["student"] = adamw(self.student, options.lr, options.beta1)
 
     def new_student(self, unet: Any) -> Any:
         """The teacher's copy, with a layer for the guidance scale that starts at no effect."""

@@ -64,10 +64,9 @@ def optimize(
     metrics: Metrics = {}
     if passes == 1:
         state.part = Part(rank, world)
-        with autocast():
-            for name, loss, shown in step(state, batch):
-                update(name, loss)
-                metrics |= {key: value.detach() for key, value in shown.items()}
+        for name, loss, shown in forward(step(state, batch), autocast):
+            update(name, loss)
+            metrics |= {key: value.detach() for key, value in shown.items()}
         return metrics
     noise = {name: generator.get_state() for name, generator in state.random.items()}
     for number in range(len(state.optimizers)):
@@ -75,8 +74,8 @@ def optimize(
             for name, generator in state.random.items():
                 generator.set_state(noise[name])
             state.part = Part(rank, world, index, passes)
-            with autocast(), closing(step(state, rows)) as objectives:
-                objective = next(islice(objectives, number, None), None)
+            with closing(step(state, rows)) as objectives:
+                objective = next(islice(forward(objectives, autocast), number, None), None)
                 if objective is None:  # not every optimizer has a loss in every iteration
                     return metrics
                 name, loss, shown = objective
@@ -84,6 +83,19 @@ def optimize(
                 for key, value in shown.items():
                     metrics[key] = metrics.get(key, torch.zeros_like(value)) + value.detach() / passes
     return metrics
+
+
+def forward(objectives: Objectives, autocast: Callable[[], AbstractContextManager[Any]]) -> Objectives:
+    """The same objectives, computed under autocast and handed out outside it.
+
+    Backward and the optimizers have no part in autocast: in it, Muon's products lose so much that its steps go uphill.
+    """
+    while True:
+        with autocast():
+            objective = next(objectives, None)
+        if objective is None:
+            return
+        yield objective
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
@@ -130,16 +142,12 @@ class Update:
         Args:
             name: the optimizer's.
         """
-        # Autocast is for the forward pass: in it, Muon's products lose so much that its steps go uphill.
-        with torch.autocast(loss.device.type, enabled=False):
-            optimizer = self._state.optimizers[name]
-            if first:
-                optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            if last:
-                self._step(name, optimizer)
-
-    def _step(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        optimizer = self._state.optimizers[name]
+        if first:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if not last:
+            return
         # Averaged before they are looked at, so that all processes decide alike whether to skip.
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         parallel.average_gradients(parameters)
