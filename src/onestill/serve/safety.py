@@ -1,7 +1,7 @@
-"""What a server refuses to draw or to hand out. Off for models that need none; a model's card may ask for it.
+"""Filters of prompts and pictures. A model's card may ask for one; otherwise they are off.
 
-A prompt filter takes a prompt and returns why it is refused, or None. An image filter takes PIL images and returns, for
-each, whether it must not be shown. Both run in a thread of the server, so they may take their time.
+A prompt filter takes a prompt and returns why it is refused, or None. An image filter takes PIL images and returns for
+each whether it must not be shown. Both run in a thread, so they may be slow.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ ImageFilter: TypeAlias = Callable[[Sequence[Image]], Sequence[bool]]
 
 
 def refuse_prompt(reason: str | None) -> None:
-    """Raise ApiError for a filter's reason."""
+    """Raise ApiError where a prompt filter gave a reason."""
     if reason is not None:
         raise ApiError(400, f"This prompt is refused: {reason}.", "moderation_blocked", param="prompt")
 
 
 def refuse_pictures(found: Sequence[bool]) -> None:
-    """Raise ApiError where a filter found something."""
+    """Raise ApiError where an image filter refused a picture."""
     if any(found):
         raise ApiError(400, "The picture that came out may not be shown; try other words.", "moderation_blocked")
 
@@ -48,10 +48,10 @@ def refuse_pictures(found: Sequence[bool]) -> None:
 def blocked_words(path: Path) -> PromptFilter:
     """A filter that refuses prompts with one of the words or phrases of a file, one a line.
 
-    Case, accents and letters that cannot be seen make no difference, as they make none to a tokenizer.
+    Case, accents and invisible characters make no difference, as a tokenizer ignores them too.
 
     Raises:
-        OnestillError: the file cannot be read, or holds none.
+        OnestillError: the file cannot be read, or has no words.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -69,17 +69,17 @@ def blocked_words(path: Path) -> PromptFilter:
 
 
 def _plain(text: str) -> str:
-    """A text without case, accents and what cannot be seen, its words apart by one space."""
-    letters = (
-        letter
-        for letter in unicodedata.normalize("NFKD", text)
-        if letter in "\t\n\r" or (unicodedata.category(letter)[0] != "C" and unicodedata.category(letter) != "Mn")
+    """A text without case, accents and invisible characters, its words separated by one space."""
+    visible = (
+        one
+        for one in unicodedata.normalize("NFKD", text)
+        if one in "\t\n\r" or (unicodedata.category(one)[0] != "C" and unicodedata.category(one) != "Mn")
     )
-    return " ".join("".join(letters).replace("\ufffd", "").casefold().split())
+    return " ".join("".join(visible).replace("\ufffd", "").casefold().split())
 
 
 def named_filter(name: str) -> Any:
-    """A filter given as `package.module:function`, from what the operator has installed.
+    """A filter by its name `package.module:function`, from an installed package.
 
     Raises:
         OnestillError: there is no such function.
@@ -95,5 +95,5 @@ def named_filter(name: str) -> Any:
 
 
 def card_asks_for_filter(info: ModelInfo) -> bool:
-    """Whether the model's folder says that what it draws needs to be looked at: `requires_safety_checker`."""
+    """Whether the model asks for an image filter, by `requires_safety_checker` in its `model_index.json`."""
     return bool(read_json(info.path, "model_index.json").get("requires_safety_checker", False))

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from onestill.errors import CheckpointError, RecipeError
+from onestill.networks.denoiser import Denoiser
 from onestill.sampling import sample_ddim
 from onestill.schedule import NoiseSchedule, add_noise, scaled_linear_alphas_cumprod
-from onestill.train.denoiser import Denoiser
 from onestill.train.discriminator.features import LatentFeatures
 from onestill.train.discriminator.heads import HeadCondition
 from onestill.train.loop import train
@@ -239,7 +239,7 @@ def test_nfsd_has_the_gradient_of_its_definition(parts: Path) -> None:
     torch.testing.assert_close(x_theta.grad * x_theta.numel(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_students_input_is_pure_noise_at_the_end_and_eq_1_before(parts: Path) -> None:
+def test_the_students_input_is_pure_noise_at_the_end_and_a_noised_image_before(parts: Path) -> None:
     x0, s = latents_batch(2)["latents"], torch.tensor([999, 499])
     made = {}
     for kind in ("pure", "schedule"):

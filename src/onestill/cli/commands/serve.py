@@ -190,7 +190,7 @@ def built(
     from concurrent.futures import ThreadPoolExecutor
 
     from onestill.pipeline import load
-    from onestill.serve.process import step_back
+    from onestill.serve.process import lower_priority
     from onestill.serve.queue.warm_up import warm_up
     from onestill.serve.web.server import Server
 
@@ -202,7 +202,7 @@ def built(
         return pipe
 
     # In a thread that steps back, so that the engine's own threads, which it starts here, do so too.
-    with ThreadPoolExecutor(1, initializer=step_back) as pool:
+    with ThreadPoolExecutor(1, initializer=lower_priority) as pool:
         pipe = pool.submit(loaded).result()
     opened, ledger = opened_access(**access, gallery=gallery is not None)
     if gallery is None or ledger is None:

@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from onestill.errors import OnestillError, require
 from onestill.serve.cluster.proxy import Proxy
 from onestill.serve.cluster.upstream import ClientFromProxy, Upstream
-from onestill.serve.process import settle
+from onestill.serve.process import tune_interpreter
 from onestill.serve.run import listen, make_proxy_server
 from onestill.serve.web.app import create_app
 from onestill.serve.web.guard import Guard
@@ -110,7 +110,7 @@ def _deployment(
         _servers.append(server)
         made = create_app(server)
         made.add_middleware(ClientFromProxy, proof=proof)
-        settle()
+        tune_interpreter()
         return made
 
     class Replica:

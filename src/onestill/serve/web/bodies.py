@@ -20,7 +20,7 @@ from onestill.serve.web.server import Server
 
 __all__ = ["json_body", "multipart_body", "validate"]
 
-MOST_JSON = 256 * 1024  # the longest prompt, every letter escaped, is a third of it
+MOST_JSON = 256 * 1024  # three times the longest prompt with every character escaped
 WHOLE_FIELDS = ("seed", "n", "num_inference_steps", "output_compression", "partial_images")
 Body = TypeVar("Body", Generation, Edit, Shown)
 
@@ -44,11 +44,11 @@ async def json_body(request: Request) -> Any:
     Raises:
         ApiError: 400, it is no JSON; 413, it is larger than any request needs to be.
     """
-    # A page of another site can post text/plain without asking, but not this.
+    # A page of another site can post text/plain without a preflight, but not JSON.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(400, "The body must be JSON: send it as Content-Type: application/json.", "invalid_body")
     body = await request.body()
-    if len(body) > MOST_JSON:  # reading it would hold up everyone else
+    if len(body) > MOST_JSON:  # parsing more would block the event loop
         raise ApiError(413, f"The body is too large; send at most {MOST_JSON // 1024} KB of JSON.", "too_large")
     try:
         return json.loads(body)

@@ -1,8 +1,9 @@
 """Adversarial Diffusion Distillation (arXiv 2311.17042): a student that draws in one step.
 
-The student starts as the teacher. From a real image noised to one of a few timesteps (Eq. 1) it makes x_theta in one
-call; heads on frozen features tell it from real images (Eqs. 2, 3); the teacher, shown x_theta noised again, says what
-it would have made of it (Eq. 4). `docs/distil.md` gives the reason for each choice that the paper leaves open.
+The student starts as the teacher. From a real image noised to one of a few timesteps it makes x_theta in one call
+(section 3.1); heads on frozen features tell it from real images (Eqs. 2, 3); the teacher, shown x_theta noised again,
+says what it would have made of it (Eq. 4). Eq. 1 adds the two up. `docs/distil.md` gives the reason for each choice
+that the paper leaves open.
 
 Shapes: B batch, C latent channels, h w latent size, H W pixels, K tokens, D text width.
 """
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from onestill.errors import RecipeError
+from onestill.networks.condition import Condition
+from onestill.networks.text_encoder import open_text_encoder
 from onestill.schedule import add_noise
-from onestill.train.conditioning import Condition, TextEncoder
 from onestill.train.discriminator.heads import (
     LEVEL_WIDTH,
     Discriminator,
@@ -55,7 +57,7 @@ from onestill.train.state import TrainState
 
 @dataclass(frozen=True, kw_only=True)
 class StudentInputOptions:
-    """What the student is given: a real image noised to one of a few timesteps (Eq. 1)."""
+    """What the student is given: a real image noised to one of a few timesteps (section 3.1)."""
 
     # the trailing ones that a sampler visits in four steps; N = 4 and pure noise are section 3.1's, the rest not stated
     timesteps: list[int] = option([999, 749, 499, 249], low=0, high=999, was="student_timesteps")
@@ -68,11 +70,11 @@ class StudentInputOptions:
 class AdversarialOptions:
     """The game of student and heads (Eqs. 2 and 3)."""
 
-    weight: float = option(1.0, low=0.0, was="adversarial")  # of Eq. 2; lower it where grad_norm/student leaps
+    weight: float = option(1.0, low=0.0, was="adversarial")  # of Eq. 2 in Eq. 1, where it is 1; see docs/distil.md
     gamma_r1: float = option(1e-5, low=0.0)  # section 4; 0 saves the time of its second derivative
-    misaligned: float = option(0.0, low=0.0)  # real images with another's caption as fakes; AMD, SANA
-    student_every: int = option(1, low=1)  # iterations for each of the student's; DMD2: 2 to 5
-    heads_first: int = option(0, low=0)  # iterations in which the student stands still; measured
+    misaligned: float = option(0.0, low=0.0)  # weight of real images under a wrong caption, as fakes; AMD, SANA-Sprint
+    student_every: int = option(1, low=1)  # iterations between two steps of the student; 2 to 5 in DMD2
+    heads_first: int = option(0, low=0)  # iterations before the student's first step; measured on icons (LOG.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +82,15 @@ class DistillationOptions:
     """The teacher's part (Eq. 4)."""
 
     lambda_distill: float = option(2.5, low=0.0)  # lambda of section 3.3
-    # c(t): alpha_t is the paper's default; NFSD is what the released model used (App. A)
+    # c(t): exponential, alpha_t, is the paper's default; NFSD is what the released model used (App. A)
     weighting: str = option("exponential", choices=("exponential", "sds", "nfsd"))
     score_weight: str = option("one", choices=("one", "sigma_squared"))  # w(t) of SDS and NFSD
     nfsd_guidance: float = option(7.5, low=0.0, high=100.0)  # s, a usual guidance scale
     negative_prompt: str = option(  # of NFSD, Katzir et al. 2310.17590
         "unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark"
     )
-    teacher_steps: int = option(1, low=1, high=50)  # DDIM steps to x_psi; more is no better, 1f
-    teacher_guidance: float = option(1.0, low=1.0, high=50.0)  # not stated; above 1 costs twice
+    teacher_steps: int = option(1, low=1, high=50)  # DDIM steps down to x_psi; more are no better, Table 1f
+    teacher_guidance: float = option(1.0, low=1.0, high=50.0)  # of x_psi; not stated, above 1 costs two passes
     t_low: int = option(20, low=0, high=999, was="teacher_low")  # t is uniform between these; not stated, DMD2's
     t_high: int = option(980, low=0, high=999, was="teacher_high")
     # the paper decodes both even for latent models, which costs a decoder with gradient
@@ -117,7 +119,7 @@ class Method(Distiller):
         self.inputs = DiscriminatorInputs(
             options.features, options.discriminator_input, self.teacher_denoiser, self.space, self.draw_levels
         )
-        self.head_text_encoder = TextEncoder(heads.text_encoder) if heads.text_encoder else None
+        self.head_text_encoder = open_text_encoder(heads.text_encoder, parts=("",)) if heads.text_encoder else None
         self.negative = self.conditioning([options.distillation.negative_prompt])
         text_width = self.head_text_encoder.width if self.head_text_encoder else self.empty.embedding.shape[-1]
         self.discriminator = Discriminator(
@@ -154,7 +156,7 @@ class Method(Distiller):
         # --- generate once: x_theta from a real image noised to a student timestep ---
         s = self.student_timesteps(len(x0), state).to(x0.device)  # [B]
         with torch.set_grad_enabled(trains_student):
-            x_s = self.noised(x0, s, draw)  # Eq. 1
+            x_s = self.noised(x0, s, draw)  # alpha_s x0 + sigma_s eps, section 3.1
             x_theta = self.student_denoiser.x0(x_s, s, conditioning)  # [B, C, h, w]
 
         # --- features of both under one random transform; one forward serves both losses ---
@@ -179,7 +181,7 @@ class Method(Distiller):
             with frozen(self.discriminator):
                 fooled = hinge_generator(self.heads(fake, c))  # Eq. 2
                 distill = self.distill(x_theta, conditioning, transform, draw) if lambda_distill else zero  # Eq. 4
-                loss = adversarial.weight * fooled + lambda_distill * distill  # section 3.1, with its lambda
+                loss = adversarial.weight * fooled + lambda_distill * distill  # Eq. 1
                 yield "student", loss, {"adversarial": fooled, "distill": distill}
 
         # --- averages: the loop moves the student's running mean, `TrainState.update_ema` ---
@@ -219,7 +221,7 @@ class Method(Distiller):
         return teacher.guided_x0(x_t, t, conditioning, self.empty, options.teacher_guidance)
 
     def noised(self, x0: Tensor, s: Tensor, draw: Draw) -> Tensor:
-        """x_s of Eq. 1; at the last timestep pure noise of unit variance, which is what a sampler starts from."""
+        """x_s of section 3.1; at the last timestep pure noise of unit variance, which is what a sampler starts from."""
         eps = draw.normal(*x0.shape).to(x0.device)
         x_s: Tensor = add_noise(x0, eps, *self.student_denoiser.signal(s))
         if self.options.student_input.terminal_noise == "schedule":

@@ -19,11 +19,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from onestill.engine.torch.eager import most_likely_latents
 from onestill.errors import RecipeError
-from onestill.train.batches import to_pictures
-from onestill.train.conditioning import load_autoencoder
-from onestill.train.denoiser import build_like
+from onestill.networks.denoiser import copy_with_weights
+from onestill.networks.latents import load_autoencoder, most_likely_latents, to_uint8
 from onestill.train.discriminator.heads import PatchDiscriminator
 from onestill.train.export import save_averaged
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator, unit_moments
@@ -139,10 +137,10 @@ class Method:
     def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
         """The first pictures since the run began or was resumed, above what becomes of them."""
         assert self._shown is not None
-        averaged = build_like(self.autoencoder, state.averaged("autoencoder"), self._shown.device)
+        averaged = copy_with_weights(self.autoencoder, state.averaged("autoencoder"), self._shown.device)
         with torch.no_grad():
             y = averaged.decode(most_likely_latents(averaged, self._shown)).sample
-        return to_pictures(torch.cat([self._shown, y])), self._captions + ["reconstruction"] * len(y)
+        return to_uint8(torch.cat([self._shown, y])).cpu().numpy(), self._captions + ["reconstruction"] * len(y)
 
     def export(self, state: TrainState, folder: Path) -> None:
         """The averaged autoencoder in diffusers' format, its scale 1 until `LatentSpace.calibrate` has seen latents."""

@@ -21,12 +21,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from onestill.engine.torch.eager import most_likely_latents
 from onestill.errors import RecipeError
+from onestill.networks.denoiser import Denoiser, copy_with_weights, load_unet, read_schedule
+from onestill.networks.latents import LatentSpace, most_likely_latents, to_uint8
+from onestill.networks.text_encoder import open_text_encoder
 from onestill.schedule import add_noise
-from onestill.train.batches import to_pictures
-from onestill.train.conditioning import LatentSpace, open_text_encoder
-from onestill.train.denoiser import Denoiser, build_like, load_unet, read_schedule
 from onestill.train.discriminator.heads import PatchDiscriminator
 from onestill.train.export import save_averaged
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator
@@ -77,7 +76,7 @@ class Method:
     def __init__(self, options: Options, loop: LoopOptions) -> None:
         self.options, self.loop = options, loop
         torch.manual_seed(loop.seed)
-        self.old = LatentSpace(options.autoencoder)
+        self.old = LatentSpace.load(options.autoencoder)
         self.old.autoencoder.eval().requires_grad_(False)
         self.autoencoder = grown(self.old, options)
         unet = load_unet(options.student).eval().requires_grad_(False)
@@ -186,7 +185,7 @@ class Method:
     def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
         """Four real pictures, what becomes of them, and the student's one step for `sheet_prompts`."""
         assert self._shown is not None
-        averaged = build_like(self.autoencoder, state.averaged("autoencoder"), self._shown.device)
+        averaged = copy_with_weights(self.autoencoder, state.averaged("autoencoder"), self._shown.device)
         conditioning, empty = (self.text_encoder(prompts) for prompts in (self.options.sheet_prompts, [""]))
         side = self._shown.shape[-1] // 2 // self.old.factor
         made = self.student.sample(conditioning, empty, (self.old.channels, side, side), 1)
@@ -194,7 +193,7 @@ class Method:
             raw = torch.cat([most_likely_latents(averaged, self._shown), made / self.old.scale])
             y = torch.cat([averaged.decode(some).sample for some in torch.split(raw, 4)])
         names = self._captions + ["reconstruction"] * len(self._shown) + list(self.options.sheet_prompts)
-        return to_pictures(torch.cat([self._shown, y])), names
+        return to_uint8(torch.cat([self._shown, y])).cpu().numpy(), names
 
     def export(self, state: TrainState, folder: Path) -> None:
         """The averaged autoencoder in diffusers' format, with the scale of the one whose latents it keeps."""
