@@ -15,8 +15,9 @@ from benchmarks.quarter.drawing import end_drawing, shards_in
 from benchmarks.quarter.steps import LeftOutError, Run
 from benchmarks.quarter.training import Training, train_for
 from onestill.data import Sample, ShardReader, ShardWriter
+from onestill.networks.latents import LatentSpace
+from onestill.networks.text_encoder import open_text_encoder
 from onestill.train.cache import cache_samples
-from onestill.train.conditioning import LatentSpace, open_text_encoder
 from onestill.train.discriminator.cnn import LITE0
 
 __all__ = ["latents", "student", "teacher"]
@@ -37,7 +38,7 @@ def latents(run: Run, seconds: float, note: Callable[..., None]) -> Mapping[str,
         shards = shards_in(run.work / "shards" / "train")
     if not shards:
         raise LeftOutError("There are no pictures: give --parquet to draw some, or --shards.")
-    space, encoder = LatentSpace(options.autoencoder), open_text_encoder(options.text_encoder)
+    space, encoder = LatentSpace.load(options.autoencoder), open_text_encoder(options.text_encoder)
     workers = 0 if run.rehearses else max(1, (os.cpu_count() or 1) - 2)
     reader = ShardReader(shards, shuffle=False, epochs=1, workers=workers)
     began = time.monotonic()

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from onestill.train.conditioning import Condition, batch_condition
+from onestill.networks.condition import Condition
+from onestill.networks.contrastive import ContrastiveModel, new_backbone
+from onestill.train.batches import batch_condition
 from onestill.train.discriminator.cnn import LITE0, EfficientNetLite0
-from onestill.train.discriminator.features import Tower, new_backbone
 from onestill.train.methods.add import Method
 from onestill.train.recipe import parse_recipe
 from tests.tiny import MAX_TOKENS, WIDTH, tiny_model
@@ -26,9 +27,9 @@ def write_parts(folder: Path) -> Path:
     tiny_model(folder / "model", autoencoder="tiny", openvino=False)
     torch.manual_seed(0)
     latents = new_backbone("vit", channels=CHANNELS, size=SIZE, patch=1, width=32, depth=3)
-    Tower(latents, 16, WIDTH).save(folder / "latents", space="latents")
+    ContrastiveModel(latents, 16, WIDTH, {"space": "latents"}).save(folder / "latents")
     pixels = new_backbone("resnet", channels=3, size=32, patch=1, width=32, depth=1)
-    Tower(pixels, 16, WIDTH).save(folder / "pixels", space="pixels")
+    ContrastiveModel(pixels, 16, WIDTH, {"space": "pixels"}).save(folder / "pixels")
     save_dinov2(folder / "dinov2")
     save_cnn(folder / "lite0")
     return folder

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from onestill.engine.torch.eager import quiet_libraries
 from onestill.errors import CheckpointError, RecipeError
+from onestill.networks.latents import LatentSpace
+from onestill.networks.libraries import quiet_libraries
+from onestill.networks.text_encoder import open_text_encoder
 from onestill.train.batches import collate_latents
 from onestill.train.cache import cache_samples
-from onestill.train.conditioning import LatentSpace, open_text_encoder
 from onestill.train.loop import train
 from onestill.train.methods import add, ladd, lcm
 from onestill.train.noise import Draw
@@ -58,7 +59,7 @@ def cached(model: Path) -> dict[str, Any]:
     def write(sample: Any, arrays: Any) -> None:
         made.append(SimpleNamespace(image=np.zeros((0, 0, 3)), caption=sample.caption, arrays=dict(arrays)))
 
-    assert cache_samples(samples, LatentSpace(model / "vae"), open_text_encoder(str(model)), write, 3) == 4
+    assert cache_samples(samples, LatentSpace.load(model / "vae"), open_text_encoder(str(model)), write, 3) == 4
     return collate_latents(made)
 
 
@@ -199,18 +200,10 @@ def test_lcm_starts_as_its_teacher_and_agrees_on_a_path_that_is_there(models: Pa
     x0, told = method.read(batch)
     t = torch.tensor([999, 499, 259, 19])
     with torch.no_grad():
-        extra = method.guidance(torch.tensor([3.0, 5.0, 8.0, 15.0]))
-        student, teacher = method.student_denoiser.x0(x0, t, told, **extra), method.teacher_denoiser.x0(x0, t, told)
+        w = torch.tensor([3.0, 5.0, 8.0, 15.0])
+        student, teacher = method.student_denoiser.x0(x0, t, told, w), method.teacher_denoiser.x0(x0, t, told)
         torch.testing.assert_close(student, teacher)
-        assert torch.equal(method.consistent(x0, torch.zeros(4, dtype=torch.long), told, extra), x0)
-
-
-def test_guidance_is_embedded_as_diffusers_does(models: Path) -> None:
-    with quiet_libraries():
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(models / "sd15")
-    w = torch.tensor([1.0, 3.5, 15.0])
-    expected = pipeline.get_guidance_scale_embedding(w - 1, embedding_dim=256)
-    torch.testing.assert_close(lcm.guidance_embedding(w), expected, rtol=1e-4, atol=2e-3)
+        assert torch.equal(method.consistent(x0, torch.zeros(4, dtype=torch.long), told, w), x0)
 
 
 def test_ladd_practises_on_little_noise_first_and_judges_at_its_own_levels(models: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from onestill.train.conditioning import Condition
-from onestill.train.denoiser import Denoiser, training_schedule
+from onestill.networks.condition import Condition
+from onestill.networks.denoiser import Denoiser, training_schedule
 from onestill.train.discriminator.heads import Discriminator
 from onestill.train.discriminator.inputs import Views
 from onestill.train.loop import train
@@ -43,14 +42,14 @@ class ExactTeacher(nn.Module):
 
     config: ClassVar = {"in_channels": 2, "cross_attention_dim": 1}
 
-    def forward(self, x: Tensor, timesteps: Tensor, text: Tensor) -> SimpleNamespace:
+    def forward(self, x: Tensor, timesteps: Tensor, text: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         alpha, sigma = ALPHA[timesteps].view(-1, 1), SIGMA[timesteps].view(-1, 1)
         flat = x.flatten(1)
         variance = alpha.square() * SPREAD**2 + sigma.square()  # [B, 1]
         away = flat.unsqueeze(1) - alpha.unsqueeze(1) * MODES  # [B, 8, 2]
         share = (-away.square().sum(-1) / (2 * variance)).softmax(-1).unsqueeze(-1)
         mean = (share * (MODES + (alpha * SPREAD**2 / variance).unsqueeze(1) * away)).sum(1)
-        return SimpleNamespace(sample=((alpha * flat - mean) / sigma).view_as(x))
+        return (((alpha * flat - mean) / sigma).view_as(x),)
 
 
 class PointStudent(nn.Module):
@@ -62,9 +61,9 @@ class PointStudent(nn.Module):
         hidden = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.SiLU())]
         self.layers = nn.Sequential(*hidden, nn.Linear(widths[-1], 2))
 
-    def forward(self, x: Tensor, timesteps: Tensor, text: Tensor) -> SimpleNamespace:
+    def forward(self, x: Tensor, timesteps: Tensor, text: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         signal = torch.stack([ALPHA[timesteps], SIGMA[timesteps]], 1)
-        return SimpleNamespace(sample=self.layers(torch.cat([x.flatten(1), signal], 1)).view_as(x))
+        return (self.layers(torch.cat([x.flatten(1), signal], 1)).view_as(x),)
 
 
 class FourierFeatures:

@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from onestill.engine.device import choose
-from onestill.engine.torch.eager import quiet_libraries
+from onestill.networks.latents import LatentSpace
+from onestill.networks.libraries import quiet_libraries
+from onestill.networks.text_encoder import TextEncoder, open_text_encoder
 from onestill.train.batches import collate_images
-from onestill.train.conditioning import LatentSpace, TextEncoder, TwoTextEncoders, open_text_encoder
 
 
 class ImageSample(Protocol):
@@ -32,7 +33,7 @@ Write = Callable[[Any, Mapping[str, NDArray[Any]]], None]
 def cache_samples(
     samples: Iterable[ImageSample],
     space: LatentSpace,
-    encoder: TextEncoder | TwoTextEncoders,
+    encoder: TextEncoder,
     write: Write,
     batch_size: int = 64,
 ) -> int:
@@ -69,7 +70,7 @@ def cache_for_model(
     """
     where = torch.device(choose(device))
     with quiet_libraries():
-        space, encoder = LatentSpace(model / "vae").to(where), open_text_encoder(str(model)).to(where)
+        space, encoder = LatentSpace.load(model / "vae").to(where), open_text_encoder(str(model)).to(where)
     return cache_samples(samples, space, encoder, write, batch_size)
 
 

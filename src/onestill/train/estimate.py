@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 
-from onestill.engine.torch.eager import quiet_libraries
 from onestill.errors import CheckpointError
-from onestill.train.conditioning import Condition
-from onestill.train.denoiser import unet_folder
+from onestill.networks.condition import Condition
+from onestill.networks.denoiser import unet_folder
+from onestill.networks.libraries import quiet_libraries
 from onestill.train.discriminator.cnn import CNNFeatures
 from onestill.train.discriminator.features import TeacherFeatures, tower_widths
 from onestill.train.discriminator.heads import Discriminator

@@ -13,9 +13,9 @@ import torch
 from peft import LoraConfig
 
 from onestill import __version__
-from onestill.engine.torch.eager import quiet_libraries
+from onestill.networks.denoiser import copy_with_weights, unet_folder
+from onestill.networks.libraries import quiet_libraries
 from onestill.schedule import NoiseSchedule
-from onestill.train.denoiser import build_like, unet_folder
 from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
 
@@ -84,7 +84,7 @@ def export_student(distiller: Any, state: TrainState, folder: Path) -> None:
             # Named here and not at the top: importing pipelines costs seconds, and transformers speaks of torchvision.
             diffusers.StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
     else:
-        student = build_like(distiller.student, weights, torch.device("cpu"))
+        student = copy_with_weights(distiller.student, weights, torch.device("cpu"))
         student.register_to_config(sample_size=distiller.side)
         student.save_pretrained(folder / "unet")
         if index.is_file():

@@ -14,8 +14,8 @@ import transformers
 
 from onestill.engine.device import checked_name
 from onestill.errors import DataError
+from onestill.networks.denoiser import unet_folder
 from onestill.train.batches import COLLATE, Reader, SampleBatches
-from onestill.train.denoiser import unet_folder
 from onestill.train.estimate import estimate
 from onestill.train.loop import train
 from onestill.train.methods.distiller import DistilOptions

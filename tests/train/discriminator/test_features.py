@@ -8,18 +8,16 @@ import torch
 from transformers import CLIPConfig, CLIPModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from onestill.errors import CheckpointError
-from onestill.train.conditioning import Condition, pool
-from onestill.train.denoiser import Denoiser, load_unet, training_schedule
+from onestill.networks.condition import Condition
+from onestill.networks.contrastive import tokens
+from onestill.networks.denoiser import Denoiser, load_unet, training_schedule
 from onestill.train.discriminator.cnn import CNNFeatures
 from onestill.train.discriminator.features import (
     FeatureNetwork,
     LatentFeatures,
     TeacherFeatures,
-    Tower,
     TowerFeatures,
     ViTFeatures,
-    new_backbone,
-    tokens,
 )
 from tests.tiny import WIDTH
 from tests.train.parts import CHANNELS, SIZE, write_parts
@@ -125,45 +123,9 @@ def test_the_teachers_encoder_is_the_unets_own(parts: Path) -> None:
     torch.testing.assert_close(tokens(seen[1]), taps[-1])
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
-def test_a_tower_is_saved_whole(tmp_path: Path, kind: str) -> None:
-    x = torch.randn(2, 3, 32, 32)
-    tower = Tower(new_backbone(kind, channels=3, size=32, patch=8, width=32, depth=1), 16, WIDTH)
-    tower.embed_image(x)  # moves the statistics that a ResNet keeps
-    tower.eval().save(tmp_path / "tower", space="pixels", image_size=32)
-    loaded = Tower.load(tmp_path / "tower")
-    assert torch.equal(loaded.embed_image(x), tower.embed_image(x))
-    text, mask = torch.randn(2, 5, WIDTH), torch.ones(2, 5, dtype=torch.bool)
-    assert torch.equal(loaded.embed_text(text, mask), tower.embed_text(text, mask))
-    torch.testing.assert_close(loaded.embed_image(x).norm(dim=-1), torch.ones(2))
-    assert loaded.logit_scale == tower.logit_scale
-
-
-def test_what_is_no_tower(parts: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no contrastive model"):
-        Tower.load(tmp_path)
-    for name in ("projections.safetensors", "image_tower/model.safetensors", "contrastive.json"):
-        folder = tmp_path / name.replace("/", "-")
-        shutil.copytree(parts / "pixels", folder)
-        (folder / name).write_bytes((folder / name).read_bytes()[:40])
-        with pytest.raises(CheckpointError, match="holds no contrastive model"):
-            Tower.load(folder)
-
-
 def test_layers_that_are_not_there(parts: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has taps 0 to 3, not \[4\]"):
         TowerFeatures(parts / "latents", (4,))
-
-
-def test_pooling_leaves_padding_out() -> None:
-    text = torch.tensor([[[1.0], [3.0], [50.0]], [[7.0], [9.0], [9.0]]])
-    mask = torch.tensor([[True, True, False], [False, False, False]])
-    assert pool(text, mask).tolist() == [[2.0], [0.0]]
-
-
-def test_a_class_token_is_no_place_on_the_grid() -> None:
-    assert tokens(torch.arange(5.0).view(1, 5, 1)).flatten().tolist() == [1, 2, 3, 4]
-    assert tokens(torch.arange(4.0).view(1, 1, 2, 2)).flatten().tolist() == [0, 1, 2, 3]
 
 
 def test_a_vit_sees_what_transformers_shows_it(parts: Path) -> None:

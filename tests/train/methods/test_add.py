@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from onestill.errors import CheckpointError, RecipeError
+from onestill.networks.denoiser import Denoiser
 from onestill.sampling import sample_ddim
 from onestill.schedule import NoiseSchedule, add_noise, scaled_linear_alphas_cumprod
-from onestill.train.denoiser import Denoiser
 from onestill.train.discriminator.features import LatentFeatures
 from onestill.train.discriminator.heads import HeadCondition
 from onestill.train.loop import train

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from onestill.errors import RecipeError
-from onestill.train.denoiser import UNetOptions, build_unet, training_schedule
+from onestill.networks.denoiser import training_schedule
 from onestill.train.loop import train
 from onestill.train.methods.diffusion import Method, log_snr_weights
 from onestill.train.noise import Draw
@@ -26,6 +26,7 @@ from onestill.train.optim.muon import (
 )
 from onestill.train.recipe import Recipe, parse_recipe
 from onestill.train.state import TrainState
+from onestill.train.unet import UNetOptions, build_unet
 from tests.tiny import WIDTH, tiny_model
 from tests.train.parts import CHANNELS, SIZE, latents_batch
 from tests.train.small import rows

@@ -132,13 +132,13 @@ def test_a_sheet_and_what_it_samples_are_not_compiled_for(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    real = diffusion.build_like
+    real = diffusion.copy_with_weights
 
     def noted(*arguments: Any) -> Any:
         seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         return real(*arguments)
 
-    monkeypatch.setattr(diffusion, "build_like", noted)
+    monkeypatch.setattr(diffusion, "copy_with_weights", noted)
     run(parts, tmp_path, "diffusion", 1, compile=True)
     assert seen[0] == seen[-1] == torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from onestill.errors import CheckpointError
-from onestill.train.discriminator.features import tokens
+from onestill.networks.contrastive import tokens
 
 LITE0 = "efficientnet-lite0"
 # (expansion, width, blocks, stride of the first, kernel) of each stage; Tan and Le 2019, the lite form of B0.

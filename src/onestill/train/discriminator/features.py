@@ -17,12 +17,12 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from torch import Tensor
+from transformers import AutoModel
 
 from onestill.errors import CheckpointError
-from onestill.train.conditioning import Condition, pool
+from onestill.networks.condition import Condition
+from onestill.networks.contrastive import ContrastiveModel, tokens
 
 
 class FeatureNetwork(Protocol):
@@ -34,100 +34,6 @@ class FeatureNetwork(Protocol):
     def taps(self, x: Tensor) -> list[Tensor]: ...
 
     def embed(self, x: Tensor) -> Tensor: ...
-
-
-class Tower(nn.Module):
-    """An image tower with a projection into the space it shares with text.
-
-    Args:
-        backbone: any `transformers` vision model with `output_hidden_states` (ViT, ResNet, DINOv2...).
-        embedding_width: E of the shared space. text_width: width of the text's mean-pooled states.
-    """
-
-    def __init__(self, backbone: nn.Module, embedding_width: int, text_width: int = 384) -> None:
-        super().__init__()
-        config: Any = backbone.config
-        hidden = config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
-        self.backbone = backbone
-        self.image_projection = nn.Linear(hidden, embedding_width, bias=False)
-        self.text_projection = nn.Linear(text_width, embedding_width, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(2.66))  # log of an inverse temperature of about 14
-
-    def hidden(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """[B, C, H, W] -> the hidden states as tokens [B, N, D] each, and the pooled last one [B, D]."""
-        output = self.backbone(pixel_values=x, output_hidden_states=True)
-        states = [tokens(state) for state in output.hidden_states]
-        return states, tokens(output.last_hidden_state).mean(1)
-
-    def embed_image(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> unit embeddings [B, E]."""
-        return F.normalize(self.image_projection(self.hidden(x)[1]), dim=-1)
-
-    def embed_text(self, text: Tensor, mask: Tensor) -> Tensor:
-        """Token states [B, K, text_width] and their mask [B, K] -> unit embeddings [B, E]."""
-        return F.normalize(self.text_projection(pool(text, mask)), dim=-1)
-
-    def save(self, folder: Path, **facts: Any) -> None:
-        """Write backbone (transformers' format), projections and `contrastive.json`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backbone.save_pretrained(folder / "image_tower")  # type: ignore[operator]
-        heads = {
-            "image_projection.weight": self.image_projection.weight,
-            "text_projection.weight": self.text_projection.weight,
-            "logit_scale": self.logit_scale,
-        }
-        save_file(
-            {k: v.detach().cpu().contiguous().clone() for k, v in heads.items()}, folder / "projections.safetensors"
-        )
-        widths = {"embedding_dim": self.image_projection.out_features, "text_width": self.text_projection.in_features}
-        (folder / "contrastive.json").write_text(json.dumps({**facts, **widths}, indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> Tower:
-        """What `save` wrote, frozen. Raises CheckpointError where the folder holds something else."""
-        try:
-            facts = json.loads((folder / "contrastive.json").read_text(encoding="utf-8"))
-            kind = json.loads((folder / "image_tower" / "config.json").read_text(encoding="utf-8"))["model_type"]
-            # A ViT would otherwise be given a pooler with random weights, which nothing here uses.
-            bare = {"add_pooling_layer": False} if kind == "vit" else {}
-            backbone = AutoModel.from_pretrained(folder / "image_tower", local_files_only=True, **bare)
-            tower = cls(backbone, facts["embedding_dim"], facts["text_width"])
-            heads = load_file(folder / "projections.safetensors")
-            tower.load_state_dict({**heads, **{f"backbone.{k}": v for k, v in backbone.state_dict().items()}})
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{folder} holds no contrastive model ({error}): train one with a 'contrastive' recipe."
-            ) from error
-        return tower.eval().requires_grad_(False)
-
-
-def new_backbone(kind: str, *, channels: int, size: int, patch: int, width: int, depth: int) -> nn.Module:
-    """A small vision model with random weights: "vit", or "resnet" whose last of four stages is `width` wide."""
-    if kind == "vit":
-        heads = max(1, width // 64)
-        shape = dict(num_channels=channels, image_size=size, patch_size=patch, intermediate_size=4 * width)
-        shape |= dict(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads)
-        config = AutoConfig.for_model("vit", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **shape)
-        return AutoModel.from_config(config, add_pooling_layer=False)  # type: ignore[no-any-return]
-    sizes = [width // 8, width // 4, width // 2, width]
-    depths = [1, depth, depth, depth]
-    config = AutoConfig.for_model(
-        "resnet",
-        layer_type="basic",
-        num_channels=channels,
-        embedding_size=width // 8,
-        hidden_sizes=sizes,
-        depths=depths,
-    )
-    return AutoModel.from_config(config)  # type: ignore[no-any-return]
-
-
-def tokens(state: Tensor) -> Tensor:
-    """A hidden state as tokens on a square grid [B, N, D]: maps are flattened, a class token is dropped."""
-    if state.ndim == 4:
-        return state.flatten(2).transpose(1, 2)
-    side = int(state.shape[1] ** 0.5)
-    return state[:, state.shape[1] - side * side :]
 
 
 def tower_widths(config: Any, layers: Sequence[int], folder: str | Path) -> tuple[int, ...]:
@@ -146,11 +52,10 @@ class TowerFeatures:
     """
 
     def __init__(self, folder: Path, layers: tuple[int, ...]) -> None:
-        self.tower = Tower.load(folder)
+        self.tower = ContrastiveModel.load(folder)
         config: Any = self.tower.backbone.config
         self.layers, self.widths = layers, tower_widths(config, layers, folder)
-        facts = json.loads((folder / "contrastive.json").read_text(encoding="utf-8"))
-        self.space: str = facts.get("space", "pixels")
+        self.space = self.tower.space
         self.channels = int(config.num_channels)
         self.embedding_width = self.tower.image_projection.out_features
 
@@ -159,7 +64,7 @@ class TowerFeatures:
         return self
 
     def taps(self, x: Tensor) -> list[Tensor]:
-        states = self.tower.hidden(self._cast(x))[0]
+        states = self.tower.hidden_states(self._cast(x))
         return [states[layer].float() for layer in self.layers]
 
     def embed(self, x: Tensor) -> Tensor:

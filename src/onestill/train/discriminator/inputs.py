@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from onestill.errors import RecipeError
-from onestill.train.conditioning import Condition, LatentSpace
-from onestill.train.denoiser import Denoiser
+from onestill.networks.condition import Condition
+from onestill.networks.denoiser import Denoiser
+from onestill.networks.latents import LatentSpace
 from onestill.train.discriminator.augment import KINDS, Augmentation
 from onestill.train.discriminator.cnn import CNNFeatures
 from onestill.train.discriminator.features import (

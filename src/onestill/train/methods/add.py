@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from onestill.errors import RecipeError
+from onestill.networks.condition import Condition
+from onestill.networks.text_encoder import open_text_encoder
 from onestill.schedule import add_noise
-from onestill.train.conditioning import Condition, TextEncoder
 from onestill.train.discriminator.heads import LEVEL_WIDTH, Discriminator, HeadCondition, level_embedding
 from onestill.train.discriminator.inputs import NOISED, View, ViewOptions, Views
 from onestill.train.losses import (
@@ -85,7 +86,8 @@ class Method(Distiller):
         if options.weighting != "exponential" and self.teacher_denoiser.schedule.alpha[options.teacher_high] == 0:
             raise RecipeError("sds and nfsd divide by alpha, which is 0 at the last timestep: lower teacher_high.")
         self.views = Views(options, self.teacher_denoiser, self.space, self.draw_levels)
-        self.words = TextEncoder(options.head_text_encoder) if options.head_text_encoder else None
+        head_encoder = options.head_text_encoder
+        self.words = open_text_encoder(head_encoder, parts=("",)) if head_encoder else None
         self.negative = self.told([options.negative_prompt])
         text_width = self.words.width if self.words else self.empty.embedding.shape[-1]
         self.discriminator = Discriminator(

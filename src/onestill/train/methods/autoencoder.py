@@ -19,10 +19,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from onestill.engine.torch.eager import most_likely_latents
 from onestill.errors import RecipeError
-from onestill.train.batches import to_pictures
-from onestill.train.conditioning import load_autoencoder
+from onestill.networks.latents import load_autoencoder, most_likely_latents, to_uint8
 from onestill.train.discriminator.heads import PatchDiscriminator
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator, unit_moments
 from onestill.train.lpips import LPIPS
@@ -139,7 +137,7 @@ class Method:
         averaged.load_state_dict(state.averaged("autoencoder"))
         with torch.no_grad():
             y = averaged.decode(most_likely_latents(averaged, self._shown)).sample
-        return to_pictures(torch.cat([self._shown, y])), self._captions + ["reconstruction"] * len(y)
+        return to_uint8(torch.cat([self._shown, y])).cpu().numpy(), self._captions + ["reconstruction"] * len(y)
 
     def export(self, state: TrainState, folder: Path) -> None:
         """The averaged autoencoder in diffusers' format, its scale 1 until `LatentSpace.calibrate` has seen latents."""

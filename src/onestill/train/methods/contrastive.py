@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from onestill.errors import DataError
-from onestill.train.discriminator.features import Tower, new_backbone
+from onestill.networks.contrastive import ContrastiveModel, new_backbone
 from onestill.train.losses import info_nce
 from onestill.train.optim.step import Batch, Update
 from onestill.train.recipe import LoopOptions, option
@@ -95,17 +95,16 @@ class Method:
     def export(self, state: TrainState, folder: Path) -> None:
         tower = build(self.options)
         tower.load_state_dict({k: v.cpu() for k, v in state.averaged("tower").items()})
-        options = self.options
         if is_main():
-            tower.save(folder, space=options.space, image_size=options.size, channels=options.channels)
+            tower.save(folder)
 
 
-def build(options: Options) -> Tower:
+def build(options: Options) -> ContrastiveModel:
     """The tower that `options` describe, with random weights."""
     sizes = dict(channels=options.channels, size=options.size, patch=options.patch, width=options.width)
-    return Tower(
-        new_backbone(options.backbone, depth=options.depth, **sizes), options.embedding_width, options.text_width
-    )
+    backbone = new_backbone(options.backbone, depth=options.depth, **sizes)
+    facts = dict(space=options.space, image_size=options.size, channels=options.channels)
+    return ContrastiveModel(backbone, options.embedding_width, options.text_width, facts)
 
 
 def same_captions(captions: list[str]) -> Tensor:

@@ -21,12 +21,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from onestill.engine.torch.eager import most_likely_latents
 from onestill.errors import RecipeError
+from onestill.networks.denoiser import Denoiser, load_unet, read_schedule
+from onestill.networks.latents import LatentSpace, most_likely_latents, to_uint8
+from onestill.networks.text_encoder import open_text_encoder
 from onestill.schedule import add_noise
-from onestill.train.batches import to_pictures
-from onestill.train.conditioning import LatentSpace, open_text_encoder
-from onestill.train.denoiser import SHEET_PROMPTS, Denoiser, load_unet, read_schedule
 from onestill.train.discriminator.heads import PatchDiscriminator
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator
 from onestill.train.methods import autoencoder
@@ -36,6 +35,7 @@ from onestill.train.recipe import LoopOptions, option
 from onestill.train.runtime.compiling import compiled
 from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
+from onestill.train.unet import SHEET_PROMPTS
 
 STUDENT_STEPS = 4  # its timesteps are those of so many steps
 MARGIN = 2  # cells around a window
@@ -85,7 +85,7 @@ class Method:
     def __init__(self, options: Options, loop: LoopOptions) -> None:
         self.options, self.loop = options, loop
         torch.manual_seed(loop.seed)
-        self.old = LatentSpace(options.autoencoder)
+        self.old = LatentSpace.load(options.autoencoder)
         self.old.autoencoder.eval().requires_grad_(False)
         self.autoencoder = grown(self.old, options)
         unet = load_unet(options.student).eval().requires_grad_(False)
@@ -207,7 +207,7 @@ class Method:
             raw = torch.cat([most_likely_latents(averaged, self._shown), made / self.old.scale])
             y = torch.cat([averaged.decode(some).sample for some in torch.split(raw, 4)])
         names = self._captions + ["reconstruction"] * len(self._shown) + list(self.options.sheet_prompts)
-        return to_pictures(torch.cat([self._shown, y])), names
+        return to_uint8(torch.cat([self._shown, y])).cpu().numpy(), names
 
     def export(self, state: TrainState, folder: Path) -> None:
         """The averaged autoencoder in diffusers' format, with the scale of the one whose latents it keeps."""

@@ -18,18 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from onestill.errors import RecipeError
+from onestill.networks.denoiser import Denoiser, copy_with_weights, load_unet, training_schedule
+from onestill.networks.latents import LatentSpace
+from onestill.networks.text_encoder import open_text_encoder
 from onestill.schedule import NoiseSchedule, add_noise
-from onestill.train.conditioning import LatentSpace, TextEncoder, batch_condition
-from onestill.train.denoiser import (
-    SHEET_PROMPTS,
-    Denoiser,
-    UNetOptions,
-    build_like,
-    build_unet,
-    check_cached,
-    load_unet,
-    training_schedule,
-)  # fmt: skip
+from onestill.train.batches import batch_condition
 from onestill.train.losses import mean_where, min_snr_weight
 from onestill.train.noise import Draw
 from onestill.train.optim.muon import muon_with_adamw
@@ -38,6 +31,7 @@ from onestill.train.recipe import LoopOptions, option
 from onestill.train.runtime.compiling import compiled
 from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
+from onestill.train.unet import SHEET_PROMPTS, UNetOptions, build_unet, check_cached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +73,13 @@ class Method:
         self.optimizers: dict[str, torch.optim.Optimizer] = {"teacher": self.optimizer()}
         weights = log_snr_weights(training_schedule(), options.log_snr_mean, options.log_snr_std)
         self.timestep_weights = weights.tolist()
-        self.space = LatentSpace(options.autoencoder)
+        self.space = LatentSpace.load(options.autoencoder)
         if self.teacher.config["in_channels"] != self.space.channels:
             raise RecipeError(
                 f"the UNet takes {self.teacher.config['in_channels']} channels and the autoencoder makes "
                 f"{self.space.channels}: set diffusion.unet.channels."
             )
-        encoder = TextEncoder(options.text_encoder)
+        encoder = open_text_encoder(options.text_encoder, parts=("",))
         self.empty, self.sheet_text = encoder([""]), encoder(SHEET_PROMPTS)
         width = self.empty.text.shape[-1]
         if self.teacher.config["cross_attention_dim"] != width:
@@ -145,7 +139,7 @@ class Method:
 
     def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
         """The fixed prompts, drawn by the averaged teacher with guidance."""
-        averaged = build_like(self.teacher, state.shipped("teacher"), self.empty.text.device)
+        averaged = copy_with_weights(self.teacher, state.shipped("teacher"), self.empty.text.device)
         options, config = self.options, self.teacher.config
         shape = (config["in_channels"], config["sample_size"], config["sample_size"])
         denoiser = Denoiser(averaged, training_schedule())
@@ -153,7 +147,7 @@ class Method:
         return self.space.pictures(latents), list(SHEET_PROMPTS)
 
     def export(self, state: TrainState, folder: Path) -> None:
-        averaged = build_like(self.teacher, state.shipped("teacher"), torch.device("cpu"))
+        averaged = copy_with_weights(self.teacher, state.shipped("teacher"), torch.device("cpu"))
         if is_main():
             averaged.save_pretrained(folder / "unet")
 

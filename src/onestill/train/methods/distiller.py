@@ -16,14 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from onestill.errors import RecipeError
-from onestill.train.conditioning import Condition, LatentSpace, batch_condition, native_sizes, open_text_encoder
-from onestill.train.denoiser import SHEET_PROMPTS, Denoiser, check_cached, load_unet, read_schedule
+from onestill.networks.condition import Condition, native_sizes
+from onestill.networks.denoiser import Denoiser, load_unet, read_schedule
+from onestill.networks.latents import LatentSpace
+from onestill.networks.text_encoder import open_text_encoder
+from onestill.train.batches import batch_condition
 from onestill.train.export import add_lora, export_student
 from onestill.train.optim.step import Batch
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.runtime import parallel
 from onestill.train.runtime.compiling import compiled
 from onestill.train.state import TrainState
+from onestill.train.unet import SHEET_PROMPTS, check_cached
 
 FROM_DATA = 8  # pictures on a sheet that start from real ones, for each student timestep
 RANDOM = "random"
@@ -82,7 +86,7 @@ class Distiller:
         if options.student == RANDOM:
             unet = type(unet).from_config(dict(unet.config))
         self.student: Any = self.new_student(unet).train()
-        self.space = LatentSpace(options.autoencoder or Path(options.teacher) / "vae", options.decoder)
+        self.space = LatentSpace.load(options.autoencoder or Path(options.teacher) / "vae", options.decoder)
         for key, what in (("in_channels", "latents"), ("cross_attention_dim", "text widths")):
             mine, its = self.student.config[key], self.teacher.config[key]
             if mine != its:

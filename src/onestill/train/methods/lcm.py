@@ -100,36 +100,28 @@ class Method(Distiller):
             x_earlier = add_noise(estimate, noise, *self.teacher_denoiser.signal(earlier))
 
         # --- both ends must agree on x0, LCM Eq. 17 ---
-        extra = self.guidance(w)
+        embedded = w if options.embed_guidance else None
         asked = state.using_average("student") if options.target == "average" else nullcontext()
         with torch.no_grad(), asked:
-            there = self.consistent(x_earlier, earlier, told, extra)
-        here = self.consistent(x_later, later, told, extra)
+            there = self.consistent(x_earlier, earlier, told, embedded)
+        here = self.consistent(x_later, later, told, embedded)
         loss = pseudo_huber(here, there, options.huber_c)
         update("student", loss)
         return {"loss": loss, "distance": (here - there).detach().square().mean().sqrt()}
 
-    def consistent(self, x: Tensor, t: Tensor, told: Any, extra: dict[str, Tensor]) -> Tensor:
+    def consistent(self, x: Tensor, t: Tensor, told: Any, guidance_scale: Tensor | None) -> Tensor:
         """f(x, t) = c_skip x + c_out x0(x, t), LCM Eq. 9: x itself at t = 0."""
         c_skip, c_out = (part.view(-1, 1, 1, 1) for part in boundary_scalings(t))
-        return c_skip * x + c_out * self.student_denoiser.x0(x, t, told, **extra)
-
-    def guidance(self, w: Tensor) -> dict[str, Tensor]:
-        """What tells the student the guidance scale w [B]: `timestep_cond` [B, 256], or nothing."""
-        return {"timestep_cond": guidance_embedding(w)} if self.options.embed_guidance else {}
+        return c_skip * x + c_out * self.student_denoiser.x0(x, t, told, guidance_scale)
 
     def sheet_x0(self, steps: int) -> Tensor:
         shape = (self.space.channels, self.side, self.side)
-        count = len(self.sheet_text.text)
-        w = torch.full((count,), self.options.sheet_guidance, device=self.empty.text.device)
+        w = torch.full((len(self.sheet_text.text),), self.options.sheet_guidance, device=self.empty.text.device)
         return self.student_denoiser.sample(
-            self.sheet_text, self.empty, shape, steps, sampler=self.sampler, extra=self.guidance(w)
+            self.sheet_text,
+            self.empty,
+            shape,
+            steps,
+            sampler=self.sampler,
+            guidance_scale=w if self.options.embed_guidance else None,
         )
-
-
-def guidance_embedding(w: Tensor) -> Tensor:
-    """Guidance scales [B] -> [B, 256], as diffusers' pipelines tell a UNet with `time_cond_proj_dim`: of w - 1."""
-    half = EMBEDDING // 2
-    rates = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(half, device=w.device) / (half - 1))
-    angles = (1000 * (w.float() - 1)).unsqueeze(1) * rates
-    return torch.cat([angles.sin(), angles.cos()], 1)
