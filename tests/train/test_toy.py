@@ -188,6 +188,7 @@ def test_the_exact_teacher_is_exact() -> None:
     assert float((error * x_t).mean()) == pytest.approx(0, abs=0.02)
 
 
+@pytest.mark.slow
 def test_one_step_reaches_all_eight_modes(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     recipe = toy_recipe(tmp_path, 600)

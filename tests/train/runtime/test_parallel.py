@@ -55,6 +55,7 @@ def runs(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("file", FILES)
 def test_two_processes_give_the_single_ones_weights(runs: Path, kind: str, file: str) -> None:
@@ -64,11 +65,13 @@ def test_two_processes_give_the_single_ones_weights(runs: Path, kind: str, file:
         torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-4, msg=f"{file} {name}")
 
 
+@pytest.mark.slow
 def test_the_weights_have_moved_further_than_that(runs: Path) -> None:
     first, last = (load_file(runs / "alone/checkpoints" / i / "student.safetensors") for i in ("00000001", LAST[-8:]))
     assert max(float((last[name] - first[name]).abs().max()) for name in first) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_the_log_is_of_all_processes(runs: Path, kind: str) -> None:
     for mine, whole in zip(rows(runs / kind), rows(runs / "alone"), strict=True):
@@ -76,6 +79,7 @@ def test_the_log_is_of_all_processes(runs: Path, kind: str) -> None:
         assert all(mine[key] == pytest.approx(whole[key], rel=0.01, abs=0.01) for key in mine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_one_process_goes_on_where_two_stopped(runs: Path, parts: Path, tmp_path: Path, kind: str) -> None:
     (tmp_path / "checkpoints").mkdir()
