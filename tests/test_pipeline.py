@@ -295,5 +295,5 @@ def test_numbers_that_are_not_finite_are_no_picture(tiny_folder: Path, monkeypat
     pipe = load(tiny_folder)
     denoise = pipe.engine.denoise
     monkeypatch.setattr(pipe.engine, "denoise", lambda *inputs: denoise(*inputs) * np.float32("nan"))
-    with pytest.raises(NotFiniteError, match="No picture came out"):
+    with pytest.raises(NotFiniteError, match="The model produced NaN or infinity"):
         pipe("a red apple", seed=1)

@@ -19,7 +19,7 @@ from onestill.errors import NotFiniteError
 from onestill.noise import noise_source
 from onestill.pipeline.checks import MOST_IMAGES, checked_prompts, checked_whole, matched_negatives, seeds_of
 from onestill.pipeline.loaded import LoadedInfo
-from onestill.pipeline.notes import NEGATIVE_DID_NOTHING, notes_on_size, notes_on_steps, notes_on_words
+from onestill.pipeline.notes import NEGATIVE_DID_NOTHING, notes_on_size, notes_on_steps, notes_on_prompts
 from onestill.pipeline.output import Output, Timings
 from onestill.pipeline.picture import fitted, save_picture
 from onestill.pipeline.plan import MicroConditioning, Plan
@@ -122,7 +122,7 @@ class Pipeline:
         # The decoder's share is all the rest, as making PIL images counts as decoding.
         timings = Timings(encode_ms, drawn.denoise_ms, total_ms - encode_ms - drawn.denoise_ms, total_ms)
         notes = [
-            *notes_on_words(prompts, drawn.tokens_cut, drawn.words_cut),
+            *notes_on_prompts(prompts, drawn.tokens_cut, drawn.words_cut),
             *([NEGATIVE_DID_NOTHING] if negative_prompt is not None and not plan.guides else []),
             *notes_on_steps(plan.num_inference_steps, plan.timesteps, plan.strength),
             *notes_on_size(plan.height, plan.width, self.info),
@@ -247,7 +247,7 @@ def load(
         unet: another UNet in the model's place, a safetensors file or a folder with one.
         lora: a LoRA's safetensors file to add to the weights, or several, each with what it is multiplied by.
         tiny_vae: TAESD, or TAESDXL for SDXL, in the decoder's place: a safetensors file or a folder with one.
-        preset: one of `onestill.checkpoint.PRESETS`, for a model whose files do not tell its steps and sampler.
+        preset: one of `onestill.checkpoint.PRESETS`, for a model whose files do not say its steps and sampler.
         options: how torch computes; None is the fast way on a GPU and the plain way on a CPU.
 
     Raises:
