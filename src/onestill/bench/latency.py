@@ -1,4 +1,4 @@
-"""How long a prompt takes to become a picture, part by part: ours and diffusers', on the same weights, prompts and seeds.
+"""How long a prompt takes to become a picture, part by part: ours and diffusers', on the same weights and seeds.
 
 A contender measures in a process of its own, which `python -m onestill.bench.latency` is: in one process they would
 share thread pools and memory. Every prompt is new to it, so that no cached state is used, but where `cached` says so.

@@ -19,7 +19,7 @@ from onestill.errors import NotFiniteError
 from onestill.noise import noise_source
 from onestill.pipeline.checks import MOST_IMAGES, checked_prompts, checked_whole, matched_negatives, seeds_of
 from onestill.pipeline.loaded import LoadedInfo
-from onestill.pipeline.notes import NEGATIVE_DID_NOTHING, notes_on_size, notes_on_steps, notes_on_prompts
+from onestill.pipeline.notes import NEGATIVE_DID_NOTHING, notes_on_prompts, notes_on_size, notes_on_steps
 from onestill.pipeline.output import Output, Timings
 from onestill.pipeline.picture import fitted, save_picture
 from onestill.pipeline.plan import MicroConditioning, Plan

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from onestill.checkpoint import ModelInfo
 from onestill.pipeline.checks import shortened
 
-__all__ = ["NEGATIVE_DID_NOTHING", "notes_on_size", "notes_on_steps", "notes_on_prompts"]
+__all__ = ["NEGATIVE_DID_NOTHING", "notes_on_prompts", "notes_on_size", "notes_on_steps"]
 
 NEGATIVE_DID_NOTHING = "The negative prompt did nothing: it acts only at a guidance scale above 1."
 
