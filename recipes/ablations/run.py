@@ -18,7 +18,7 @@ from pathlib import Path
 
 import onestill
 from onestill.cli import main as onestill_main
-from onestill.errors import OnestillError, RecipeError
+from onestill.errors import RecipeError
 from onestill.evaluate import (
     Contender,
     Evaluation,
@@ -33,7 +33,7 @@ from onestill.train.recipe import Recipe
 from recipes.ablations.block import Block, Row, Trained, read_block, row_base, row_recipe
 from recipes.ablations.page import write_page
 from recipes.icons import ship
-from recipes.icons.evaluate import SPLITS, Pool, Progress
+from recipes.icons.evaluate import SPLITS, Pool, Progress, show
 
 TRAINING_SHARE = 0.8  # of the time given; the rest is for drawing and measuring
 TEACHER_SAMPLER = "ddim"
@@ -181,12 +181,7 @@ def run(options: argparse.Namespace) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    try:
-        page = run(parse(arguments))
-    except OnestillError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(error.exit_status) from None
-    print(page)
+    show(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

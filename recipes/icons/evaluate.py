@@ -15,7 +15,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -362,13 +362,17 @@ def _without_folders(options: argparse.Namespace) -> list[str]:
     return words
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def show(make: Callable[[], Path]) -> None:
+    """Print the path of the page that `make` writes; a user's mistake is one line and an exit status."""
     try:
-        page = run(parse(arguments))
+        print(make())
     except OnestillError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_status) from None
-    print(page)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    show(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":
