@@ -17,17 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ReaderState", "Sample", "ShardReader", "ShardWriter", "find_shards", "sample_shards"]
 
-_WHERE = {
-    "ReaderState": "onestill.data.shards",
-    "Sample": "onestill.data.shards",
-    "ShardReader": "onestill.data.shards",
-    "ShardWriter": "onestill.data.shards",
-    "find_shards": "onestill.data.shards",
-    "sample_shards": "onestill.data.shards",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    return getattr(importlib.import_module("onestill.data.shards"), name)  # late, as it imports NumPy and Pillow

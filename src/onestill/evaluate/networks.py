@@ -56,13 +56,15 @@ def load_network(
         OnestillError: the device is not available; the sentence says why.
         MissingExtraError: torch or transformers is not installed.
     """
-    for package in ("torch", "transformers"):
+    for package in ("torch", "diffusers", "transformers"):
         require(package, "torch")
     from onestill.networks.contrastive import ContrastiveModel
+    from onestill.networks.libraries import quiet_libraries
     from onestill.networks.text_encoder import open_text_encoder
 
     path, where = Path(folder), choose(device)
-    model = ContrastiveModel.load(path)
+    with quiet_libraries():  # whose bars would tear the line of a command's error, or its own bar
+        model = ContrastiveModel.load(path)
     if model.space != "pixels":
         raise CheckpointError(
             f"'{folder}' was trained on {model.space} and cannot see pictures; use one trained on pixels"
@@ -73,7 +75,8 @@ def load_network(
         layer.weight.numpy() for layer in (model.image_projection, model.text_projection)
     )
     text = describe(resolve(text_model))
-    encoder = open_text_encoder(str(text.path), text.max_tokens, ("",), text.use_attention_mask).to(where)
+    with quiet_libraries():
+        encoder = open_text_encoder(str(text.path), text.max_tokens, ("",), text.use_attention_mask).to(where)
 
     def encode(captions: Sequence[str]) -> Float:
         embedding: Float = encoder(captions).embedding.cpu().numpy()
