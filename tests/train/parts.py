@@ -48,12 +48,31 @@ def save_cnn(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": LITE0}))
 
 
+def nested(options: dict[str, Any]) -> dict[str, Any]:
+    """Options named as `heads__width` in the tables of a recipe: `{"heads": {"width": ...}}`."""
+    tables: dict[str, Any] = {}
+    for name, value in options.items():
+        *table, key = name.split("__")
+        (tables.setdefault(table[0], {}) if table else tables)[key] = value
+    return tables
+
+
 def add_recipe(parts: Path, **options: Any) -> Any:
     model = parts / "model"
-    given = {"teacher": str(model / "unet"), "autoencoder": str(model / "vae"), "text_encoder": str(model)}
-    given |= {"tower": str(parts / "latents"), "tower_layers": [0, 1, 3], "head_width": 16, **options}
+    given: dict[str, Any] = {
+        "teacher": str(model / "unet"),
+        "autoencoder": str(model / "vae"),
+        "text_encoder": str(model),
+    }
+    given["sheet_prompts"] = ["a red star", "a blue cat"] * 8
+    given |= {
+        "features__tower": str(parts / "latents"),
+        "features__tower_layers": [0, 1, 3],
+        "heads__width": 16,
+        **options,
+    }
     loop = {"iterations": 2, "batch_size": 4}
-    return parse_recipe({"name": "tiny", "method": "add", "out": "runs/tiny", "loop": loop, "add": given})
+    return parse_recipe({"name": "tiny", "method": "add", "out": "runs/tiny", "loop": loop, "add": nested(given)})
 
 
 def add_method(parts: Path, **options: Any) -> Method:

@@ -28,7 +28,7 @@ from onestill.train.recipe import parse_recipe
 from onestill.train.state import TrainState, trained
 from tests.tiny import tiny_autoencoder
 from tests.train.models import PREDICTION, SIDE, write_model
-from tests.train.parts import save_dinov2
+from tests.train.parts import nested, save_dinov2
 
 METHODS: dict[str, Any] = {"add": add, "ladd": ladd, "lcm": lcm}
 PROMPTS = ["a red star", "a blue cat"]
@@ -79,15 +79,15 @@ class SameBatch:
 
 def recipe_for(model: Path, name: str, out: Path, **options: Any) -> Any:
     given: dict[str, Any] = {"teacher": str(model), "autoencoder": "", "text_encoder": "", "sheet_prompts": PROMPTS}
-    given |= {} if name == "lcm" else {"head_width": 8}
-    given |= {"feature_network": "teacher"} if name == "add" else {}
+    given |= {} if name == "lcm" else {"heads__width": 8}
+    given |= {"features__network": "teacher"} if name == "add" else {}
     loop = {"iterations": 2, "batch_size": 4, "log_every": 1, "warmup": 0, "ema_decay": 0.5}
     table = {
         "name": f"tiny-{name}",
         "method": name,
         "out": str(out),
         "loop": loop,
-        name: {"lr": 1e-2, **given, **options},
+        name: nested({"lr": 1e-2, **given, **options}),
     }
     return parse_recipe(table)
 
@@ -105,12 +105,17 @@ def moved(state: TrainState, model: Path) -> int:
     return sum(name in now and not torch.equal(now[name], value) for name, value in before.items())
 
 
-PIXELS = {"feature_network": "vit", "vit_layers": [0, 2], "vit_size": 16, "distillation_space": "pixels"}
+PIXELS = {
+    "features__network": "vit",
+    "features__vit_layers": [0, 2],
+    "features__vit_size": 16,
+    "distillation__space": "pixels",
+}
 RUNS = [
     ("sd15", "add", {"gradient_checkpointing": True}),
-    ("sd21", "add", {"weighting": "sds", "frozen_dtype": "bfloat16"}),
+    ("sd21", "add", {"distillation__weighting": "sds", "frozen_dtype": "bfloat16"}),
     ("sd21", "lcm", {}),
-    ("sdxl", "add", {**PIXELS, "weighting": "nfsd"}),
+    ("sdxl", "add", {**PIXELS, "distillation__weighting": "nfsd"}),
     ("sdxl", "ladd", {"lora_rank": 2}),
     ("sdxl", "lcm", {"target": "average"}),
 ]
@@ -121,8 +126,8 @@ def test_a_family_is_distilled_and_diffusers_draws_the_same(
     models: Path, tmp_path: Path, family: str, name: str, options: dict[str, Any]
 ) -> None:
     model = models / family
-    if options.get("feature_network") == "vit":
-        options = {**options, "vit": str(models / "dinov2"), "decoder": str(models / "tiny-vae")}
+    if options.get("features__network") == "vit":
+        options = {**options, "features__vit": str(models / "dinov2"), "decoder": str(models / "tiny-vae")}
     method, state = distil(model, name, tmp_path, **options)
     assert state.bad_steps == 0
     assert (moved(state, model) > 20) == ("lora_rank" not in options)
@@ -207,7 +212,9 @@ def test_lcm_starts_as_its_teacher_and_agrees_on_a_path_that_is_there(models: Pa
 
 
 def test_ladd_practises_on_little_noise_first_and_judges_at_its_own_levels(models: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(models / "sd21", "ladd", tmp_path, level_mean=-2.0, level_deviation=0.5)
+    recipe = recipe_for(
+        models / "sd21", "ladd", tmp_path, discriminator_input__logit_mean=-2.0, discriminator_input__logit_std=0.5
+    )
     method = ladd.Method(recipe.options, recipe.loop)
     state = TrainState(method.networks, method.optimizers, {}, torch.Generator().manual_seed(0))
     assert set(method.student_timesteps(200, state).tolist()) == {499, 249}
@@ -229,7 +236,7 @@ def test_ladd_practises_on_little_noise_first_and_judges_at_its_own_levels(model
         ("lcm", {"lora_rank": 2}, RecipeError, "embed_guidance = false"),
         ("lcm", {"lora_rank": 2, "embed_guidance": False}, RecipeError, "to one value"),
         ("lcm", {"guidance_low": 9.0, "guidance_high": 3.0}, RecipeError, "must not be above"),
-        ("ladd", {"warm_timestep_weights": [1.0]}, RecipeError, "one number for each"),
+        ("ladd", {"student_input__warm_weights": [1.0]}, RecipeError, "one number for each"),
     ],
 )
 def test_parts_that_do_not_fit(

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from onestill.cli.commands.train import RecipeReader
 from onestill.data import ShardReader, sample_shards
+from onestill.data.recipe_reader import RecipeReader
 from onestill.errors import DataError
 from onestill.networks.contrastive import ContrastiveModel
 from onestill.networks.denoiser import load_unet
@@ -63,8 +63,9 @@ def test_both_forms_train_the_same_networks() -> None:
     )
     assert cpu.unet == gpu.unet
     assert cpu.autoencoder == gpu.autoencoder == student.autoencoder == other.autoencoder
-    for name in ("feature_network", "cnn", "latents_too", "head_width", "timestep_weights"):
-        assert getattr(student, name) == getattr(other, name)
+    assert student.features == other.features
+    assert (student.heads.width, student.heads.blocks) == (other.heads.width, other.heads.blocks)
+    assert student.student_input == other.student_input
 
 
 @pytest.mark.parametrize("form", ["cpu", "gpu"])
@@ -144,9 +145,9 @@ def test_all_stages_in_a_tiny_form(runs: Path) -> None:
         for part in (
             *parts,
             f'teacher="{runs}/3-teacher/export/unet"',
-            f'cnn="{runs}/lite0"',
-            "head_width=8",
-            "heads_first=0",
+            f'features.cnn="{runs}/lite0"',
+            "heads.width=8",
+            "adversarial.heads_first=0",
         )
     ]
     run("4-student", runs, runs / "cached", *given)
@@ -204,7 +205,8 @@ def test_a_dry_run_builds_and_trains_nothing(runs: Path) -> None:
         )
         is None
     )
-    told = json.loads(said[0])
-    assert told["method"] == "autoencoder"
-    assert told["parameters"]["autoencoder"] > 100_000
+    plan = json.loads(said[0])
+    assert plan["method"] == "autoencoder"
+    assert plan["parameters"]["autoencoder"] > 100_000
+    assert f'"decoder_blocks": {plan["autoencoder"]["decoder_blocks"]}' in said[0]  # lists on one line
     assert not (runs / "dry").exists()

@@ -81,7 +81,9 @@ def guidance_embedding(guidance_scale: Tensor | float, width: int, device: torch
 
 def copy_with_weights(network: Any, weights: dict[str, Tensor], device: torch.device) -> Any:
     """A frozen copy of a network of diffusers in evaluation mode, with other weights, in float32."""
-    copied = type(network).from_config(dict(network.config))
+    # Without the config's notes on itself: by them diffusers puts defaults in the place of settings registered later.
+    config = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    copied = type(network).from_config(config)
     copied.load_state_dict({name: value.float().cpu() for name, value in weights.items()})
     return copied.eval().requires_grad_(False).to(device)
 

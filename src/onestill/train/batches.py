@@ -122,7 +122,7 @@ def collate_latents(samples: Sequence[Any]) -> dict[str, Any]:
 
 
 def _added(samples: Sequence[Any]) -> dict[str, Tensor]:
-    """What models of two text encoders are told besides: pooled float32 [B, P], sizes float32 [B, 6]; or nothing."""
+    """What models of two text encoders take besides: pooled float32 [B, P], sizes float32 [B, 6]; or nothing."""
     there = [name for name in ("pooled", "sizes") if name in samples[0].arrays]
     if any(name not in sample.arrays for sample in samples for name in there):
         raise DataError("some shards hold 'pooled' and others do not: they were cached for different models.")

@@ -65,6 +65,13 @@ def add_lora(unet: Any, rank: int) -> Any:
     return unet
 
 
+def save_averaged(state: TrainState, role: str, folder: Path) -> None:
+    """Write the averaged network of that role, a diffusers model, into `folder`; every process calls it."""
+    averaged = copy_with_weights(state.networks[role], state.shipped(role), torch.device("cpu"))
+    if is_main():
+        averaged.save_pretrained(folder)
+
+
 def export_student(distiller: Any, state: TrainState, folder: Path) -> None:
     """Write the averaged student of a `Distiller` into `folder`.
 
@@ -135,10 +142,10 @@ def _card(distiller: Any, state: TrainState, folder: Path) -> str:
         teacher=options.teacher,
         nimg=state.nimg,
         iteration=state.iteration,
-        guidance=distiller.guidance_told,
+        guidance=distiller.guidance_note,
         bad_steps=state.bad_steps,
         use=use,
-        data=options.data_note or ", ".join(made.get("data", {}).get("shards", [])) or "not told",
+        data=options.data_note or ", ".join(made.get("data", {}).get("shards", [])) or "not stated",
         numbers=json.dumps(json.loads(last[0]), indent=1) if last else "{}",
         recipe=json.dumps(made, indent=1),
     )

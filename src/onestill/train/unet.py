@@ -1,4 +1,4 @@
-"""A new UNet for training: its options in a recipe, its random weights, the prompts of its sheets.
+"""A new UNet for training: its options in a recipe and its random weights.
 
 Shapes: B batch, C latent channels, h w latent size.
 """
@@ -14,13 +14,6 @@ from torch import Tensor
 from onestill.errors import DataError, RecipeError
 from onestill.networks.condition import Condition
 from onestill.train.recipe import option
-
-SHEET_PROMPTS = [
-    "a red apple, fluent 3d emoji", "a red heart", "a blue star", "a cat face, noto emoji",
-    "a green square", "a yellow circle", "a rocket, fluent flat emoji", "a pizza, twemoji",
-    "a purple triangle", "a house, outline icon in black", "a grinning face, fluent 3d emoji", "a tree, noto emoji",
-    "an umbrella, fluent gradient emoji", "a dog, blob emoji", "a yellow bell on a blue background", "a car, emojione",
-]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -196,17 +196,13 @@ def test_muon_learns_what_adamw_learns(model: Path, tmp_path: Path) -> None:
     method = Method(made.options, made.loop)
     method.to(torch.device("cpu"))
     optimizer, batch, losses = method.optimizers["teacher"], latents_batch(4), list[float]()
-
-    def update(name: str, loss: Tensor) -> Tensor:
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        return torch.zeros(())
-
     for _ in range(60):  # the same noise each time
         state = TrainState(method.networks, method.optimizers, {}, torch.Generator().manual_seed(0))
-        method.step(state, batch, update)
+        for _, loss, _ in method.step(state, batch):
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0], losses[:: len(losses) - 1]
 
 
@@ -240,6 +236,6 @@ def test_an_error_counts_as_it_is_where_timesteps_are_chosen_by_log_snr(model: P
         method = Method(made.options, made.loop)
         method.to(torch.device("cpu"))
         state = TrainState(method.networks, method.optimizers, {}, torch.Generator().manual_seed(0))
-        metrics[kind] = method.step(state, latents_batch(4), lambda name, loss: loss)
+        [(_, _, metrics[kind])] = method.step(state, latents_batch(4))
     assert torch.equal(metrics["log_snr"]["loss"], metrics["log_snr"]["error"])
     assert not torch.equal(metrics["uniform"]["loss"], metrics["uniform"]["error"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from onestill.errors import DataError
 from onestill.networks.contrastive import ContrastiveModel, new_backbone
 from onestill.train.losses import info_nce
-from onestill.train.optim.step import Batch, Update
+from onestill.train.optim.step import Batch, Objectives
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
@@ -61,7 +61,7 @@ class Method:
     def to(self, device: torch.device) -> None:
         self.tower.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
+    def step(self, state: TrainState, batch: Batch) -> Objectives:
         tower, options = self.tower, self.options
         device = tower.logit_scale.device
         shown = "images" if options.space == "pixels" else "latents"
@@ -83,10 +83,9 @@ class Method:
         image, caption = tower.embed_image(x), tower.embed_text(text, mask)  # [B, E] each
         same = same_captions(batch["captions"]).to(device, non_blocking=True)
         loss = info_nce(image, caption, tower.logit_scale.exp().clamp(max=100), same)
-        update("tower", loss)
         with torch.no_grad():
             right = (image @ caption.T).masked_fill(same, -2.0).argmax(1) == torch.arange(len(x), device=device)
-        return {"loss": loss, "retrieval": right.float().mean(), "scale": tower.logit_scale.exp()}
+        yield "tower", loss, {"loss": loss, "retrieval": right.float().mean(), "scale": tower.logit_scale.exp()}
 
     def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
         """There is nothing to look at but numbers: one grey square says so."""
