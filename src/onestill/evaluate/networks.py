@@ -111,7 +111,10 @@ def _features(model: ContrastiveModel, device: str, batch_size: int) -> Callable
     @torch.inference_mode()
     def features(pictures: Pictures) -> Float:
         parts = [np.zeros((0, 1), np.float32)] if len(pictures) == 0 else []
-        parts += [pooled(torch.from_numpy(to_images(some)).to(device)) for some in _batches(pictures, batch_size)]
+        for some in _batches(pictures, batch_size):
+            images = torch.from_numpy(to_images(some))
+            # Channels last, as pictures lie in memory: the other layout changes the last digits of the features.
+            parts.append(pooled(images.to(device, memory_format=torch.channels_last)))
         return np.concatenate(parts)
 
     return features

@@ -1,1 +1,1 @@
-"""A checkpoint's parts as torch modules: loading them, LoRAs, where half precision is not enough. Needs `[torch]`."""
+"""A checkpoint's parts as torch modules, one file each: text encoder, denoiser, latents and so on. Needs `[torch]`."""

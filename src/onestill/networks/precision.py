@@ -1,9 +1,9 @@
 """Where half precision is not enough: the last convolution of networks that predict noise. `[torch]`
 
-At timestep 999 of Stable Diffusion's schedule an error in the predicted noise is 14.6 times as large in x0. Rounding
-the output to bfloat16 alone puts noise of .0245 rms into x0 there (to float16, .003); for networks that predict v or x0
-nothing is magnified. The convolution that makes the output is a thousandth of the work, so it is done in float32. What
-the layers before it round stays.
+At timestep 999 of Stable Diffusion's schedule an error in the predicted noise becomes 14.6 times as large in x0. There,
+rounding the output to bfloat16 by itself puts an error of .0245 rms into x0 (to float16, .003). For networks that
+predict v or x0 nothing is magnified. The convolution that makes the output is a thousandth of the work, so it computes
+in float32. The rounding in the layers before it remains.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Float32Conv2d", "exact_output"]
 class Float32Conv2d(nn.Conv2d):
     """A convolution of any type that computes in float32 and gives float32, under autocast too.
 
-    TF32, in which GPUs may do that, holds bfloat16's and float16's inputs and weights exactly, and sums in float32.
+    GPUs may do this in TF32, which holds inputs and weights of bfloat16 and float16 exactly, and sums in float32.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -33,10 +33,10 @@ class Float32Conv2d(nn.Conv2d):
 
 
 def exact_output(unet: Any, prediction_type: PredictionType) -> None:
-    """Have a UNet give its output in float32, in place, where `prediction_type` is "epsilon"; else leave it as it is.
+    """Make a UNet return float32, in place, if `prediction_type` is "epsilon"; otherwise leave it unchanged.
 
-    Parameters keep their names and types; a UNet that computes in float32 computes what it did. A network without a
-    plain last convolution `conv_out`, as an adapted or an unknown one, is left as it is too.
+    Parameters keep their names and types, and the output of a UNet in float32 does not change. A network without a
+    plain last convolution `conv_out`, such as one with a LoRA on it, is left unchanged too.
     """
     last = getattr(unet, "conv_out", None)
     if prediction_type == "epsilon" and type(last) is nn.Conv2d:

@@ -1,7 +1,7 @@
-"""Models of real size with random weights: speed can be measured without a download. They draw noise. `[torch]`
+"""Models of real size with random weights, so that speed can be measured without a download. `[torch]`
 
-The folder is as any other in diffusers' format, so that every engine and diffusers itself load the same files. Weights
-are written tensor by tensor from a pool of random numbers, as SDXL's would not fit into every memory at once.
+They generate noise. The folder is in diffusers' format, so every engine and diffusers itself load the same files.
+Weights are written tensor by tensor from a pool of random numbers, because SDXL's do not fit into every memory at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from onestill.text.tokenize import write_clip_vocabulary
 
 __all__ = ["CLASSES", "CONFIGS", "meta_module", "random_model", "weight_scale"]
 
-POOL = 2**20  # random numbers, used again from other places; a network of noise is as slow as any
+POOL = 2**20  # random numbers, reused from random offsets; speed does not depend on the values
 Config = Mapping[str, Any]
 
 _VAE = {
@@ -119,8 +119,8 @@ def random_model(
         folder: a new folder.
         configs: other sizes of the same architecture, as in `CONFIGS`.
         seed: of the weights.
-        filled: whether there is anything in the files of weights. Without, they are as long and take no room on the
-            disk: for who makes the weights elsewhere, on a GPU.
+        filled: whether the weight files have contents. Without, they are sparse files of the same length that take
+            no space on the disk, for callers that make the weights elsewhere, on a GPU.
 
     Returns:
         `folder`.
@@ -135,7 +135,7 @@ def random_model(
     numbers = np.random.default_rng(seed)
     pool = numbers.standard_normal(POOL, dtype=np.float32)
     scaled = cache(lambda scale: (pool * scale).astype(np.float16).tobytes())
-    place = lambda: 2 * int(numbers.integers(POOL))  # noqa: E731
+    offset = lambda: 2 * int(numbers.integers(POOL))  # noqa: E731
     for name, config in (configs or CONFIGS[kind]).items():
         module = meta_module(CLASSES[name], config)
         stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
@@ -143,26 +143,26 @@ def random_model(
         values = module.config.to_dict() if name.startswith("text") else dict(module.config)
         (folder / name / "config.json").write_text(json.dumps(values, indent=2, default=str) + "\n")
         shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-        _write(folder / name / f"{stem}.safetensors", shapes, scaled if filled else None, place)
+        _write(folder / name / f"{stem}.safetensors", shapes, scaled if filled else None, offset)
     _write_rest(kind, folder)
     return folder
 
 
 def meta_module(kind: str, config: Config) -> Any:
-    """A network without weights, for its shapes and the count of its operations."""
+    """A network on the meta device, for its shapes and for counting its operations."""
     with torch.device("meta"), quiet_libraries():
         if hasattr(transformers, kind):
             made = getattr(transformers, kind)
-            # A saved config says more than its class takes back.
+            # A saved config has keys that its class does not accept as arguments; `from_dict` drops them.
             return made(made.config_class.from_dict(dict(config)))
         return getattr(diffusers, kind).from_config(dict(config))
 
 
 Scaled = Callable[[float], bytes]  # a factor -> the pool times it, in float16
-Place = Callable[[], int]  # where in the pool to start, in bytes
+Offset = Callable[[], int]  # where in the pool to start, in bytes
 
 
-def _write(path: Path, shapes: Mapping[str, tuple[int, ...]], scaled: Scaled | None, place: Place) -> None:
+def _write(path: Path, shapes: Mapping[str, tuple[int, ...]], scaled: Scaled | None, offset: Offset) -> None:
     header, end = {}, 0
     for name, shape in shapes.items():
         size = 2 * prod(shape)
@@ -173,26 +173,26 @@ def _write(path: Path, shapes: Mapping[str, tuple[int, ...]], scaled: Scaled | N
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         if scaled is None:
-            file.truncate(8 + len(text) + end)  # a hole, which file systems store as nothing
+            file.truncate(8 + len(text) + end)  # a sparse file
             return
         for name, shape in shapes.items():
-            _write_tensor(file, name, shape, scaled, place)
+            _write_tensor(file, name, shape, scaled, offset)
 
 
 def weight_scale(name: str, shape: tuple[int, ...]) -> float:
-    """The standard deviation of a random weight [N, ...]: what keeps the size of what goes through, layer by layer."""
+    """The standard deviation of a random weight [N, ...] that keeps the variance of activations through a layer."""
     is_table = "token_embedding" in name or "position_embedding" in name
     return 0.02 if is_table else float(prod(shape[1:]) ** -0.5)
 
 
-def _write_tensor(file: Any, name: str, shape: tuple[int, ...], scaled: Scaled, place: Place) -> None:
+def _write_tensor(file: Any, name: str, shape: tuple[int, ...], scaled: Scaled, offset: Offset) -> None:
     if len(shape) < 2:  # norms' weights are 1, biases 0
         file.write(np.full(shape, 1.0 if name.endswith("weight") else 0.0, np.float16).tobytes())
         return
     numbers = memoryview(scaled(weight_scale(name, shape)))
     left = 2 * prod(shape)
     while left:
-        part = numbers[place() :][:left]
+        part = numbers[offset() :][:left]
         file.write(part)
         left -= len(part)
 
