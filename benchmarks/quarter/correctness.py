@@ -20,7 +20,7 @@ import torch
 from benchmarks.quarter.limits import OverranError
 from benchmarks.quarter.networks import SMALL, RandomNetworks
 from benchmarks.quarter.steps import Run
-from onestill.bench.latency import Setting
+from onestill.bench.setting import Setting
 from onestill.errors import NotEnoughMemoryError
 from onestill.pipeline import Pipeline
 

@@ -15,7 +15,7 @@ import diffusers
 import torch
 
 import onestill.engine.torch.eager as torch_engine
-from onestill.bench.latency import Setting
+from onestill.bench.setting import Setting
 from onestill.engine.protocol import TorchOptions
 from onestill.networks.libraries import quiet_libraries
 from onestill.networks.load import DTYPES

@@ -102,7 +102,7 @@ def test_a_block_is_trained_and_measured(data: Path, tmp_path: Path, capsys: pyt
     assert measured == [
         ("ADD", 1), ("adversarial only", 1), ("LCM", 1), ("LCM", 2), ("LCM", 4), ("teacher", 1), ("teacher", 2),
     ]  # fmt: skip
-    assert all(one["fid"]["value"] > 0 for one in report["results"])
+    assert all(one["frechet_distance"]["value"] > 0 for one in report["results"])
     (target,) = report["targets"]
     assert "against" in target["note"]
     page, table = ((tmp_path / "report/three" / name).read_text() for name in ("index.html", "README.md"))

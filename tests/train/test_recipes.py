@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from onestill.cli.commands.train import RecipeReader
 from onestill.data import ShardReader, sample_shards
+from onestill.data.recipe_reader import RecipeReader
 from onestill.errors import DataError
 from onestill.networks.contrastive import ContrastiveModel
 from onestill.networks.denoiser import load_unet

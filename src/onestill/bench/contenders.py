@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from onestill.bench.latency import PARTS, Loaded, Setting
+from onestill.bench.setting import PARTS, Loaded, Setting
 from onestill.checkpoint import ModelInfo, describe, read_json, resolve
 from onestill.engine.device import AUTO, choose, default_dtype, is_auto, runs_on_cpu, synchronize
 from onestill.errors import OnestillError, require
