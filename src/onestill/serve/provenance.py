@@ -54,7 +54,9 @@ class Stamp:
             PIL.Image.new("RGB", (8, 8)).save(file, "PNG")
             self(file.getvalue(), "PNG")
         except self._c2pa.C2paError as error:
-            raise OnestillError(f"C2PA does not accept '{certificates}' with '{key}' ({error}).") from error
+            raise OnestillError(
+                f"C2PA does not accept '{certificates}' with '{key}' ({error}); see docs/serve.md."
+            ) from error
 
     def __call__(self, data: bytes, kind: str) -> bytes:
         """A PNG, JPEG or WEBP with a signed manifest in it."""

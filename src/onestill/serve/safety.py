@@ -42,7 +42,7 @@ def refuse_prompt(reason: str | None) -> None:
 def refuse_pictures(found: Sequence[bool]) -> None:
     """Raise ApiError where an image filter refused a picture."""
     if any(found):
-        raise ApiError(400, "The picture that came out may not be shown; try other words.", "moderation_blocked")
+        raise ApiError(400, "The image filter refuses this picture; try another prompt.", "moderation_blocked")
 
 
 def blocked_words(path: Path) -> PromptFilter:
@@ -56,14 +56,16 @@ def blocked_words(path: Path) -> PromptFilter:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise OnestillError(f"The words in '{path}' cannot be read; give a text file, one word a line.") from error
+        raise OnestillError(
+            f"The words in '{path}' cannot be read; give a text file with one word on each line."
+        ) from error
     words = [word for line in lines if not line.startswith("#") and (word := _plain(line))]
     if not words:
-        raise OnestillError(f"'{path}' holds no words; write one a line.")
+        raise OnestillError(f"'{path}' has no words; write one word on each line.")
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)")
 
     def refuse(prompt: str) -> str | None:
-        return "it holds a blocked word" if pattern.search(_plain(prompt)) else None
+        return "it has a blocked word" if pattern.search(_plain(prompt)) else None
 
     return refuse
 
@@ -90,7 +92,7 @@ def named_filter(name: str) -> Any:
     except (ImportError, AttributeError, ValueError) as error:
         raise OnestillError(f"There is no '{name}'; give an installed package.module:function.") from error
     if not callable(found):
-        raise OnestillError(f"'{name}' is no function; give an installed package.module:function.")
+        raise OnestillError(f"'{name}' is not a function; give an installed package.module:function.")
     return found
 
 

@@ -116,7 +116,7 @@ def test_a_kill_leaves_whole_pictures_only(tiny_folder: Path, url: str) -> None:
     options = ["--model", str(tiny_folder), "--threads", "1", "--gallery", "--database", url]
     with closing(Ledger(url)) as ledger:
         key = ledger.add_key("me", None)[1]
-    told: list[str] = []
+    answered: list[str] = []
     with running(options) as process:
 
         def save() -> None:
@@ -125,7 +125,7 @@ def test_a_kill_leaves_whole_pictures_only(tiny_folder: Path, url: str) -> None:
             request = urllib.request.Request(f"{process.url}/v1/gallery", body, headers)
             try:
                 while True:
-                    told.append(json.load(urllib.request.urlopen(request, timeout=30))["id"])
+                    answered.append(json.load(urllib.request.urlopen(request, timeout=30))["id"])
             except (OSError, ValueError, http.client.HTTPException):  # wherever in an answer the kill fell
                 return
 
@@ -133,7 +133,7 @@ def test_a_kill_leaves_whole_pictures_only(tiny_folder: Path, url: str) -> None:
         for thread in threads:
             thread.start()
         deadline = time.monotonic() + 60
-        while len(told) < 4 and time.monotonic() < deadline:
+        while len(answered) < 4 and time.monotonic() < deadline:
             time.sleep(0.01)
         process.stop(signal.SIGKILL)
         for thread in threads:
@@ -141,8 +141,8 @@ def test_a_kill_leaves_whole_pictures_only(tiny_folder: Path, url: str) -> None:
     with closing(Ledger(url)) as ledger:
         gallery = Gallery(ledger)
         found = {entry.id for entry in gallery.page(100)}
-        assert set(told) <= found
-        assert len(told) >= 4
+        assert set(answered) <= found
+        assert len(answered) >= 4
         for name in found:
             PIL.Image.open(io.BytesIO(gallery.file(name) or b"")).load()
 

@@ -174,7 +174,7 @@ def test_every_route_without_a_key_with_a_wrong_one_and_over_its_limit(tiny_pipe
         assert Visitor(served, key).ask("DELETE", f"/{entry['id']}").status == 204
 
 
-def test_saving_and_looking_have_their_pace(tiny_pipe: Pipeline, url: str) -> None:
+def test_saving_and_looking_have_rate_limits(tiny_pipe: Pipeline, url: str) -> None:
     with shown(tiny_pipe, url, saves_a_minute=2, looks_a_second=1) as (served, _):
         statuses = [Visitor(served).save().status for _ in range(3)]  # a new cookie gains nothing
         assert statuses == [201, 201, 429]

@@ -177,7 +177,7 @@ class Access:
         whose = "This key has" if visitor.name.startswith("key:") else "The free trial has"
         return ApiError(
             429,
-            f"{whose} {left} pictures left today; it starts anew at midnight UTC.",
+            f"{whose} {left} pictures left today; the count starts again at midnight UTC.",
             "insufficient_quota",
             retry_after_s=(midnight - now).total_seconds(),
         )

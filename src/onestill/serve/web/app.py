@@ -139,7 +139,7 @@ def _add_models(app: FastAPI, server: Server) -> None:
     async def one_model(name: str = Path(json_schema_extra={"enum": [info.name]})) -> dict[str, Any]:
         """One model."""
         if name != info.name:
-            raise ApiError(404, f"There is no such model here; there is '{info.name}'.", "model_not_found")
+            raise ApiError(404, f"There is no such model here; this server has '{info.name}'.", "model_not_found")
         return model
 
 

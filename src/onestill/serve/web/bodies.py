@@ -29,9 +29,7 @@ def validate(server: Server, kind: type[Body], fields: Any) -> Body:
     """The fields of a body as a request of this class. Raises ApiError: 400 or 404, something is wrong with them."""
     named = fields.get("model") if isinstance(fields, dict) else None
     if isinstance(named, str) and named != server.info.name:
-        raise ApiError(
-            404, f"There is no such model here; this server draws with '{server.info.name}'.", "model_not_found"
-        )
+        raise ApiError(404, f"There is no such model here; this server has '{server.info.name}'.", "model_not_found")
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -53,7 +51,7 @@ async def json_body(request: Request) -> Any:
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, "The body is no JSON; check its quotes and commas.", "invalid_body") from error
+        raise ApiError(400, "The body is not valid JSON; check its quotes and commas.", "invalid_body") from error
 
 
 async def multipart_body(request: Request) -> tuple[dict[str, Any], bytes]:
@@ -61,7 +59,7 @@ async def multipart_body(request: Request) -> tuple[dict[str, Any], bytes]:
     try:
         form = await request.form(max_files=2, max_fields=32, max_part_size=2**16)
     except (HTTPException, MultiPartException, AssertionError, ValueError) as error:
-        raise ApiError(400, "The form is not understood; send multipart/form-data.", "invalid_body") from error
+        raise ApiError(400, "The form cannot be read; send valid multipart/form-data.", "invalid_body") from error
     try:
         return _text_fields(form), await _image_field(form)
     finally:

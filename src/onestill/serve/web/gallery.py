@@ -120,7 +120,9 @@ class _Routes:
         visitor, owner = await self._owner(request)
         form = validate(server, server.forms.shown, await json_body(request))
         if not form.consent:
-            raise ApiError(400, "Say 'consent': true: everyone here will see it.", "no_consent", param="consent")
+            raise ApiError(
+                400, "Set 'consent' to true; everyone here will see the picture.", "no_consent", param="consent"
+            )
         # A proxy sends the request again where its server died; the id makes that the same picture.
         request_id = request.headers.get("x-request-id")
         name = self._access.keyed_hash(f"gallery {owner} {request_id}") if request_id else secrets.token_hex(16)
@@ -186,7 +188,7 @@ class _Routes:
     async def _owner(self, request: Request) -> tuple[Visitor, str]:
         visitor = await self._access.identify(request)
         if not visitor.owner:
-            raise ApiError(401, "Open the page first, or send a key: a picture needs an owner.", "no_owner")
+            raise ApiError(401, "A picture needs an owner; open the page first, or send a key.", "no_owner")
         _take(self._saves, visitor)
         return visitor, self._access.keyed_hash(visitor.owner)
 
@@ -201,7 +203,7 @@ class _Routes:
 def _take(buckets: TokenBuckets, visitor: Visitor) -> None:
     # By address where there is one, as a visitor can get a new cookie at any time.
     if not buckets.take(visitor.address or visitor.name):
-        raise ApiError(429, "That is too often; wait a moment.", "rate_limit", retry_after_s=6)
+        raise ApiError(429, "Too many requests; wait a moment.", "rate_limit", retry_after_s=6)
 
 
 def _paging(request: Request) -> tuple[int, tuple[int, str] | None]:
@@ -217,7 +219,7 @@ def _paging(request: Request) -> tuple[int, tuple[int, str] | None]:
 
 
 def _no_such() -> ApiError:
-    return ApiError(404, "There is no such picture in the gallery any more.", "not_found")
+    return ApiError(404, "The gallery has no such picture; it may have expired.", "not_found")
 
 
 def _entry_json(entry: Entry, mine: str) -> dict[str, Any]:

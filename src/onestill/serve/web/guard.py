@@ -138,7 +138,7 @@ class Guard:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         if not self._is_known(host):
-            return ApiError(403, "This server does not go by that Host; add it with --allow-host.", "unknown_host")
+            return ApiError(403, "The Host is not a name of this server; allow it with --allow-host.", "unknown_host")
         origin = headers.get("origin")
         if origin is None or (scope["type"] == "http" and scope["method"] in SAFE):
             return None
@@ -147,7 +147,9 @@ class Guard:
         with suppress(ValueError):  # an Origin that is none is foreign
             if urlsplit(origin).netloc.lower() == host.lower():
                 return None
-        return ApiError(403, "Pages of another site may not ask; add it with --allow-origin.", "foreign_origin")
+        return ApiError(
+            403, "Pages of this Origin may not send requests; allow it with --allow-origin.", "foreign_origin"
+        )
 
     def _is_listed(self, origin: str) -> bool:
         return origin.lower().rstrip("/") in self._origins
