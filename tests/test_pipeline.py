@@ -76,7 +76,7 @@ def test_a_prompt_is_encoded_once_and_remembered(tiny_folder: Path, monkeypatch:
         return encode(prompts)
 
     monkeypatch.setattr(pipe.engine, "encode", counted)
-    monkeypatch.setattr("onestill.pipeline.PROMPTS_KEPT", 2)
+    monkeypatch.setattr("onestill.pipeline.prompt_cache.MOST_PROMPTS", 2)
     pipe(["red", "green", "red"], seed=1)
     pipe("green", seed=1)
     assert encoded == ["red", "green"]
@@ -295,5 +295,5 @@ def test_numbers_that_are_not_finite_are_no_picture(tiny_folder: Path, monkeypat
     pipe = load(tiny_folder)
     denoise = pipe.engine.denoise
     monkeypatch.setattr(pipe.engine, "denoise", lambda *inputs: denoise(*inputs) * np.float32("nan"))
-    with pytest.raises(NotFiniteError, match="No picture came out"):
+    with pytest.raises(NotFiniteError, match="The model produced NaN or infinity"):
         pipe("a red apple", seed=1)

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from onestill.bench.machine import machine_in_words, versions
+from onestill.bench.machine import machine_for_report, versions
 from onestill.evaluate import Evaluation, Result, frechet_ratio
 from onestill.evaluate.report import sheets
 from onestill.evaluate.report.model import About, Report, Target, Tried
@@ -54,7 +54,7 @@ def write_page(
         },
         command=command(options),
         seed=options.seed,
-        machine=machine_in_words(),
+        machine=machine_for_report(),
         versions=versions(),
         caveats=CAVEATS,
     )

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import onestill
-from onestill.bench.machine import machine_in_words, versions
+from onestill.bench.machine import machine_for_report, versions
 from onestill.data import ShardReader
 from onestill.errors import DataError, OnestillError
 from onestill.evaluate import (
@@ -330,7 +330,7 @@ def run(options: argparse.Namespace) -> Path:
         },
         command="python -m recipes.icons.evaluate " + shlex.join(_without_folders(options)),
         seed=options.seed,
-        machine=machine_in_words(),
+        machine=machine_for_report(),
         versions=versions(),
         caveats=CAVEATS,
     )

@@ -1,4 +1,4 @@
-"""One step, one still: pictures from words in a single diffusion step.
+"""One step, one still: pictures from prompts in a single diffusion step.
 
     import onestill
 

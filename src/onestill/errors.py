@@ -67,13 +67,13 @@ class NotEnoughMemoryError(OnestillError, MemoryError):
 
 
 class NotFiniteError(OnestillError, ArithmeticError):
-    """A picture that is none, as a network's numbers left the range of its type (NaN or infinity)."""
+    """A network that produced NaN or infinity, so that there is no picture."""
 
     @classmethod
     def of(cls, what: str, dtype: str) -> NotFiniteError:
         """The error for `what`, such as "the latents", computed in `dtype`."""
-        fix = "in another dtype, such as bfloat16 or float32" if dtype != "float32" else "again from its source"
-        return cls(f"No picture came out: {what} left the range of numbers in {dtype}; load the model {fix}.")
+        fix = "load it in another dtype, such as bfloat16 or float32" if dtype != "float32" else "copy its files again"
+        return cls(f"The model produced NaN or infinity: {what} overflowed in {dtype}; {fix}.")
 
 
 class CheckpointError(OnestillError, ValueError):

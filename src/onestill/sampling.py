@@ -1,15 +1,16 @@
 """Samplers: from noise to clean latents in one or a few calls of a network.
 
-Every sampler asks the network for its estimate of the clean latents, x0, then walks to the next lower noise level:
+Every sampler asks the network for its estimate of the clean latents, x0, then steps to the next lower noise level:
 
-    x' = alpha' x0 + sqrt(sigma'^2 - fresh^2) eps + fresh * noise        eps = (x - alpha x0) / sigma
+    x' = alpha' x0 + sqrt(sigma'^2 - noise_std^2) eps + noise_std * noise        eps = (x - alpha x0) / sigma
 
 Part of the noise that x' needs is the old noise eps, the rest is drawn anew, and whatever the share, x' is as noisy as
-its timestep says. The familiar names differ only in `fresh`:
+its timestep says. The familiar names differ only in `noise_std`, the
+standard deviation of the new noise:
 
-    fresh = 0                       Euler, which in these coordinates is DDIM
-    fresh = the posterior's         Euler ancestral, which is DDIM with eta = 1, which is DDPM
-    fresh = sigma', all of it       consistency models (LCM)
+    noise_std = 0                       Euler, which in these coordinates is DDIM
+    noise_std = the posterior's         Euler ancestral, which is DDIM with eta = 1, which is DDPM
+    noise_std = sigma', all of it       consistency models (LCM)
 
 DPM-Solver++ 2M also looks back at the previous x0, for teachers at many steps. The last call's x0 is the result, so one
 step is one call: `sample_one_step`.
@@ -71,7 +72,7 @@ class Level(NamedTuple):
 # Arguments, the same for all:
 #     predict_x0  the network: (x, timestep) -> x0; `NoiseSchedule.x0` turns an eps or v output into x0
 #     x           where to start, at the noise level of timesteps[0]: `add_noise(x0, noise, *schedule.at(timesteps[0]))`
-#                 with the latents of an image, or with x0 = 0 for words alone
+#                 with the latents of an image, or with x0 = 0 to start from noise alone
 #     timesteps   falling, each one call of the network: `NoiseSchedule.timesteps(n)`, or `strength_timesteps`
 #     draw        new noise for step 0, 1, ...; called in order, and only by samplers that add noise
 
@@ -85,14 +86,14 @@ def sample_euler(
     predict_x0: PredictX0, x: Array, schedule: NoiseSchedule, timesteps: Sequence[int], draw: Draw | None = None
 ) -> Array:
     """Euler's method on the probability-flow ODE (Karras et al. 2022, algorithm 1 without churn). Adds no noise."""
-    return _walk(predict_x0, x, schedule, timesteps, draw, fresh=lambda now, then: 0.0)
+    return _sampling_loop(predict_x0, x, schedule, timesteps, draw, noise_std=lambda now, then: 0.0)
 
 
 def sample_euler_ancestral(
     predict_x0: PredictX0, x: Array, schedule: NoiseSchedule, timesteps: Sequence[int], draw: Draw | None = None
 ) -> Array:
     """Euler steps that go lower and come back up with new noise; SDXL Turbo's sampler. Needs `draw`."""
-    return _walk(predict_x0, x, schedule, timesteps, draw, fresh=_posterior)
+    return _sampling_loop(predict_x0, x, schedule, timesteps, draw, noise_std=_posterior_std)
 
 
 def sample_ddim(
@@ -111,14 +112,16 @@ def sample_ddim(
     """
     if not 0.0 <= eta <= 1.0:
         raise StepsError(f"eta is {eta}; choose a number from 0 to 1.")
-    return _walk(predict_x0, x, schedule, timesteps, draw, fresh=lambda now, then: eta * _posterior(now, then))
+    return _sampling_loop(
+        predict_x0, x, schedule, timesteps, draw, noise_std=lambda now, then: eta * _posterior_std(now, then)
+    )
 
 
 def sample_consistency(
     predict_x0: PredictX0, x: Array, schedule: NoiseSchedule, timesteps: Sequence[int], draw: Draw | None = None
 ) -> Array:
     """Noise each x0 from scratch (Song et al. 2023, algorithm 1); for consistency models and students. Needs `draw`."""
-    return _walk(predict_x0, x, schedule, timesteps, draw, fresh=lambda now, then: then.sigma)
+    return _sampling_loop(predict_x0, x, schedule, timesteps, draw, noise_std=lambda now, then: then.sigma)
 
 
 def sample_dpmpp_2m(
@@ -134,8 +137,8 @@ def sample_dpmpp_2m(
             x0_before, before = earlier
             slope = (then.log_snr - now.log_snr) / (now.log_snr - before.log_snr)
             estimate = x0 + 0.5 * slope * (x0 - x0_before)
-        kept = then.sigma / now.sigma
-        x = kept * x + (then.alpha - kept * now.alpha) * estimate
+        scale = then.sigma / now.sigma
+        x = scale * x + (then.alpha - scale * now.alpha) * estimate
         earlier = x0, now
     return predict_x0(x, levels[-1].timestep)
 
@@ -172,23 +175,23 @@ def sample(
     return SAMPLERS[name](predict_x0, x, schedule, timesteps, draw)
 
 
-# --- the walk ------------------------------------------------------------------------------------------------------
+# --- the sampling loop ---------------------------------------------------------------------------------------------
 
 
-def _walk(
+def _sampling_loop(
     predict_x0: PredictX0,
     x: Array,
     schedule: NoiseSchedule,
     timesteps: Sequence[int],
     draw: Draw | None,
-    fresh: Callable[[Level, Level], float],
+    noise_std: Callable[[Level, Level], float],
 ) -> Array:
-    """Predict, step down, repeat. `fresh(now, then)` is the standard deviation of the new noise in the next x."""
+    """Predict, step down, repeat. `noise_std(now, then)` is the standard deviation of the new noise in the next x."""
     levels = _levels(schedule, timesteps)
     for step, (now, then) in enumerate(pairwise(levels)):
         x0 = predict_x0(x, now.timestep)
         eps = (x - now.alpha * x0) / now.sigma
-        new = fresh(now, then)
+        new = noise_std(now, then)
         old = math.sqrt(max(then.sigma**2 - new**2, 0.0))
         x = then.alpha * x0 + old * eps
         if new > 0:
@@ -200,7 +203,7 @@ def _walk(
     return predict_x0(x, levels[-1].timestep)
 
 
-def _posterior(now: Level, then: Level) -> float:
+def _posterior_std(now: Level, then: Level) -> float:
     """Standard deviation of x' given x and x0 under the forward process (Ho et al. 2020, eq. 7; DDIM's eq. 16)."""
     return then.sigma / now.sigma * math.sqrt(1.0 - (now.alpha / then.alpha) ** 2)
 
@@ -225,7 +228,7 @@ def classifier_free_guidance(cond: Array, uncond: Array, guidance_scale: float) 
 
 
 def strength_timesteps(timesteps: Sequence[int], strength: float, num_train_timesteps: int = 1000) -> list[int]:
-    """The part of a walk that changes an image by `strength`: that share of its timesteps, the last ones.
+    """The timesteps that change an image by `strength`: that share of them, the last ones.
 
     [999, 749, 499, 249] at 0.5 -> [499, 249]. Where the share is less than one step, one step at its end, so that
     one-step models also leave some of the image: [999] at 0.5 -> [499]. Elsewhere equal to diffusers' image to image.

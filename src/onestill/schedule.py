@@ -221,14 +221,14 @@ def _unknown_prediction(prediction_type: object) -> ScheduleError:
 # --- the schedule of one model -------------------------------------------------------------------------------------
 
 
-_LEADING_UNLESS_TOLD = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")  # diffusers' defaults
+_LEADING_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")  # diffusers' defaults
 
 
 def _spacing(config: Mapping[str, Any]) -> TimestepSpacing:
     kind = config.get("_class_name")
     if kind == "LCMScheduler":
         return "lcm"
-    default = "leading" if kind in _LEADING_UNLESS_TOLD else "trailing"
+    default = "leading" if kind in _LEADING_BY_DEFAULT else "trailing"
     return "leading" if config.get("timestep_spacing", default) == "leading" else "trailing"
 
 
@@ -315,7 +315,7 @@ class NoiseSchedule:
         """Read a diffusers `scheduler_config.json`; a missing beta has diffusers' default.
 
         Only what a model was trained on is read: Karras sigmas, clipping and solver order are a caller's choice. An
-        LCMScheduler's spacing is "lcm"; any other but "leading", which some schedulers mean where none is told, becomes
+        LCMScheduler's spacing is "lcm"; any other but "leading", the default of some schedulers, becomes
         trailing.
 
         Raises:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onestill.bench.machine import machine_in_words, versions
+from onestill.bench.machine import machine_for_report, versions
 from onestill.errors import DataError, OutputError
 from onestill.evaluate import Contender, Evaluation, Protocol, evaluate
 from onestill.evaluate.report import sheets
@@ -79,7 +79,7 @@ def report(evaluation: Evaluation) -> Report:
         {"prompts": "40"},
         "python -m it --x 'a b'",
         7,
-        machine_in_words(),
+        machine_for_report(),
         versions(),
         ("A caveat.",),
     )

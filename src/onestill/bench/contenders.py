@@ -100,8 +100,8 @@ def our_contender(pipe: Pipeline, setting: Setting) -> Loaded:
     """A loaded pipeline that draws what a setting asks for."""
     drawing: dict[str, Any] = {"num_inference_steps": setting.steps, "height": setting.height, "width": setting.width}
 
-    def draw(words: Sequence[str], seed: int) -> Mapping[str, float]:
-        out = pipe(list(words), seed=seed, **drawing)
+    def draw(prompts: Sequence[str], seed: int) -> Mapping[str, float]:
+        out = pipe(list(prompts), seed=seed, **drawing)
         if setting.picture is not None and not Path(setting.picture).exists():
             out.save(0, setting.picture)
         return {part: float(getattr(out.timings, part)) for part in PARTS}
@@ -181,8 +181,8 @@ def diffusers_contender(pipe: Any, setting: Setting, info: ModelInfo) -> Loaded:
         return images
 
     @torch.inference_mode()  # type: ignore[untyped-decorator] # torch is not imported where this is checked
-    def draw(words: Sequence[str], seed: int) -> Mapping[str, float]:
-        generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(words))]
+    def draw(prompts: Sequence[str], seed: int) -> Mapping[str, float]:
+        generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
         marks = [time.perf_counter()]
 
         def mark() -> None:
@@ -190,7 +190,7 @@ def diffusers_contender(pipe: Any, setting: Setting, info: ModelInfo) -> Loaded:
             marks.append(time.perf_counter())
 
         encoded = pipe.encode_prompt(
-            list(words), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         mark()
         states = {"prompt_embeds": encoded[0]} | ({"pooled_prompt_embeds": encoded[2]} if info.is_xl else {})

@@ -1,7 +1,7 @@
-"""How long words take to become a picture, part by part: ours and diffusers', on the same weights, prompts and seeds.
+"""How long a prompt takes to become a picture, part by part: ours and diffusers', on the same weights and seeds.
 
 A contender measures in a process of its own, which `python -m onestill.bench.latency` is: in one process they would
-share thread pools and memory. Every prompt is new to it, so that no state is remembered, but where `cached` says so.
+share thread pools and memory. Every prompt is new to it, so that no cached state is used, but where `cached` says so.
 Where a process of its own would cost more than it is worth, `measure` takes a contender that is loaded already.
 """
 
@@ -102,7 +102,7 @@ def measure(setting: Setting, *, loaded: Loaded | None = None, most_s: float | N
         loaded = load_contender(setting)
     load_ms = 1000 * (time.perf_counter() - started)
     _forget_peak_memory(loaded.facts["device"])
-    words = prompts((setting.warm_up + setting.pictures) * setting.batch)
+    new_prompts = prompts((setting.warm_up + setting.pictures) * setting.batch)
     times: list[Mapping[str, float]] = []
     ends = float("inf")
     for i in range(setting.warm_up + setting.pictures):
@@ -110,7 +110,7 @@ def measure(setting: Setting, *, loaded: Loaded | None = None, most_s: float | N
             ends = time.perf_counter() + most_s
         if i > setting.warm_up and time.perf_counter() > ends:
             break
-        last = words[i * setting.batch : (i + 1) * setting.batch]
+        last = new_prompts[i * setting.batch : (i + 1) * setting.batch]
         times.append(loaded.draw(last, setting.seed + i * setting.batch))
     again = [
         loaded.draw(last, setting.seed + i)["total_ms"] for i in range(setting.repeats) if time.perf_counter() < ends

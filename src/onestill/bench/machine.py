@@ -12,7 +12,7 @@ from onestill.engine.device import automatic
 from onestill.engine.gpus import TorchDevices, torch_devices
 from onestill.errors import require
 
-__all__ = ["PACKAGES", "Facts", "cpu", "machine", "machine_in_words", "torch", "versions"]
+__all__ = ["PACKAGES", "Facts", "cpu", "machine", "machine_for_report", "torch", "versions"]
 
 PACKAGES = {
     "base": ("numpy", "openvino", "Pillow", "rich", "safetensors", "typer"),
@@ -58,25 +58,25 @@ def machine() -> Facts:
     }
 
 
-def machine_in_words() -> dict[str, str]:
+def machine_for_report() -> dict[str, str]:
     """Processor, cores that this process may use, memory and system, for a page."""
     found = cpu()
-    words = {"processor": str(found["name"]), "cores": str(found["cores"])}
+    facts = {"processor": str(found["name"]), "cores": str(found["cores"])}
     if memory := _memory_gib():
-        words["memory"] = f"{memory} GiB"
-    return words | {"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version()}
+        facts["memory"] = f"{memory} GiB"
+    return facts | {"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version()}
 
 
 def cpu() -> Facts:
-    """The processor's name, the cores this process may use, and which fast instructions it has (Linux tells)."""
+    """The processor's name, the cores this process may use, and which fast instructions it has (on Linux alone)."""
     try:
         text = Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
         text = ""
-    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
-    flags = set(told.get("flags", "").split())
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    flags = set(facts.get("flags", "").split())
     return {
-        "name": told.get("model name") or platform.processor() or platform.machine(),
+        "name": facts.get("model name") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "features": [flag for flag in CPU_FLAGS if flag in flags],
     }

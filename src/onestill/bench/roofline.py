@@ -58,7 +58,7 @@ def count_gflop(info: ModelInfo, *, batch: int, height: int, width: int) -> dict
         latents = torch.zeros(batch, info.latent_shape[0], height // factor, width // factor)
         states, pooled = networks.text_encoder.states(ids)
         time_ids = torch.zeros(batch, 6) if info.is_xl else None
-        # Timestep embeddings make their table from a number, which a meta tensor does not tell; it counts for nothing.
+        # Timestep embeddings make their table from a number, which a meta tensor does not have; it counts for nothing.
         timestep = torch.zeros(1)
 
         def count(function: Callable[[], Any]) -> float:

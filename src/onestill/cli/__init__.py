@@ -51,7 +51,7 @@ def _ignore_signals() -> None:
 def _leave(status: int) -> None:
     """End the process at once: every picture is written, and taking OpenVINO apart takes longer than drawing.
 
-    Returns only where what was said cannot be written, which Python's own way to end tells.
+    Returns only where the output cannot be written, which Python reports when it ends in its own way.
     """
     try:
         sys.stdout.flush()

@@ -64,7 +64,7 @@ def root(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    """Pictures from words in one diffusion step: draw, serve, train, measure."""
+    """Pictures from prompts in one diffusion step: draw, serve, train, measure."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 

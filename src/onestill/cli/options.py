@@ -42,27 +42,47 @@ Model = Annotated[
         help="A shipped model, a folder in diffusers' format, a .safetensors file, or a Hub id.",
     ),
 ]
-Unet = Annotated[Path | None, typer.Option("--unet", metavar="PATH", help="Another UNet in the model's place.")]
+Unet = Annotated[
+    Path | None,
+    typer.Option(
+        "--unet", metavar="PATH", help="A folder or file with a UNet that replaces the model's. (default: none)"
+    ),
+]
 Loras = Annotated[
     list[str] | None,
-    typer.Option("--lora", metavar="FILE[:SCALE]", help="A LoRA to add to the weights. May be repeated."),
+    typer.Option(
+        "--lora", metavar="FILE[:SCALE]", help="A LoRA file and its scale. May be repeated. (default scale: 1)"
+    ),
 ]
 TinyVae = Annotated[
-    Path | None, typer.Option("--tiny-vae", metavar="PATH", help="TAESD, or TAESDXL for SDXL, as the decoder.")
+    Path | None,
+    typer.Option(
+        "--tiny-vae", metavar="PATH", help="A tiny decoder: TAESD, or TAESDXL for SDXL. (default: the model's VAE)"
+    ),
 ]
 Preset = Annotated[
     str | None,
     typer.Option(
         "--preset",
         metavar="NAME",
-        help="How the model draws, where it does not tell: turbo, lightning, lcm, dmd2, base.",
+        help="How to draw where the files do not say: turbo, lightning, lcm, dmd2, base. (default: by the files)",
     ),
 ]
 Compile = Annotated[
-    str | None, typer.Option("--compile", metavar="HOW", help="Compile for torch: regional (a minute) or whole (more).")
+    str | None,
+    typer.Option(
+        "--compile",
+        metavar="HOW",
+        help="What torch compiles: regional (about a minute) or whole (minutes). (default: nothing)",
+    ),
 ]
 Quantize = Annotated[
-    str | None, typer.Option("--quantize", metavar="TYPE", help="Large layers in int8 or fp8, by torchao.")
+    str | None,
+    typer.Option(
+        "--quantize",
+        metavar="TYPE",
+        help="Store the UNet's large layers in int8 or fp8, with torchao. (default: neither)",
+    ),
 ]
 Engine = Annotated[
     str | None,
@@ -81,7 +101,12 @@ Device = Annotated[
     ),
 ]
 Dtype = Annotated[
-    str | None, typer.Option("--dtype", metavar="NAME", help="What it computes in: float32, bfloat16, float16, int8.")
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        help="What it computes in: float32, bfloat16, float16, int8. (default: the fastest on this machine)",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 
@@ -92,10 +117,12 @@ Database = Annotated[
         "--database",
         metavar="URL",
         envvar="ONESTILL_DATABASE",  # a password in a command line is there for all to see
-        help="Where keys, counts and the gallery are kept. (default: SQLite in the user's data folder)",
+        help="The database of keys, counts and the gallery. (default: SQLite in the user's data folder)",
     ),
 ]
-KeysFile = Annotated[Path | None, typer.Option("--keys", metavar="FILE", help="Hashed keys that may draw.")]
+KeysFile = Annotated[
+    Path | None, typer.Option("--keys", metavar="FILE", help="A file of hashed keys that may draw. (default: none)")
+]
 
 
 def parse_size(text: str | None) -> tuple[int | None, int | None]:

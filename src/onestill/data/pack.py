@@ -68,7 +68,7 @@ def _packed(name: str, path: Path, caption: str, size_px: int) -> Packed:
     square = image.crop((left, top, left + side, top + side)).resize((size_px, size_px), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     square.save(file, "WEBP", quality=95, method=4)
-    # SDXL is told sizes as they are after scaling the short side, which is where a crop's place is measured.
+    # SDXL is conditioned on sizes as they are after scaling the short side, which is where a crop's place is measured.
     crop = [round(top * size_px / side), round(left * size_px / side)]
     key = plain_key(name.rsplit(".", 1)[0], KEY_BYTES - len("0000001-"))
     return Packed(key, file.getvalue(), caption, {"file": name, "original_size": [height, width], "crop": crop})

@@ -107,7 +107,7 @@ def style_hits(images: NDArray[Any], styles: NDArray[Any], asked: Sequence[int])
 
     Args:
         images: picture embeddings [N, D].
-        styles: one text embedding a style [K, D], of the style's words alone.
+        styles: one text embedding a style [K, D], of the style's name alone.
         asked: N indices into `styles`.
 
     Returns:

@@ -50,7 +50,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to make pictures from words.
+    """One way to make pictures from prompts.
 
     Attributes:
         name: unique in an evaluation, e.g. "teacher, 50 steps".

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from onestill.checkpoint import ModelInfo
 from onestill.pipeline.checks import shortened
 
-__all__ = ["NEGATIVE_DID_NOTHING", "notes_on_size", "notes_on_steps", "notes_on_words"]
+__all__ = ["NEGATIVE_DID_NOTHING", "notes_on_prompts", "notes_on_size", "notes_on_steps"]
 
 NEGATIVE_DID_NOTHING = "The negative prompt did nothing: it acts only at a guidance scale above 1."
 
 
-def notes_on_words(prompts: Sequence[str], tokens_cut: Sequence[int], words_cut: Sequence[str]) -> list[str]:
+def notes_on_prompts(prompts: Sequence[str], tokens_cut: Sequence[int], words_cut: Sequence[str]) -> list[str]:
     """On prompts that did not fit, each once: how many tokens were cut, and from which words on."""
     cut = dict(zip(prompts, zip(tokens_cut, words_cut, strict=True), strict=True))
     return [

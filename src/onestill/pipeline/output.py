@@ -13,7 +13,7 @@ from onestill.pipeline.picture import save_picture
 
 @dataclass(frozen=True)
 class Timings:
-    """Milliseconds of one call: words (and a given image) to states, the steps, latents to pictures, all of it."""
+    """Milliseconds of one call: encoding the prompts and a given image, the steps, decoding, all of it."""
 
     encode_ms: float
     denoise_ms: float

@@ -180,7 +180,7 @@ def test_a_model_without_numbers_never_draws_black(xl: Path, is_fast: bool) -> N
     engine: Any = pipe.engine
     with torch.no_grad():
         engine._networks.unet.conv_out.bias[0] = float("nan")
-    with pytest.raises(NotFiniteError, match="No picture came out: the latents"):
+    with pytest.raises(NotFiniteError, match="The model produced NaN or infinity: the latents"):
         pipe("a red apple", seed=1)
 
 

@@ -1,4 +1,4 @@
-"""`onestill bench`: how long words take to become a picture on this machine, part by part, against diffusers."""
+"""`onestill bench`: how long a prompt takes to become a picture on this machine, part by part, against diffusers."""
 
 from __future__ import annotations
 
@@ -23,36 +23,63 @@ __all__ = ["bench"]
 def bench(
     model: Model = "icons",
     random: Annotated[
-        str | None, typer.Option("--random", metavar="KIND", help="Random weights at real size: sdxl or sd21.")
+        str | None,
+        typer.Option(
+            "--random", metavar="KIND", help="Draw with random weights at real size: sdxl or sd21. (default: --model)"
+        ),
     ] = None,
     engine: Engine = None,
     device: Device = None,
     dtype: Dtype = None,
     tiny_vae: Annotated[
         str | None,
-        typer.Option("--tiny-vae", metavar="FOLDER", help="A tiny decoder; with --random, the word random is one."),
+        typer.Option(
+            "--tiny-vae",
+            metavar="FOLDER",
+            help="A tiny decoder; with --random also the word random. (default: the model's VAE)",
+        ),
     ] = None,
     compiling: Compile = None,
     quantizing: Quantize = None,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, metavar="N", help="Sampling steps.")] = None,
-    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="In pixels. (default: the model's)")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads", min=1, metavar="N", help="CPU threads to compute with. (default: each contender's choice)"
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, metavar="N", help="Number of sampling steps. (default: the model's)")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", metavar="WxH", help="Size of each picture in pixels. (default: the model's)")
+    ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option("--batch", min=1, metavar="N", help="Images to a call. May be repeated.")
+        list[int] | None,
+        typer.Option("--batch", min=1, metavar="N", help="Number of images in one call. May be repeated. (default: 1)"),
     ] = None,
-    pictures: Annotated[int, typer.Option("--pictures", min=1, metavar="N", help="Calls that count.")] = 20,
-    warm_up: Annotated[int, typer.Option("--warm-up", min=0, metavar="N", help="Calls before those.")] = 3,
-    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Of the first picture.")] = 1,
+    pictures: Annotated[
+        int, typer.Option("--pictures", min=1, metavar="N", help="Number of calls that are timed.")
+    ] = 20,
+    warm_up: Annotated[
+        int, typer.Option("--warm-up", min=0, metavar="N", help="Number of calls before those that are timed.")
+    ] = 3,
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="The seed of the first picture.")] = 1,
     compare: Annotated[
-        str | None, typer.Option("--compare", metavar="NAME", help="Also measure diffusers on the same weights.")
+        str | None,
+        typer.Option(
+            "--compare", metavar="NAME", help="Also measure diffusers on the same weights. (default: onestill alone)"
+        ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.svg", help="Draw the parts as bars.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE.svg", help="Write a chart of the time of each part. (default: none)"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Time drawing: text encoder, steps, decoder; p50 and p95; images a second; memory; and the floor.
+    """Time the text encoder, the steps and the decoder; report medians, 95th percentiles, memory and the floor.
 
-    Each contender loads and draws in a process of its own, with new words for every picture. One that fails is left
-    out, with all that it said on standard error; the others are reported.
+    Each contender loads and draws in a process of its own, with a new prompt for every picture. One that fails is left
+    out, and its output goes to standard error; the others are reported.
     """
     if compare not in (None, "diffusers"):
         raise OnestillError(f"There is no '{compare}' to compare with; choose diffusers.")

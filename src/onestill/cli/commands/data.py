@@ -16,7 +16,8 @@ from onestill.errors import DataError, OnestillError, OutputError, require
 __all__ = ["app"]
 
 Shards = Annotated[
-    list[str] | None, typer.Argument(metavar="SHARD|FOLDER", help="Tar files or folders of them. (default: sample)")
+    list[str] | None,
+    typer.Argument(metavar="SHARD|FOLDER", help="Tar files or folders of them. (default: sample, the packaged set)"),
 ]
 MOST_IN_SHEET = 1000
 
@@ -51,18 +52,20 @@ def count(shards: Shards = None, as_json: Json = False) -> None:
     console = stdout_console()
     console.print(f"[bold]{sizes.total()}[/] samples in {len(reader.paths)} shards")
     for title, counter in counted.items():
-        told = ", ".join(f"{name} {number}" for name, number in counter.most_common())
-        console.print(f"[bold]{title}[/] {escape(told)}", highlight=False)
+        counts = ", ".join(f"{name} {number}" for name, number in counter.most_common())
+        console.print(f"[bold]{title}[/] {escape(counts)}", highlight=False)
     for name, why in reader.skipped.items():
         note(f"skipped {name}: {why}")
 
 
 @app.command("sheet")
 def sheet(
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="A .png, .jpg or .webp file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The sheet, a .png, .jpg or .webp file.")],
     shards: Shards = None,
-    number: Annotated[int, typer.Option("--number", min=1, max=MOST_IN_SHEET, metavar="N", help="Of pictures.")] = 48,
-    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Which pictures.")] = 0,
+    number: Annotated[
+        int, typer.Option("--number", min=1, max=MOST_IN_SHEET, metavar="N", help="Number of pictures.")
+    ] = 48,
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Chooses the pictures.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Put pictures drawn at random on one sheet, each over its caption."""
@@ -84,10 +87,14 @@ def sheet(
 
 @app.command("pack")
 def pack(
-    pictures: Annotated[Path, typer.Argument(metavar="FOLDER", help="Pictures, each with its caption.")],
+    pictures: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of pictures, each with its caption.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="A new folder for the shards.")],
-    size: Annotated[int, typer.Option("--size", min=16, max=4096, metavar="PIXELS", help="Of a side.")] = 512,
-    per_shard: Annotated[int, typer.Option("--per-shard", min=1, metavar="N", help="Samples in a shard.")] = 1000,
+    size: Annotated[
+        int, typer.Option("--size", min=16, max=4096, metavar="PIXELS", help="The side of each square in pixels.")
+    ] = 512,
+    per_shard: Annotated[
+        int, typer.Option("--per-shard", min=1, metavar="N", help="Number of samples in each shard.")
+    ] = 1000,
 ) -> None:
     """Make shards from a folder of pictures, cut to squares of one size.
 
@@ -111,13 +118,20 @@ def pack(
 
 @app.command("fetch")
 def fetch(
-    urls: Annotated[list[str], typer.Argument(metavar="URL", help="Such as https://host/set-{0000..0099}.tar.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the shards go.")],
+    urls: Annotated[
+        list[str], typer.Argument(metavar="URL", help="Addresses of shards, such as https://host/set-{0000..0099}.tar.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="The folder for the shards.")],
     sha256: Annotated[
-        Path | None, typer.Option("--sha256", metavar="FILE", help="What sha256sum says of them; all must match.")
+        Path | None,
+        typer.Option(
+            "--sha256",
+            metavar="FILE",
+            help="The output of sha256sum for the shards; all must match. (default: not checked)",
+        ),
     ] = None,
 ) -> None:
-    """Copy shards from a web server or an object store. Broken off, it goes on where it stopped."""
+    """Copy shards from a web server or an object store. Run again, it continues where it stopped."""
     from onestill.data.remote import expand, read_hashes
     from onestill.data.remote import fetch as fetched
 
@@ -136,8 +150,12 @@ def cache(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="A new folder for the shards.")],
     shards: Shards = None,
     device: Device = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=1024, metavar="N", help="Together.")] = 8,
-    part: Annotated[str, typer.Option("--part", metavar="I/N", help="Every N-th sample from I on, as 0/4.")] = "0/1",
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, max=1024, metavar="N", help="Number of samples encoded at once.")
+    ] = 8,
+    part: Annotated[
+        str, typer.Option("--part", metavar="I/N", help="Encode every N-th sample from I on, such as 0/4.")
+    ] = "0/1",
 ) -> None:
     """Encode pictures and captions once, by a model's own autoencoder and text encoders, to train on."""
     first, _, parts = part.partition("/")

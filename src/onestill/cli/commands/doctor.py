@@ -44,7 +44,7 @@ def doctor(
     problems: list[str] = []
     gpus, sees = find_gpus(), seen_by_torch()
 
-    def told(part: Callable[[], Facts]) -> Facts:
+    def checked_part(part: Callable[[], Facts]) -> Facts:
         try:
             return part()
         except OnestillError as error:
@@ -60,10 +60,10 @@ def doctor(
         "gpus": facts_of(gpus),
         "torch": None if sees is None else torch(sees),
         "cache": cache(),
-        "model": told(lambda: checked(model)),
+        "model": checked_part(lambda: checked(model)),
     }
     if draw and not problems:
-        report["picture"] = told(lambda: drawn(model))
+        report["picture"] = checked_part(lambda: drawn(model))
     report |= {"problems": problems, "advice": advice(sees, gpus, os.environ), "ok": not problems}
     if as_json:
         print_json(report)
@@ -161,7 +161,7 @@ def drawn(model: str) -> Facts:
 
 
 def show(report: Facts) -> None:
-    """The report as a table: one part a row, what is missing or wrong in words."""
+    """The report as a table: one part a row, then problems and advice."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -171,7 +171,7 @@ def show(report: Facts) -> None:
     for part, facts in report.items():
         if part in ("problems", "advice", "ok"):
             continue
-        table.add_row(part, escape(words(facts)))
+        table.add_row(part, escape(as_text(facts)))
     console = stdout_console()
     console.print(table)
     for problem in report["problems"]:  # type: ignore[attr-defined]
@@ -182,12 +182,12 @@ def show(report: Facts) -> None:
         console.print("[green]all is well[/]")
 
 
-def words(facts: object) -> str:
+def as_text(facts: object) -> str:
     """Facts in one cell: `name value, name value`; what is not there is none."""
     if facts is None:
         return "none"
     if isinstance(facts, dict):
-        return ", ".join(f"{name} {words(value)}" for name, value in facts.items()) or "none"
+        return ", ".join(f"{name} {as_text(value)}" for name, value in facts.items()) or "none"
     if isinstance(facts, (list, tuple)):
         return " ".join(map(str, facts)) or "none"
     return str(facts)

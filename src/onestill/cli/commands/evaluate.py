@@ -32,27 +32,49 @@ CAVEATS = ("Figures of one network; compare them only within one report.",)
 def evaluate(
     reference: Annotated[
         list[str],
-        typer.Option("--reference", metavar="SHARD|FOLDER", help="Real pictures, whose captions are the prompts."),
+        typer.Option(
+            "--reference",
+            metavar="SHARD|FOLDER",
+            help="Real pictures; their captions are the prompts. May be repeated.",
+        ),
     ],
     network: Annotated[
-        Path, typer.Option("--network", metavar="FOLDER", help="A contrastive model; best one trained for this alone.")
+        Path,
+        typer.Option(
+            "--network",
+            metavar="FOLDER",
+            help="The contrastive model that measures, best one that no contender was trained against.",
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="For the report; made if need be.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="The folder for the report, made if need be.")
+    ],
     models: Annotated[
-        list[str] | None, typer.Option("--model", "-m", metavar="NAME|FOLDER", help="May be repeated. (default: icons)")
+        list[str] | None,
+        typer.Option(
+            "--model", "-m", metavar="NAME|FOLDER", help="A model to evaluate. May be repeated. (default: icons)"
+        ),
     ] = None,
     steps: Annotated[
-        list[int] | None, typer.Option("--steps", metavar="N", help="May be repeated. (default: the model's)")
+        list[int] | None,
+        typer.Option("--steps", metavar="N", help="Number of sampling steps. May be repeated. (default: the model's)"),
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option("--guidance-scale", metavar="X", help="For all models.")
+        float | None,
+        typer.Option(
+            "--guidance-scale", metavar="X", help="The guidance scale of all models. (default: each model's own)"
+        ),
     ] = None,
     text_model: Annotated[
         str,
-        typer.Option("--text-model", metavar="NAME|FOLDER", help="Whose text encoder the network was trained with."),
+        typer.Option(
+            "--text-model", metavar="NAME|FOLDER", help="The model whose text encoder the network was trained with."
+        ),
     ] = "icons",
-    number: Annotated[int, typer.Option("--number", min=2, metavar="N", help="Of prompts, at most.")] = 2000,
-    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Which prompts; the first one's seed.")] = 0,
+    number: Annotated[int, typer.Option("--number", min=2, metavar="N", help="Number of prompts at most.")] = 2000,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, metavar="N", help="Chooses the prompts, and is the first one's seed.")
+    ] = 0,
     engine: Engine = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -60,7 +82,7 @@ def evaluate(
 ) -> None:
     """Draw the captions of real pictures with every model, measure, and write a report.
 
-    What was drawn is kept in the folder: the same command, killed, goes on.
+    What was drawn is saved in the folder: run the same command again to continue after an interruption.
     """
     for package in ("torch", "transformers"):
         require(package, "evaluate")
@@ -90,12 +112,12 @@ def evaluate(
     done = 0
     with progress("evaluating", len(contenders) * protocol.num_pictures) as advance:
 
-        def told(name: str, drawn: int, total: int) -> None:
+        def advance_by(name: str, drawn: int, total: int) -> None:
             nonlocal done
             advance(max(0, drawn - done))
             done = drawn if drawn < total else 0
 
-        result = run(contenders, protocol, reals, [net], out / "material", progress=told)
+        result = run(contenders, protocol, reals, [net], out / "material", progress=advance_by)
     page = report(result, out, len(samples), seed)
     if as_json:
         print_json({"report": str(page), "facts": str(out / "report.json")})
@@ -147,7 +169,7 @@ def in_batches(samples: Sequence[Sample]) -> Iterator[Pictures]:
 
 def report(result: Evaluation, out: Path, number: int, seed: int) -> Path:
     """Write the page and its JSON, and return the page."""
-    from onestill.bench.machine import machine_in_words, versions
+    from onestill.bench.machine import machine_for_report, versions
     from onestill.evaluate.report.model import About, Report
     from onestill.evaluate.report.page import write_report
     from onestill.evaluate.report.sheets import failures, side_by_side
@@ -162,7 +184,7 @@ def report(result: Evaluation, out: Path, number: int, seed: int) -> Path:
         },
         command=shlex.join(["onestill", *sys.argv[1:]]),
         seed=seed,
-        machine=machine_in_words(),
+        machine=machine_for_report(),
         versions=versions(),
         caveats=CAVEATS,
     )

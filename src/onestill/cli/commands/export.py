@@ -25,12 +25,22 @@ WEIGHTS = ("float16", "int8")
 def export(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="A new folder for the result.")],
     model: Model = "icons",
-    to: Annotated[str, typer.Option("--to", metavar="FORM", help="The form to make: openvino.")] = "openvino",
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORM", help="The form to make; openvino is the only one.")
+    ] = "openvino",
     weights: Annotated[
-        str | None, typer.Option("--weights", metavar="TYPE", help="Of SD and SDXL: float16, or int8, half as large.")
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="TYPE",
+            help="Weights of SD and SDXL: float16, or int8 at half the size. (default: float16)",
+        ),
     ] = None,
     int8: Annotated[
-        bool, typer.Option("--int8", help="Of small models: measure int8 too and keep what draws well in it; minutes.")
+        bool,
+        typer.Option(
+            "--int8", help="Measure int8 for a small model too, and use it where pictures stay close; takes minutes."
+        ),
     ] = False,
     unet: Unet = None,
     lora: Loras = None,

@@ -33,13 +33,14 @@ def list_all(database: Database = None, as_json: Json = False) -> None:
         note("nothing is shown")
     for entry in entries:
         day = datetime.fromtimestamp(entry.made_ms / 1000, UTC).date()
-        words = "(words not kept)" if entry.prompt is None else entry.prompt.replace("\n", " ")
-        stdout_console().print(f"{entry.id}  {day}  {words}", markup=False, highlight=False, soft_wrap=True)
+        prompt = "(prompt not stored)" if entry.prompt is None else entry.prompt.replace("\n", " ")
+        stdout_console().print(f"{entry.id}  {day}  {prompt}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("remove")
 def remove(
-    picture_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="As listed.")], database: Database = None
+    picture_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="The ids of the pictures, as listed.")],
+    database: Database = None,
 ) -> None:
     """Delete pictures for good."""
     gallery = shown(database)

@@ -1,4 +1,4 @@
-"""`onestill generate`: pictures from words."""
+"""`onestill generate`: pictures from prompts."""
 
 from __future__ import annotations
 
@@ -37,36 +37,52 @@ if TYPE_CHECKING:
 __all__ = ["generate"]
 
 MOST_PICTURES = 1000  # of one prompt
-FEW = 50  # steps in all; up to there a quick start saves more than it costs
-TOGETHER = 8  # pictures per call of the pipeline, so that the bar moves and Ctrl-C loses little
+QUICK_START_STEPS = 50  # in all; up to there a quick start saves more than it costs
+PICTURES_PER_CALL = 8  # of the pipeline: so few that the bar moves and Ctrl-C loses little
 DEFAULT_STRENGTH = 0.5
 TIMES = ("encode_ms", "denoise_ms", "decode_ms", "total_ms")
 
 
 def generate(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to draw; quote it. Each one is drawn.")],
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT", help="What to draw, in quotation marks. Each prompt is drawn.")
+    ],
     model: Model = "icons",
     engine: Engine = None,
     device: Device = None,
     dtype: Dtype = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", help="Sampling steps, 1 to 50. (default: the model's)")
+        int | None,
+        typer.Option("--steps", metavar="N", help="Number of sampling steps, 1 to 50. (default: the model's)"),
     ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", "-s", metavar="N", help="Picture i has seed SEED + i. (default: random)")
     ] = None,
-    num: Annotated[int, typer.Option("--num", metavar="N", min=1, max=MOST_PICTURES, help="Pictures per prompt.")] = 1,
-    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="In pixels. (default: the model's)")] = None,
+    num: Annotated[
+        int, typer.Option("--num", metavar="N", min=1, max=MOST_PICTURES, help="Number of pictures for each prompt.")
+    ] = 1,
+    size: Annotated[
+        str | None, typer.Option("--size", metavar="WxH", help="Size of each picture in pixels. (default: the model's)")
+    ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option("--guidance-scale", metavar="X", help="Above 1: how hard to follow the words.")
+        float | None,
+        typer.Option(
+            "--guidance-scale",
+            metavar="X",
+            help="How closely to follow the prompt; 1 turns guidance off. (default: the model's)",
+        ),
     ] = None,
     negative_prompt: Annotated[
-        str | None, typer.Option("--negative-prompt", metavar="TEXT", help="What to steer away from, with guidance.")
+        str | None,
+        typer.Option("--negative-prompt", metavar="TEXT", help="What guidance steers away from. (default: nothing)"),
     ] = None,
     sampler: Annotated[
-        str | None, typer.Option("--sampler", metavar="NAME", help="For more than one step. (default: the model's)")
+        str | None,
+        typer.Option("--sampler", metavar="NAME", help="How to step from noise to a picture. (default: the model's)"),
     ] = None,
-    image: Annotated[Path | None, typer.Option("--image", metavar="FILE", help="A picture to start from.")] = None,
+    image: Annotated[
+        Path | None, typer.Option("--image", metavar="FILE", help="A picture to start from. (default: noise)")
+    ] = None,
     strength: Annotated[
         float | None,
         typer.Option("--strength", metavar="X", help="With --image: 0 keeps it, 1 ignores it. (default: 0.5)"),
@@ -77,10 +93,12 @@ def generate(
             "--out",
             "-o",
             metavar="FILE|DIR",
-            help="One .png, .jpg or .webp, or a folder. (default: named by prompt and seed)",
+            help="A .png, .jpg or .webp file, or a folder. (default: a file named by prompt and seed)",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace files that exist. (default: choose a free name)")
+    ] = False,
     unet: Unet = None,
     lora: Loras = None,
     tiny_vae: TinyVae = None,
@@ -89,7 +107,7 @@ def generate(
     quantizing: Quantize = None,
     as_json: Json = False,
 ) -> None:
-    """Draw pictures from words.
+    """Draw pictures from prompts.
 
     Prints the path of each picture. A default name never replaces a file: it takes the next free number.
     """
@@ -127,11 +145,11 @@ def generate(
         lora=loras,  # type: ignore[arg-type] # a mapping of paths is one of what load takes
         tiny_vae=tiny_vae,
         preset=preset,
-        quick_start=len(wanted) * (steps or 1) <= FEW,
+        quick_start=len(wanted) * (steps or 1) <= QUICK_START_STEPS,
         options=torch_options(compiling, quantizing),
     )
     load_ms = (time.perf_counter() - started) * 1000
-    # What is asked before each stage is asked first when all has been checked: a mistake stays one line.
+    # The first pause comes when all arguments have been checked, so that a mistake prints one line and no note.
     settings["pause"] = once(lambda: note_device(device, pipe.info.engine, pipe.info.device))
     images, timings, notes = draw(pipe, wanted, first_seed, settings, target)
     for text in notes:
@@ -165,8 +183,8 @@ def draw(
     timings = dict.fromkeys(TIMES, 0.0)
     notes: dict[str, None] = {}
     with progress("drawing", len(prompts)) as advance:
-        for start in range(0, len(prompts), TOGETHER):
-            output = pipe(prompts[start : start + TOGETHER], seed=first_seed + start, **settings)
+        for start in range(0, len(prompts), PICTURES_PER_CALL):
+            output = pipe(prompts[start : start + PICTURES_PER_CALL], seed=first_seed + start, **settings)
             for i, (prompt, seed, picture) in enumerate(zip(output.prompts, output.seeds, output.images, strict=True)):
                 path = target.path(prompt, seed)
                 output.save(i, path, force=target.force)

@@ -18,14 +18,14 @@ app = typer.Typer(help="Keys for those who may draw on your server.", no_args_is
 
 @app.command("new")
 def new(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is, for you to know.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is, for your own records.")],
     daily: Annotated[
-        str | None, typer.Option("--limit", metavar="N/day", help="Pictures a day. (default: any)")
+        str | None, typer.Option("--limit", metavar="N/day", help="Pictures a day for this key. (default: any number)")
     ] = None,
     database: Database = None,
     keys: KeysFile = None,
 ) -> None:
-    """Make a key and print it. It is shown this once; what is kept is its hash."""
+    """Make a key and print it, this once: only its hash is stored."""
     pictures = parse_daily(daily)
     if not name.strip() or not name.isprintable() or len(name) > 200:
         raise OnestillError("The name must be 1 to 200 printable letters.")
@@ -64,7 +64,7 @@ def list_all(database: Database = None, as_json: Json = False) -> None:
 
 @app.command("revoke")
 def revoke(
-    key_id: Annotated[str, typer.Argument(metavar="ID", help="As listed, or the key itself.")],
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id as listed, or the key itself.")],
     database: Database = None,
 ) -> None:
     """Refuse a key from now on. Servers that run notice within seconds."""

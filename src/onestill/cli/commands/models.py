@@ -19,7 +19,10 @@ NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
 
 
 def models(
-    model: Annotated[str | None, typer.Argument(metavar="NAME|PATH|ID", help="Describe this one in full.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME|PATH|ID", help="The model to describe in full. (default: list the shipped ones)"),
+    ] = None,
     preset: Preset = None,
     check: Annotated[bool, typer.Option("--check", help="Compare every file with its recorded SHA-256.")] = False,
     as_json: Json = False,
@@ -73,7 +76,7 @@ def counted(found: Found) -> dict[str, object]:
 
 
 def facts(info: ModelInfo) -> dict[str, object]:
-    """What is worth telling about a model, in words and numbers that JSON can hold."""
+    """The facts about a model, in values that JSON can hold."""
     from onestill.checkpoint import identify
 
     return {

@@ -48,52 +48,96 @@ def serve(
     device: Device = None,
     dtype: Dtype = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads to compute with.")
+        int | None,
+        typer.Option(
+            "--threads", min=1, metavar="N", help="CPU threads to compute with. (default: the engine's choice)"
+        ),
     ] = None,
-    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="The address to listen on; 0.0.0.0 is every interface.")
+    ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option("--port", "-p", min=0, max=65535, metavar="N", help="0 takes a free one.")
+        int,
+        typer.Option("--port", "-p", min=0, max=65535, metavar="N", help="The port to listen on; 0 takes a free one."),
     ] = 8000,
     database: Database = None,
     keys: KeysFile = None,
     trial_limit: Annotated[
-        str | None, typer.Option("--trial-limit", metavar="N/day", help="Pictures a day for those without a key.")
+        str | None,
+        typer.Option(
+            "--trial-limit",
+            metavar="N/day",
+            help="Pictures a day for each visitor without a key. (default: any number)",
+        ),
     ] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option("--allow-host", metavar="NAME", help="A name the server goes by. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--allow-host",
+            metavar="NAME",
+            help="Another name that the server goes by. May be repeated. (default: localhost alone)",
+        ),
     ] = None,
     allow_origin: Annotated[
-        list[str] | None, typer.Option("--allow-origin", metavar="URL", help="Another site that may ask. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--allow-origin", metavar="URL", help="Another site whose pages may ask. May be repeated. (default: none)"
+        ),
     ] = None,
     trust_proxy: Annotated[
-        str | None, typer.Option("--trust-proxy", metavar="ADDRESS", help="Whose X-Forwarded-For is believed.")
+        str | None,
+        typer.Option(
+            "--trust-proxy", metavar="ADDRESS", help="The proxy whose X-Forwarded-For is believed. (default: none)"
+        ),
     ] = None,
     gallery: Annotated[
-        bool, typer.Option("--gallery", help="Let visitors show pictures to each other; they may delete their own.")
+        bool, typer.Option("--gallery", help="Let visitors show pictures to each other, and delete their own.")
     ] = False,
     gallery_days: Annotated[
-        int, typer.Option("--gallery-days", min=1, max=3650, metavar="N", help="How long a picture is shown.")
+        int,
+        typer.Option("--gallery-days", min=1, max=3650, metavar="N", help="Number of days that a picture is shown."),
     ] = 30,
     gallery_most: Annotated[
-        int, typer.Option("--gallery-most", min=1, metavar="N", help="Pictures shown in all.")
+        int, typer.Option("--gallery-most", min=1, metavar="N", help="Number of pictures shown at most.")
     ] = 1000,
-    queue: Annotated[int, typer.Option("--queue", min=1, metavar="N", help="Pictures that may wait.")] = 64,
-    batch: Annotated[int, typer.Option("--batch", min=1, max=64, metavar="N", help="Pictures in one call.")] = 4,
+    queue: Annotated[int, typer.Option("--queue", min=1, metavar="N", help="Number of pictures that may wait.")] = 64,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, max=64, metavar="N", help="Number of pictures drawn in one call at most.")
+    ] = 4,
     blocked: Annotated[
-        Path | None, typer.Option("--blocked-words", metavar="FILE", help="Refuse prompts with one of these words.")
+        Path | None,
+        typer.Option(
+            "--blocked-words",
+            metavar="FILE",
+            help="Refuse prompts with a word from this file, one a line. (default: none)",
+        ),
     ] = None,
     image_filter: Annotated[
-        str | None, typer.Option("--image-filter", metavar="MODULE:NAME", help="A function that refuses pictures.")
+        str | None,
+        typer.Option(
+            "--image-filter", metavar="MODULE:NAME", help="A Python function that refuses pictures. (default: none)"
+        ),
     ] = None,
     no_filter: Annotated[
-        bool, typer.Option("--no-filter", help="Serve without the filter the model asks for.")
+        bool, typer.Option("--no-filter", help="Serve without the image filter that the model asks for.")
     ] = False,
     sign_with: Annotated[
-        Path | None, typer.Option("--sign-with", metavar="PEM", help="Sign pictures with this C2PA certificate chain.")
+        Path | None,
+        typer.Option(
+            "--sign-with", metavar="PEM", help="Sign pictures with this C2PA certificate chain. (default: unsigned)"
+        ),
     ] = None,
-    sign_key: Annotated[Path | None, typer.Option("--sign-key", metavar="PEM", help="The certificate's key.")] = None,
-    ray: Annotated[int, typer.Option("--ray", min=0, metavar="N", help="Run N replicas under Ray Serve.")] = 0,
-    ray_gpus: Annotated[float, typer.Option("--ray-gpus", min=0, metavar="X", help="GPUs of each replica.")] = 0.0,
+    sign_key: Annotated[
+        Path | None,
+        typer.Option("--sign-key", metavar="PEM", help="The private key of the certificate for --sign-with."),
+    ] = None,
+    ray: Annotated[
+        int, typer.Option("--ray", min=0, metavar="N", help="Run N replicas under Ray Serve; 0 serves without Ray.")
+    ] = 0,
+    ray_gpus: Annotated[
+        float,
+        typer.Option("--ray-gpus", min=0, metavar="X", help="Number of GPUs for each replica; a fraction shares one."),
+    ] = 0.0,
     unet: Unet = None,
     lora: Loras = None,
     tiny_vae: TinyVae = None,
@@ -101,7 +145,8 @@ def serve(
     compiling: Compile = None,
     quantizing: Quantize = None,
     metrics_for_all: Annotated[
-        bool, typer.Option("--metrics-for-all", help="Tell /metrics to every address, not only to this machine's.")
+        bool,
+        typer.Option("--metrics-for-all", help="Answer /metrics to every address. (default: this machine's alone)"),
     ] = False,
 ) -> None:
     """Serve the page, the realtime socket and the images API, until Ctrl-C."""
@@ -165,9 +210,9 @@ def check(settings: Settings, hooks: Hooks, model: str, added: dict[str, Any]) -
     from onestill.checkpoint import Additions, describe, resolve
 
     info = describe(resolve(model), Additions.of(**added))
-    words, looks = filters(info, hooks.blocked, hooks.image_filter, hooks.no_filter)
+    prompt_filter, image_filter = filters(info, hooks.blocked, hooks.image_filter, hooks.no_filter)
     signs = stamp(hooks.sign_with, hooks.sign_key)
-    return replace(settings, prompt_filter=words, image_filter=looks, stamp=signs)
+    return replace(settings, prompt_filter=prompt_filter, image_filter=image_filter, stamp=signs)
 
 
 def built(

@@ -20,16 +20,26 @@ MOST_NAMED = 10  # of the samples that could not be used
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="What to train, and how.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The recipe: what to train, and how.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set loop.seed=1. May be repeated."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change a setting of the recipe, such as loop.seed=1. May be repeated."
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the recipe and what it will cost, stop.")
+        bool, typer.Option("--dry-run", help="Check everything, print the recipe and what it costs, and stop.")
     ] = False,
-    devices: Annotated[int, typer.Option("--devices", min=0, metavar="N", help="How many a dry run plans for.")] = 0,
+    devices: Annotated[
+        int,
+        typer.Option(
+            "--devices",
+            min=0,
+            metavar="N",
+            help="Number of devices that a dry run plans for; 0 is as many as there are processes.",
+        ),
+    ] = 0,
 ) -> None:
     """Train one stage of a model as its recipe says. Ctrl-C, SIGTERM and SIGHUP save a checkpoint first.
 

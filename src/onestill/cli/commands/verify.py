@@ -15,11 +15,12 @@ __all__ = ["verify"]
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A PNG, JPEG or WebP.")], as_json: Json = False
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The picture, a PNG, JPEG or WebP file.")],
+    as_json: Json = False,
 ) -> None:
-    """Tell what a picture says of itself, and whether its C2PA signature holds.
+    """Print what a picture was drawn from, and whether its C2PA signature is valid.
 
-    Exits with 0, or with 1 where there is a manifest and it does not hold.
+    Exits with 1 if the picture has a C2PA manifest that is not valid, else with 0.
     """
     from onestill.serve.provenance import read_provenance
 
@@ -39,7 +40,7 @@ def show(found: dict[str, Any]) -> None:
     manifest = found.get("manifest")
     if "manifest" not in found:
         if util.find_spec("c2pa") is None:
-            note("whether it is signed is told with: pip install 'onestill[c2pa]'")
+            note("to check its signature: pip install 'onestill[c2pa]'")
     elif manifest is None:
         print("It is not signed.")
     elif manifest["state"] == "Invalid":

@@ -22,7 +22,7 @@ _DEFINITIONS = {
     "coverage": "Share of real pictures with a drawn one in their neighbourhood (out to the 5th nearest real one).",
     "CLIP score": "100 times the mean cosine between a picture's embedding and its caption's; not clipped.",
     "retrieval": "How often a picture's own caption is the nearest of {among} different captions; chance is {chance}.",
-    "style": "How often the asked style's words are nearest to the picture, among all styles of the set.",
+    "style": "How often the name of the wanted style is nearest to the picture, among all styles of the set.",
     "diversity": "Mean feature distance between seeds of one prompt, as a share of the mean distance between real "
     "pictures of different prompts. Noise raises it too: read it beside the Fréchet distance.",
     "colours": "Share of “a colour shape” pictures whose named colour covers more of the foreground than any other.",

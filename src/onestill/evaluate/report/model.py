@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Sheet:
-    """Rows of pictures with what they show in words.
+    """Rows of pictures under captions.
 
     Attributes:
         title: heads the section.
@@ -94,7 +94,7 @@ class About:
         sets: name -> where the prompts, pictures and networks come from and how many there are.
         command: the line that makes the report again.
         seed: the first of the prompts' seeds.
-        machine: see `onestill.bench.machine.machine_in_words`.
+        machine: see `onestill.bench.machine.machine_for_report`.
         versions: see `onestill.bench.machine.versions`.
         caveats: what the figures do not say.
     """

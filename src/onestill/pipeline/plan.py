@@ -1,0 +1,132 @@
+"""The settings that all images of a call share, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onestill import __version__
+from onestill.pipeline.checks import MOST_STEPS, checked_guidance, checked_pair, checked_size, checked_whole
+from onestill.pipeline.loaded import LoadedInfo
+from onestill.sampling import strength_timesteps
+
+__all__ = ["MicroConditioning", "Plan"]
+
+
+@dataclass(frozen=True)
+class MicroConditioning:
+    """What SDXL is conditioned on beside the prompt, in pixels; None is the size of the image that is drawn.
+
+    Attributes:
+        original_size: the (height, width) that the image is said to have had.
+        crops_coords_top_left: the (top, left) that is said to have been cut off.
+        target_size: the (height, width) that is said to be wanted.
+    """
+
+    original_size: tuple[int, int] | None
+    crops_coords_top_left: tuple[int, int]
+    target_size: tuple[int, int] | None
+
+    def checked(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """The six numbers; `size` (height, width) stands for what is None.
+
+        Raises:
+            SizeError: a value is not two whole numbers in their range.
+        """
+        return tuple(number for name, pair in vars(self).items() for number in checked_pair(name, pair, size))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The checked settings of a call.
+
+    Attributes:
+        info: the model's.
+        num_inference_steps: as it was asked for, or the model's own.
+        timesteps: falling, each one call of the network; fewer than the steps where `strength` is below 1.
+        guidance_scale: 1 is none.
+        sampler: one of `onestill.sampling.SAMPLERS`.
+        height, width: pixels.
+        strength: of image to image, else None.
+        micro_conditioning: SDXL's six numbers; None for other models.
+    """
+
+    info: LoadedInfo
+    num_inference_steps: int
+    timesteps: tuple[int, ...]
+    guidance_scale: float
+    sampler: str
+    height: int
+    width: int
+    strength: float | None
+    micro_conditioning: tuple[int, ...] | None
+
+    @classmethod
+    def of(
+        cls,
+        info: LoadedInfo,
+        *,
+        steps: int | None,
+        guidance_scale: float | None,
+        height: int | None,
+        width: int | None,
+        sampler: str | None,
+        strength: float | None,
+        micro_conditioning: MicroConditioning,
+    ) -> Plan:
+        """Check each setting; None is the model's own.
+
+        Raises:
+            SizeError, StepsError: a setting is out of its range.
+        """
+        steps = checked_whole("num_inference_steps", info.num_inference_steps if steps is None else steps, MOST_STEPS)
+        timesteps = info.timesteps(steps)
+        if strength is not None:
+            timesteps = strength_timesteps(timesteps, strength, info.schedule.num_train_timesteps)
+        size = checked_size(height, width, info)
+        numbers = micro_conditioning.checked(size)
+        return cls(
+            info=info,
+            num_inference_steps=steps,
+            timesteps=tuple(timesteps),
+            guidance_scale=checked_guidance(info.guidance_scale if guidance_scale is None else guidance_scale),
+            sampler=sampler or info.sampler,
+            height=size[0],
+            width=size[1],
+            strength=strength,
+            micro_conditioning=numbers if info.is_xl else None,
+        )
+
+    @property
+    def guides(self) -> bool:
+        """Whether guidance steers away from a negative prompt, at twice the work."""
+        return self.guidance_scale > 1 and not self.info.embeds_guidance
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """[C, h, w] of one image's latents."""
+        factor = self.info.vae_scale_factor
+        return self.info.latent_shape[0], self.height // factor, self.width // factor
+
+    def time_ids(self, count: int) -> NDArray[np.float32] | None:
+        """SDXL's numbers for each of `count` prompts, [count, 6]; None for other models."""
+        if self.micro_conditioning is None:
+            return None
+        return np.tile(np.array(self.micro_conditioning, dtype=np.float32), (count, 1))
+
+    def metadata(self, negative_prompt: str | None) -> dict[str, str]:
+        """What an image is drawn with beside its prompt and seed, as written into its file."""
+        info = self.info
+        return {
+            "num_inference_steps": str(self.num_inference_steps),
+            "sampler": self.sampler,
+            "guidance_scale": f"{self.guidance_scale:g}",
+            **({"negative_prompt": negative_prompt} if self.guides and negative_prompt else {}),
+            **({"strength": f"{self.strength:g}"} if self.strength is not None else {}),
+            "size": f"{self.width}x{self.height}",
+            "model": f"{info.name} {info.version}".strip(),
+            "engine": f"{info.engine} {info.dtype}",
+            "version": f"onestill {__version__}",
+        }
