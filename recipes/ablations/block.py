@@ -15,9 +15,9 @@ from onestill.train.recipe import Recipe, fill, option, read_recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One training: `set` are changes to `base` (the block's, unless told), `paper` is what the paper found.
+    """One training: `set` are changes to `base` (the block's by default), `paper` is what the paper found.
 
-    It is drawn with in each of `steps`, by `sampler` (the model's own, unless told).
+    It is drawn with in each of `steps`, by `sampler` (the model's own by default).
     """
 
     name: str

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from onestill.errors import RecipeError
-from onestill.train.recipe import METHODS, Recipe, parse_recipe, read_recipe
+from onestill.train.recipe import METHODS, Recipe, binding, parse_recipe, read_recipe
 
 
 def table(**more: Any) -> dict[str, Any]:
@@ -139,6 +139,12 @@ def test_fingerprint_leaves_out_length_place_and_bookkeeping() -> None:
     for change in ({"iterations": 3}, {"threads": 2}, {"log_every": 1}, {"checkpoint_every": 3}, {"device": "cuda"}):
         assert fingerprint(loop=change) == same
     assert fingerprint(diffusion={"sheet_prompts": ["a fox"]}) == same
+
+
+def test_what_an_older_checkpoint_says_of_bookkeeping_is_not_compared() -> None:
+    saved = json.loads(fingerprint())
+    saved["diffusion"]["sheet_prompts"] = ["an owl"]  # once a setting that bound a run
+    assert binding(saved) == json.loads(fingerprint())
 
 
 def test_fingerprint_keeps_what_changes_the_numbers() -> None:

@@ -41,14 +41,14 @@ TOKENS = 77
 
 @dataclass(frozen=True)
 class Use:
-    """How often a network runs for one sample of a step, and what of that is kept for going back."""
+    """How often a network runs for one sample of a step, and what of that is saved for the backward pass."""
 
     name: str
     parameters: int
     forwards: float
     backwards: float  # a pass back to inputs counts 1, to weights 1 more
     operations: float  # of one forward pass
-    kept_bytes: float = 0.0  # activations of one sample that wait for the backward pass
+    saved_bytes: float = 0.0  # activations of one sample that wait for the backward pass
 
 
 def estimate(recipe: Recipe, beside: Path, world: int = 1) -> dict[str, Any]:
@@ -93,10 +93,10 @@ def _uses(options: Any, beside: Path) -> tuple[list[Use], dict[str, int]]:
     student = add_lora(student, options.lora_rank) if options.lora_rank else student
     if options.gradient_checkpointing:
         student.train().enable_gradient_checkpointing()
-    kept = _kept(lambda: student(x, t, conditioning.text, **conditioning.added).sample, student)
+    saved = _saved_bytes(lambda: student(x, t, conditioning.text, **conditioning.added).sample, student)
     trained = {"student": sum(p.numel() for p in student.parameters() if p.requires_grad)}
     recompute = 1.0 if options.gradient_checkpointing else 0.0
-    uses = [Use("student", own, 1, (1 if options.lora_rank else 2) + recompute, once, kept)]
+    uses = [Use("student", own, 1, (1 if options.lora_rank else 2) + recompute, once, saved)]
     if not hasattr(options, "features"):  # consistency distillation: a guided teacher step, and f further down
         return [*uses, Use("teacher", size, 2, 0, forward), Use("target", 0, 1, 0, once)], trained
     distil, heads = options.distillation, options.heads
@@ -121,7 +121,7 @@ def _features(
         def look() -> Any:
             return teacher.encode(x.detach().requires_grad_(), t, conditioning)
 
-        uses.append(Use("teacher features", 0, 2, 1 + recompute, _operations(look), _kept(look, unet)))
+        uses.append(Use("teacher features", 0, 2, 1 + recompute, _operations(look), _saved_bytes(look, unet)))
         widths += teacher.widths
     if features.latents_too:
         widths.append(x.shape[1])
@@ -139,7 +139,7 @@ def _features(
             return vae.decode(z).sample
 
         times = 3 if options.distillation.space == "pixels" else 2
-        uses.append(Use("decoder", _size(vae), times, 1 + recompute, _operations(decode), _kept(decode, vae)))
+        uses.append(Use("decoder", _size(vae), times, 1 + recompute, _operations(decode), _saved_bytes(decode, vae)))
         shown = decode() if in_pixels else z
     if features.network == "vit":
         config = AutoConfig.for_model(**_config(Path(features.vit), beside / Path(features.vit).name))
@@ -170,7 +170,7 @@ def _seen(network: Any, shape: tuple[int, ...], options: Any) -> Use:
         return getattr(output, "last_hidden_state", output)
 
     forwards = 2 + options.heads.condition_on_image
-    return Use("feature network", _size(network), forwards, 1, _operations(see), _kept(see, network))
+    return Use("feature network", _size(network), forwards, 1, _operations(see), _saved_bytes(see, network))
 
 
 def _tower_config(features: FeatureOptions) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def _memory(recipe: Recipe, uses: list[Use], trained: dict[str, int], rows: floa
         "base of the LoRA": float((4 if recipe.loop.parallel == "fsdp" else frozen_bytes) * max(base, 0)) / sharded,
         "teacher": teacher,
         "other frozen": float(frozen_bytes * frozen),
-        "activations": rows * sum(use.kept_bytes for use in uses),
+        "activations": rows * sum(use.saved_bytes for use in uses),
     }
     return held | {"total": sum(held.values())}
 
@@ -222,22 +222,22 @@ def _operations(run: Callable[[], Any]) -> float:
     return float(counter.get_total_flops())
 
 
-def _kept(run: Callable[[], Any], network: nn.Module) -> float:
-    """Bytes of what a call keeps for its backward pass, the network's own weights left out."""
+def _saved_bytes(run: Callable[[], Any], network: nn.Module) -> float:
+    """Bytes of what a call saves for its backward pass, the network's own weights left out."""
     own = {p.untyped_storage()._cdata for p in network.parameters()}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
     alive = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
+            saved[storage._cdata] = storage.nbytes()
             alive.append(storage)  # so that no other takes its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
-    return float(sum(kept.values()))
+    return float(sum(saved.values()))
 
 
 def _unet(config: Any) -> Any:

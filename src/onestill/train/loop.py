@@ -2,7 +2,7 @@
 
     for each iteration:  take a batch -> method.step -> averages -> sheet -> log -> checkpoint
 
-Killed at any moment, `train(..., resume=True)` goes on from the last whole checkpoint to the same numbers, on the same
+Killed at any moment, `train(..., resume=True)` resumes from the last whole checkpoint to the same numbers, on the same
 device with the same number of threads. Several processes (`parallel`) run this same loop side by side.
 """
 

@@ -45,7 +45,7 @@ def generators(device: torch.device, seed: int) -> tuple[torch.Generator, torch.
 
 
 def restore(generator: torch.Generator, saved: Tensor) -> None:
-    """Put a generator into a saved state; one of another kind of device goes on from a seed that the state gives."""
+    """Put a generator into a saved state; one of another kind of device continues from a seed that the state gives."""
     if len(saved) == len(generator.get_state()):
         generator.set_state(saved)
     else:

@@ -54,7 +54,7 @@ class TrainState:
 
     @property
     def draw(self) -> Draw:
-        """Noise for the samples in hand, from `generator`."""
+        """Noise for the samples of this pass, from `generator`."""
         return Draw(self.generator, self.part, self.host)
 
     @property
@@ -68,7 +68,7 @@ class TrainState:
         decay = min(decay, (1 + self.iteration) / (10 + self.iteration))
         for role, mean in self.ema.items():
             if role not in self._pairs or self._pairs[role][0] is not mean:
-                current = trained(self.networks[role])  # a walk through all modules, once: these share their memory
+                current = trained(self.networks[role])  # a pass through all modules, once: these share their memory
                 pairs = [(local(value), local(current[name])) for name, value in mean.items()]
                 self._pairs[role] = mean, pairs
             floats = [pair for pair in self._pairs[role][1] if pair[0].is_floating_point()]

@@ -1,7 +1,7 @@
 """DiffAugment (Zhao et al. 2020, arXiv 2006.10738): what the heads look at is changed at random, and gradients pass.
 
 Heads that see only changed pictures cannot learn the real ones by heart. A real picture and the student's are changed
-alike, so that no change tells them apart. Written from the paper.
+alike, so that no change distinguishes them. Written from the paper.
 
 Shapes: B batch, C channels, H W height and width, of pixels or latents.
 """

@@ -1,7 +1,7 @@
 """What the heads see: feature networks on latents, on decoded pictures or on noised latents, under a random transform.
 
 A transform is drawn once an iteration and applied to the real samples and to the student's, so that nothing but the
-student tells them apart.
+student distinguishes them.
 
 Shapes: B batch, C latent channels, h w latent size, H W pixels, N tokens, D feature width.
 """

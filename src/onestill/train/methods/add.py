@@ -167,7 +167,7 @@ class Method(Distiller):
         with torch.set_grad_enabled(trains_student):
             fake = transform.features(x_theta, conditioning)  # F_k(x_theta)
 
-        # --- the discriminator's turn ---
+        # --- update the discriminator ---
         real_logits, fake_logits = self.heads(real, c), self.heads([one.detach() for one in fake], c)
         hinge = hinge_discriminator(real_logits, fake_logits)  # Eq. 3
         penalty = r1(real, real_logits) if adversarial.gamma_r1 else zero  # Eq. 3's R1, on the heads' inputs
@@ -176,7 +176,7 @@ class Method(Distiller):
         shown = {"hinge": hinge, "r1": penalty, **({"misaligned": wrong} if adversarial.misaligned else {})}
         yield "discriminator", loss, shown | mean_logits(real_logits, fake_logits)
 
-        # --- the student's turn, against the heads as they are now ---
+        # --- update the student, against the heads as they are now ---
         if trains_student:
             with frozen(self.discriminator):
                 fooled = hinge_generator(self.heads(fake, c))  # Eq. 2

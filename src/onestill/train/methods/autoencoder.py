@@ -55,7 +55,7 @@ class LossOptions:
 class Options(LossOptions):
     """Sizes of the network (blocks from full resolution to the smallest, for both halves) and weights of the losses.
 
-    `start` names an autoencoder's folder to go on from instead of random weights; it must have these sizes.
+    `start` names an autoencoder's folder to continue from instead of random weights; it must have these sizes.
     `moments` weighs how far each latent channel is from zero mean and unit variance. `adversarial_from` is the
     iteration at which the patch discriminator joins; its weight 0 leaves it out. The first `adversarial_warmup`
     iterations after that train the discriminator alone.

@@ -115,8 +115,8 @@ class Method:
 
         # --- the encoder: a quarter is enough, as all but its first layers were trained before ---
         some = x[: max(1, len(x) // 4)]
-        kept = F.mse_loss(most_likely_latents(self.autoencoder, some) * self.old.scale, clean[: len(some)])
-        yield "encoder", kept, {"kept": kept}
+        error = F.mse_loss(most_likely_latents(self.autoencoder, some) * self.old.scale, clean[: len(some)])
+        yield "encoder", error, {"kept": error}
 
         # --- the decoder: the picture, as far as its latents know it, and always that it looks like one ---
         l1, edges = (known * (y - target).abs()).mean(), gradient_difference(known * target, known * y)

@@ -37,7 +37,7 @@ from onestill.train.unet import UNetOptions, build_unet, check_cached
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """`unet` describes the network; `start` names a UNet folder to go on from instead of random weights.
+    """`unet` describes the network; `start` names a UNet folder to continue from instead of random weights.
 
     `optimizer` "muon" is Muon at `muon_lr` for the inner matrices and convolutions, AdamW at `lr` for the rest.
     `timesteps` "log_snr" draws them so that log-SNR is about normal, with mean `log_snr_mean` and deviation

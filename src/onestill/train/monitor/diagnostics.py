@@ -42,7 +42,7 @@ SIGNS: dict[str, tuple[Callable[[Row], bool], str]] = {
     ),
     "blind": (
         _blind,
-        "the heads tell nothing apart (hinge near 2 for each): lower adversarial.weight, as the student may outrun "
+        "the heads distinguish nothing (hinge near 2 for each): lower adversarial.weight, as the student may outrun "
         "them, raise heads.lr, or look at the feature network.",
     ),
     "steep": (_steep, "R1 is above 10000: the heads are very steep in their features. Raise adversarial.gamma_r1."),
