@@ -203,7 +203,7 @@ def test_pictures_and_images_round_trip() -> None:
 
 
 def test_a_tokenizers_attention_mask_is_passed_only_where_the_config_asks(tiny_folder: Path, tmp_path: Path) -> None:
-    from onestill.export.folder import export_openvino
+    from onestill.export.shared_weights import export_openvino
 
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "tiny"))
     (folder / "onestill.json").unlink()

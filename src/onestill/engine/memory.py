@@ -14,7 +14,7 @@ from onestill.checkpoint.files import NETWORKS
 from onestill.checkpoint.header import read_header
 from onestill.errors import NotEnoughMemoryError, require
 
-__all__ = ["check_memory", "check_memory_left", "is_memory_error", "memory_told", "parameters"]
+__all__ = ["check_memory", "check_memory_left", "explain_oom", "is_memory_error", "parameters"]
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What libraries call running out of memory. First torch, CUDA, Triton and other vendors' GPUs; then cuBLAS, cuSOLVER,
@@ -81,7 +81,7 @@ def is_memory_error(error: BaseException) -> bool:
 
 
 @contextmanager
-def memory_told(device: object, doing: str) -> Iterator[None]:
+def explain_oom(device: object, doing: str) -> Iterator[None]:
     """Turn running out of memory in the body into one sentence, and give back what was taken.
 
     Args:

@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onestill.checkpoint import ModelInfo
-from onestill.engine.openvino.icons import EXACT, OpenVinoEngine, read_graph
-from onestill.engine.openvino.int8 import DYNAMIC, FORMAT, INT8, Int8, Layers, layer_nodes, quantize, read_int8
-from onestill.engine.openvino.ir import FOLDER, read_index
+from onestill.engine.openvino.engine import OpenVinoEngine
+from onestill.engine.openvino.int8 import DYNAMIC, Layers, layer_nodes, quantize
+from onestill.engine.openvino.shared_weights import EXACT, FOLDER, INT8, INT8_FORMAT, Int8, read_index, read_int8
 from onestill.engine.protocol import Conditioning, first_latents
 from onestill.noise import noise_source
 from onestill.sampling import sample
@@ -96,7 +96,7 @@ def _write(info: ModelInfo, int8: Int8, each: Mapping[str, Mapping[str, float]] 
         part: {name: None if at is None else [float(f"{value:.4g}") for value in at] for name, at in layers.items()}
         for part, layers in int8.parts.items()
     }
-    found = {"format": FORMAT, "psnr_db": int8.psnr_db, "pictures": int8.pictures, "alone_psnr_db": each or {}}
+    found = {"format": INT8_FORMAT, "psnr_db": int8.psnr_db, "pictures": int8.pictures, "alone_psnr_db": each or {}}
     (info.path / FOLDER / INT8).write_text(json.dumps(found | {"parts": parts}, indent=1) + "\n")
     written = read_int8(info.path)
     assert written is not None
@@ -158,7 +158,7 @@ def _compiled(model: Any, config: Mapping[str, Any] | None = None) -> Any:
 
 def _ranges(info: ModelInfo, part: str, calls: Sequence[Arrays]) -> Layers:
     """The range of every layer's input."""
-    model, _space = read_graph(openvino.Core(), read_index(info.path)[part], 1)
+    model, _space = read_index(info.path)[part].model(openvino.Core(), (1, *info.latent_shape))
     nodes = layer_nodes(model)
     watched = openvino.Model([opset13.result(node.input_value(0)) for node in nodes.values()], model.get_parameters())
     request = _compiled(watched)
@@ -175,16 +175,16 @@ def _ranges(info: ModelInfo, part: str, calls: Sequence[Arrays]) -> Layers:
 
 def _moved(info: ModelInfo, calls: Sequence[Arrays]) -> dict[str, float]:
     """How far the rounding of each layer of the text encoder, alone, moves its states, as a part of their norm."""
-    files = read_index(info.path)["text_encoder"]
+    files, shape = read_index(info.path)["text_encoder"], (1, info.max_tokens)
 
     def states(layers: Layers) -> NDArray[np.float32]:
-        model, _space = read_graph(openvino.Core(), files, 1)
+        model, _space = files.model(openvino.Core(), shape)
         quantize(model, layers)
         request = _compiled(model, DYNAMIC)
         return np.concatenate([np.array(request.infer(inputs)[0]) for inputs in calls])
 
     exact = states({})
-    names = layer_nodes(read_graph(openvino.Core(), files, 1)[0])
+    names = layer_nodes(files.model(openvino.Core(), shape)[0])
     whole = np.linalg.norm(exact).item()
     return {name: np.linalg.norm(states({name: None}) - exact).item() / whole for name in names}
 

@@ -179,7 +179,7 @@ def found_model(
     weights = {"model": str(folder)} | ({"tiny_vae": tiny} if tiny else {})
     if engine != "openvino":
         return folder, weights
-    from onestill.export.stable_diffusion import export_sd
+    from onestill.export.stored_weights import export_sd
 
     info = describe(folder, Additions(tiny_vae=Path(tiny) if tiny else None))
     kept = "int8" if in_int8 else "float16"

@@ -1,4 +1,4 @@
-"""OpenVINO's form of a model, kept without a second copy of the weights.
+"""Graphs that share the weights of a model's safetensors files: OpenVINO's form without a second copy of them.
 
 OpenVINO stores a network as an `.xml` graph whose constants point, by offset and size, into one file of raw bytes. A
 safetensors file is a header and then raw bytes too, and the network's weights are the same ones. So the graphs here,
@@ -7,28 +7,51 @@ gzipped to a twentieth, point into a space that is never stored as one file:
     [ the component's safetensors file | zeros up to a multiple of 64 | part.bin, the few constants not found in it ]
 
 `openvino/index.json` says, for each of PARTS, which safetensors file that is, with its size and SHA-256, because the
-offsets and the constants in `part.bin` hold for no other file.
+offsets and the constants in `part.bin` hold for no other file. `onestill.export.shared_weights` writes all of it.
+
+`openvino/int8.json` names, for each network that int8 draws well enough, the layers that compute in it, each with the
+measured range [low, high] of its input, or null. They are made from the float16 weights when a network is first
+compiled (`onestill.engine.openvino.int8.quantize`); no copy is stored.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import json
-import re
-import struct
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from onestill.engine.openvino.runtime import openvino
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onestill.checkpoint import read_json, sha256
+from onestill.checkpoint import ModelInfo, read_json, sha256
+from onestill.engine.openvino.cpu import fastest_float, multiplies_int8
+from onestill.engine.openvino.int8 import DYNAMIC, Layers, quantize
+from onestill.engine.openvino.network import static_shapes
+from onestill.engine.openvino.private_api import UNCHAINED, can_unchain
 from onestill.errors import CheckpointError
 
-__all__ = ["FOLDER", "PARTS", "PartFiles", "point_into_weights", "read_index"]
+__all__ = [
+    "ALIGNMENT",
+    "EXACT",
+    "FOLDER",
+    "FORMAT",
+    "INT8",
+    "INT8_FORMAT",
+    "PARTS",
+    "Int8",
+    "PartFiles",
+    "SharedWeights",
+    "aligned",
+    "has_int8",
+    "read_index",
+    "read_int8",
+]
 
 FOLDER = "openvino"
 # `time` is the UNet's embedding of the timestep. It is a graph of its own because it must stay in float32 (to bfloat16,
@@ -42,11 +65,10 @@ PARTS: Mapping[str, str] = {
 }
 FORMAT = 2
 ALIGNMENT = 64
-SMALLEST = 64  # bytes; below it equal bytes mean little, and a copy costs nothing
-# Where a node came from, by names that OpenVINO counts up over a process: nobody reads them, and no two runs agree.
-ORIGINS = re.compile(r'\s*<attribute name="fused_names"[^>]*/>')
-EMPTY_INFO = re.compile(r"\s*<rt_info>\s*</rt_info>")
-CONSTANT = re.compile(r'(<data element_type="[^"]*" shape="[^"]*" offset=")(\d+)(" size=")(\d+)(")')
+INT8 = "int8.json"
+INT8_FORMAT = 1
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+EXACT: Mapping[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +110,7 @@ class PartFiles:
         """
         try:
             graph, rest = gzip.decompress(self.graph.read_bytes()), self.rest.read_bytes()
-            start = _aligned(self.weights_bytes)
+            start = aligned(self.weights_bytes)
             space = np.zeros(start + len(rest), dtype=np.uint8)
             with self.weights.open("rb") as file:
                 found = file.readinto(space[: self.weights_bytes].data) + len(file.read(1))
@@ -104,9 +126,20 @@ class PartFiles:
         space[start:] = np.frombuffer(rest, dtype=np.uint8)
         return graph, space
 
+    def model(self, core: Any, shape: tuple[int, ...]) -> tuple[Any, NDArray[np.uint8]]:
+        """The network for a first input of `shape`, and the memory that its constants point into.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        graph, space = self.read()
+        model = core.read_model(graph, openvino.Tensor(space, shared_memory=True))
+        model.reshape(static_shapes(model, shape))
+        return model, space
+
 
 def read_index(folder: Path) -> dict[str, PartFiles]:
-    """Every part of the model in `folder` -> its files. See `onestill.export.folder` for the writer.
+    """Every part of the model in `folder` -> its files.
 
     Raises:
         CheckpointError: there is no index, it is of another format, or it does not name every part.
@@ -129,58 +162,123 @@ def read_index(folder: Path) -> dict[str, PartFiles]:
         raise CheckpointError(f"'{folder}/{FOLDER}/index.json' is damaged; copy the model again.") from error
 
 
-def write_index(folder: Path, parts: Mapping[str, Path], openvino_version: str) -> None:
-    """Write `index.json` into `folder`, which holds the parts' graphs; `parts` names each one's weights."""
-    found = {
-        part: {"weights": f"{PARTS[part]}/{path.name}", "size": path.stat().st_size, "sha256": sha256(path)}
-        for part, path in parts.items()
-    }
-    index = {"format": FORMAT, "openvino": openvino_version, "parts": found}
-    (folder / "index.json").write_text(json.dumps(index, indent=2) + "\n")
+def aligned(size: int) -> int:
+    """The next multiple of ALIGNMENT."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def point_into_weights(graph: str, constants: bytes, weights: Path) -> tuple[str, bytes]:
-    """Turn a graph that points into `constants` into one that points into the space of `PartFiles`.
+# --- int8 -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Int8:
+    """How a model computes in int8, and how near to float32 that draws.
+
+    Attributes:
+        parts: the layers of each network that has any.
+        psnr_db: of the pictures with all of these networks against float32's: "mean" and "worst", over `pictures`.
+        pictures: how many that was measured on.
+    """
+
+    parts: Mapping[str, Layers] = field(default_factory=dict)
+    psnr_db: Mapping[str, float] = field(default_factory=dict)
+    pictures: int = 0
+
+
+def has_int8(folder: Path) -> bool:
+    """Whether the model in `folder` was ever measured in int8."""
+    return (folder / FOLDER / INT8).is_file()
+
+
+def read_int8(folder: Path) -> Int8 | None:
+    """What the model in `folder` computes in int8, or None where it has no such form.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    if not has_int8(folder):
+        return None
+    found = read_json(folder, f"{FOLDER}/{INT8}")
+    try:
+        if found["format"] != INT8_FORMAT:
+            raise CheckpointError(f"'{folder}' has an int8 form of another version; update onestill, or export again.")
+        parts = {
+            part: {str(name): None if at is None else (float(at[0]), float(at[1])) for name, at in one.items()}
+            for part, one in found["parts"].items()
+            if part in PARTS
+        }
+        return Int8(parts, {name: float(value) for name, value in found["psnr_db"].items()}, int(found["pictures"]))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"'{folder}/{FOLDER}/{INT8}' is damaged; copy the model again.") from error
+
+
+# --- the source of an engine's networks -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """See `onestill.engine.openvino.network.Graph`."""
+
+    name: str
+    files: PartFiles
+    options: Mapping[str, Any]
+    layers: Layers
+
+    @property
+    def path(self) -> Path:
+        return self.files.graph
+
+    def fingerprint(self) -> str:
+        """Of all files, and of the layers in int8."""
+        return f"{self.files.fingerprint()} {sorted(self.layers.items())}"
+
+    def read(self, core: Any, shape: tuple[int, ...]) -> tuple[Any, NDArray[np.uint8]]:
+        model, space = self.files.model(core, shape)
+        quantize(model, self.layers)
+        return model, space
+
+
+class SharedWeights:
+    """A model's networks in this form.
 
     Args:
-        graph: the `.xml` that OpenVINO wrote.
-        constants: the `.bin` beside it.
-        weights: a safetensors file that holds most of the same constants, byte for byte.
+        info: the model; its folder must have the form.
+        quick_start: see `onestill.engine.openvino.engine.OpenVinoEngine`.
 
-    Returns:
-        The changed graph, and the constants that are not in `weights`.
+    Raises:
+        CheckpointError: the form is incomplete or of another version.
     """
-    places = _tensor_places(weights)
-    start = _aligned(weights.stat().st_size)
-    rest = bytearray()
-    moved: dict[bytes, int] = {}
 
-    def move(match: re.Match[str]) -> str:
-        offset, size = int(match[2]), int(match[4])
-        value = constants[offset : offset + size]
-        place = places.get(value) if size >= SMALLEST else None
-        if place is None and value not in moved:
-            rest.extend(bytes(_aligned(len(rest)) - len(rest)))
-            moved[value] = start + len(rest)
-            rest.extend(value)
-        return f"{match[1]}{moved[value] if place is None else place}{match[3]}{size}{match[5]}"
+    is_large = False
 
-    graph = EMPTY_INFO.sub("", ORIGINS.sub("", graph))
-    return CONSTANT.sub(move, graph), bytes(rest)
+    def __init__(self, info: ModelInfo, *, quick_start: bool = False) -> None:
+        int8 = read_int8(info.path)
+        self._int8: Mapping[str, Layers] = int8.parts if int8 is not None else {}
+        self._files = read_index(info.path)
+        self._quick_start = quick_start
+        self.has_int8 = bool(self._int8)
+        self.decoder_scale = info.scaling_factor
 
+    def fastest_dtype(self, core: Any) -> str:
+        """What the CPU computes this model fastest in: int8 where its quality in that was measured and found good."""
+        fastest = fastest_float(core)
+        return "int8" if self.has_int8 and multiplies_int8(fastest == "bfloat16") else fastest
 
-def _tensor_places(weights: Path) -> dict[bytes, int]:
-    """The bytes of every tensor in a safetensors file -> where in the file they start."""
-    data = weights.read_bytes()
-    length = 8 + struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8:length])
-    spans = [(length + begin, length + end) for begin, end in _offsets(header)]
-    return {data[begin:end]: begin for begin, end in spans}
-
-
-def _offsets(header: Mapping[str, Mapping[str, list[int]]]) -> list[tuple[int, int]]:
-    return [(at["data_offsets"][0], at["data_offsets"][1]) for at in header.values() if "data_offsets" in at]
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    def graphs(self, core: Any, dtype: str) -> Iterator[_Graph]:
+        """Every network, to be computed in `dtype`."""
+        int8 = self._int8 if dtype == "int8" else {}
+        # Beside int8 the other networks are in the fastest float type; float layers of int8 networks are exact.
+        precision = PRECISIONS[fastest_float(core) if dtype == "int8" else dtype]
+        # A text encoder without kernels for chains of operations is as fast, and its output is the same. A UNet is
+        # slower; int8 layers of given ranges come out wrong (26 dB).
+        unchained = ["text_encoder", *(["unet"] if self._quick_start else [])] if can_unchain(core) else []
+        for part, files in self._files.items():
+            layers = int8.get(part, {})
+            options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision}
+            if part == "time" or layers:
+                options |= EXACT
+            if part in unchained and not any(layers.values()):
+                options |= UNCHAINED
+            if None in layers.values():
+                options |= DYNAMIC
+            yield _Graph(part, files, options, layers)

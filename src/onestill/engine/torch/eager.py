@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from onestill.checkpoint import ModelInfo
 from onestill.engine.device import choose, default_dtype
-from onestill.engine.memory import check_memory, memory_told
+from onestill.engine.memory import check_memory, explain_oom
 from onestill.engine.protocol import Conditioning, doubled, to_images
 from onestill.errors import NotFiniteError, OnestillError
 from onestill.networks.inference import Networks, most_likely_latents, to_uint8
@@ -61,7 +61,7 @@ class TorchEngine:
         if parts["vae"].dtype != DTYPES[self.dtype] and _has_bfloat16(self._device):
             parts["vae"] = parts["vae"].to(torch.bfloat16)  # its range is float32's, at half the time
         exact_output(parts["unet"], info.schedule.prediction_type)
-        with memory_told(self._device, "hold the model"):
+        with explain_oom(self._device, "hold the model"):
             self._networks = Networks(info, {name: part.to(self._device) for name, part in parts.items()})
 
     def warm_ups(self, most: int) -> tuple[int, ...]:
@@ -72,7 +72,7 @@ class TorchEngine:
         """Encode B prompts."""
         tokens = [tokenize(prompts) for tokenize in self._tokenizers]
         states, pooled = [], []
-        with torch.inference_mode(), memory_told(self._device, f"encode {len(prompts)} prompts"):
+        with torch.inference_mode(), explain_oom(self._device, f"encode {len(prompts)} prompts"):
             for start in range(0, len(prompts), TOGETHER):
                 found = self._networks.states(*self._inputs(tokens, slice(start, start + TOGETHER)))
                 states.append(_to_numpy(found[0]))
@@ -91,7 +91,7 @@ class TorchEngine:
     def denoise(self, latents: NDArray[np.float32], timestep: int, conditioning: Conditioning) -> NDArray[np.float32]:
         """Latents [B, C, h, w] -> the network's output, of the same shape."""
         outputs = []
-        with torch.inference_mode(), memory_told(self._device, _drawing(latents, self.info)):
+        with torch.inference_mode(), explain_oom(self._device, _drawing(latents, self.info)):
             for start in range(0, len(latents), TOGETHER):
                 part = slice(start, start + TOGETHER)
                 told = conditioning[part]
@@ -109,7 +109,7 @@ class TorchEngine:
             NotFiniteError: the network's or the autoencoder's numbers left every range.
         """
         pictures = []
-        with torch.inference_mode(), memory_told(self._device, _drawing(latents, self.info)):
+        with torch.inference_mode(), explain_oom(self._device, _drawing(latents, self.info)):
             for start in range(0, len(latents), TOGETHER):
                 z = self._to_torch(latents[start : start + TOGETHER], torch.float32)
                 try:
@@ -121,7 +121,7 @@ class TorchEngine:
     def encode_image(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Pictures [B, H, W, 3] -> latents [B, C, h, w]."""
         latents = []
-        with torch.inference_mode(), memory_told(self._device, "encode the picture"):
+        with torch.inference_mode(), explain_oom(self._device, "encode the picture"):
             for start in range(0, len(pictures), TOGETHER):
                 image = self._to_torch(to_images(pictures[start : start + TOGETHER]), torch.float32)
                 latents.append(_to_numpy(self._networks.latents(image)))

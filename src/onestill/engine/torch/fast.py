@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onestill.checkpoint import ModelInfo
-from onestill.engine.memory import memory_told
+from onestill.engine.memory import explain_oom
 from onestill.engine.protocol import Drawn, Job, TorchOptions
 from onestill.engine.torch.compiling import compiled, prepared, run_as_asked, save_compiled
 from onestill.engine.torch.cuda_graphs import Buckets, Graphs, Recorder
@@ -119,7 +119,7 @@ class FastEngine(TorchEngine):
         doing = f"draw {len(job.prompts)} pictures of {width}x{height}"
         with self._lock, torch.inference_mode(), _current(self._device):
             try:
-                with memory_told(self._device, doing):
+                with explain_oom(self._device, doing):
                     for first in range(0, len(job.prompts), BATCHES[-1]):
                         found.append(self._draw(job, slice(first, first + BATCHES[-1])))
             except MemoryError:
