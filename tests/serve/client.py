@@ -17,8 +17,8 @@ from onestill.pipeline import Pipeline
 from onestill.serve.access.quota import COOKIE, Access
 from onestill.serve.gallery.store import Gallery
 from onestill.serve.run import listen, make_server
-from onestill.serve.web.realtime import unpacked
-from onestill.serve.web.state import Server, Settings
+from onestill.serve.web.messages import unpack
+from onestill.serve.web.server import Server, Settings
 
 
 @dataclass
@@ -102,7 +102,7 @@ def answer_on(socket: ClientConnection, timeout: float = 60) -> tuple[dict[str, 
     message = socket.recv(timeout=timeout)
     if isinstance(message, str):
         return json.loads(message), b""
-    header, data = unpacked(message)
+    header, data = unpack(message)
     return header, data
 
 

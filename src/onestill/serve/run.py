@@ -18,9 +18,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from onestill.errors import OnestillError
 from onestill.serve.process import settle
 from onestill.serve.web.app import create_app
-from onestill.serve.web.state import Server
+from onestill.serve.web.server import Server
 
-__all__ = ["listen", "make_front", "make_server", "run"]
+__all__ = ["listen", "make_proxy_server", "make_server", "run"]
 
 HEADERS_S = 10.0  # a connection that has not asked anything by then is closed
 KEEP_ALIVE_S = 30  # one that was answered may be silent for so long, and then has the time above
@@ -72,10 +72,10 @@ def make_server(
     return _Running(config, lambda: server.scheduler.close(DRAIN_S), ready)
 
 
-def make_front(
+def make_proxy_server(
     app: ASGIApp, message_bytes: int, *, trusted_proxies: str | None = None, ready: Callable[[], None] | None = None
 ) -> uvicorn.Server:
-    """As `make_server`, for an application that stands before servers: nothing of its own is drained."""
+    """As `make_server`, for a proxy before servers, which has no scheduler to drain."""
     _allow_connections()
     return _Running(_config(app, message_bytes, trusted_proxies, lifespan="off"), lambda: None, ready)
 

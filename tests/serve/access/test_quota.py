@@ -13,10 +13,11 @@ from websockets.exceptions import ConnectionClosed
 from onestill.errors import OnestillError
 from onestill.pipeline import Pipeline
 from onestill.serve.access import quota as access_module
+from onestill.serve.access.keys import Key, hash_of, new_key, read_keys
 from onestill.serve.access.ledger import Ledger
-from onestill.serve.access.quota import COOKIE, Access, Key, hash_of, new_key, read_keys
+from onestill.serve.access.quota import COOKIE, Access
 from onestill.serve.web.app import create_app
-from onestill.serve.web.state import Server, Settings
+from onestill.serve.web.server import Server, Settings
 from tests.serve.client import Answer, Served, answer_on, cookie_of, serving
 from tests.serve.web.test_images import png
 

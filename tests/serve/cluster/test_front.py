@@ -1,4 +1,4 @@
-"""The front: a server behind it is killed, another comes in its place, and nobody before it loses anything."""
+"""The proxy: a server behind it is killed, another comes in its place, and no client loses anything."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from websockets.sync.client import connect
 
 from benchmarks.serve.server import running
 from onestill.pipeline import Pipeline
-from onestill.serve.cluster.proxy import FromFront, Front
-from onestill.serve.cluster.proxy_socket import _id_in, tries
-from onestill.serve.run import listen, make_front
+from onestill.serve.cluster.proxy import Proxy
+from onestill.serve.cluster.proxy_socket import _id_in
+from onestill.serve.cluster.upstream import ClientFromProxy, Upstream, retries
+from onestill.serve.run import listen, make_proxy_server
 from onestill.serve.web.guard import Guard
-from onestill.serve.web.realtime import packed
+from onestill.serve.web.messages import pack
 from onestill.serve.web.requests import Bounds
-from onestill.serve.web.state import Settings
+from onestill.serve.web.server import Settings
 from tests.serve.client import Served, answer_on, serving
 from tests.serve.web.test_images import png
 
@@ -34,13 +35,13 @@ PROOF = "proof"
 
 
 @contextmanager
-def fronted(port: int, patience_s: float = 60.0) -> Iterator[Served]:
-    """A front before whatever listens at a port."""
+def proxied(port: int, patience_s: float = 60.0) -> Iterator[Served]:
+    """A proxy before whatever listens at a port."""
     bounds = Bounds()
-    front = Front("127.0.0.1", port, proof=PROOF, message_bytes=bounds.message, patience_s=patience_s)
+    proxy = Proxy(Upstream("127.0.0.1", port, PROOF, bounds.message, patience_s))
     with listen("127.0.0.1", 0) as bound:
         started = threading.Event()
-        server = make_front(Guard(front, (), (), bounds.body, lambda *told: None), bounds.message, ready=started.set)
+        server = make_proxy_server(Guard(proxy, (), (), bounds.body), bounds.message, ready=started.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         assert started.wait(20)
@@ -60,23 +61,23 @@ def free_port() -> int:
 
 
 def test_what_goes_through_is_what_would_have_come(tiny_pipe: Pipeline) -> None:
-    with serving(tiny_pipe) as served, fronted(served.port) as front:
+    with serving(tiny_pipe) as served, proxied(served.port) as proxy:
         for path in ("/", "/web/page.js", "/v1/models", "/healthz", "/openapi.json", "/nowhere", "/v1/models/x"):
-            alone, through = served.ask("GET", path), front.ask("GET", path)
+            alone, through = served.ask("GET", path), proxy.ask("GET", path)
             assert (through.status, through.body) == (alone.status, alone.body), path
             assert through.headers["content-security-policy"] == alone.headers["content-security-policy"]
-        drawn, again = front.draw(seed=3), served.draw(seed=3)
+        drawn, again = proxy.draw(seed=3), served.draw(seed=3)
         assert drawn.json["data"] == again.json["data"]
-        assert front.edit(png(), seed="3").status == 200
-        assert front.draw(n=11).error["code"] == "invalid_value"
-        events = front.draw(n=3, seed=1, stream=True)
+        assert proxy.edit(png(), seed="3").status == 200
+        assert proxy.draw(n=11).error["code"] == "invalid_value"
+        events = proxy.draw(n=3, seed=1, stream=True)
         assert events.headers["content-type"].startswith("text/event-stream")
         assert events.body.count(b"event: image_generation.completed") == 3
         assert events.body.endswith(b"data: [DONE]\n\n")
         evil = {"origin": "https://evil.example"}
-        assert front.ask("POST", "/v1/images/generations", {"prompt": "a"}, evil).status == 403
-        assert front.ask("GET", "/", headers={"host": "evil.example"}).status == 403
-        with front.live(subprotocols=["onestill.v1"]) as live:
+        assert proxy.ask("POST", "/v1/images/generations", {"prompt": "a"}, evil).status == 403
+        assert proxy.ask("GET", "/", headers={"host": "evil.example"}).status == 403
+        with proxy.live(subprotocols=["onestill.v1"]) as live:
             assert live.subprotocol == "onestill.v1"
             for name in range(3):
                 live.send(json.dumps({"id": name, "prompt": "a", "seed": name}))
@@ -87,7 +88,7 @@ def test_what_goes_through_is_what_would_have_come(tiny_pipe: Pipeline) -> None:
             assert answer_on(live)[0]["error"]["code"] == "invalid_body"
         with (
             pytest.raises((ConnectionClosed, InvalidStatus)),
-            connect(f"ws://127.0.0.1:{front.port}/v1/nothing", proxy=None) as live,
+            connect(f"ws://127.0.0.1:{proxy.port}/v1/nothing", proxy=None) as live,
         ):
             live.recv(timeout=20)
 
@@ -107,25 +108,25 @@ def test_a_request_that_fails_is_asked_once(tiny_pipe: Pipeline) -> None:
         asked.append(len(images))
         raise RuntimeError
 
-    with serving(tiny_pipe, Settings(image_filter=broken)) as served, fronted(served.port, patience_s=2) as front:
-        answer = front.draw()
+    with serving(tiny_pipe, Settings(image_filter=broken)) as served, proxied(served.port, patience_s=2) as proxy:
+        answer = proxy.draw()
         assert (answer.status, answer.error["code"]) == (500, "server_fault")
         assert asked == [1]
 
 
-def test_the_front_reads_ids_as_a_replica_does() -> None:
+def test_the_proxy_reads_ids_as_a_replica_does() -> None:
     assert _id_in('{"id": 3, "prompt": 5}', 2**20) == 3
-    assert _id_in(packed({"id": 3}, b"x"), 100) == 3
-    for message in ('{"id": 3, "prompt": "' + "a" * 2**16 + '"}', packed({"id": 3}, b"x" * 100), "[3]", "{"):
+    assert _id_in(pack({"id": 3}, b"x"), 100) == 3
+    for message in ('{"id": 3, "prompt": "' + "a" * 2**16 + '"}', pack({"id": 3}, b"x" * 100), "[3]", "{"):
         assert _id_in(message, 100) is None
 
 
 def test_nobody_answers(tiny_pipe: Pipeline) -> None:
-    with fronted(free_port(), patience_s=0.3) as front:
-        answer = front.draw()
+    with proxied(free_port(), patience_s=0.3) as proxy:
+        answer = proxy.draw()
         assert (answer.status, answer.error["code"]) == (503, "closing")
         assert "retry-after" in answer.headers
-        with pytest.raises((ConnectionClosed, InvalidStatus)), front.live():
+        with pytest.raises((ConnectionClosed, InvalidStatus)), proxy.live():
             pass
 
 
@@ -136,13 +137,13 @@ def test_a_server_is_killed_and_nothing_accepted_is_lost(tiny_folder: Path) -> N
     statuses: Counter[int] = Counter()
     ended = threading.Event()
 
-    def draw(front: Served) -> None:
+    def draw(proxy: Served) -> None:
         """No client tries anything twice."""
         while not ended.is_set():
-            statuses[front.draw(num_inference_steps=4).status] += 1
+            statuses[proxy.draw(num_inference_steps=4).status] += 1
 
-    def stream(front: Served, found: list[Any], seen: threading.Event) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", front.port, timeout=120)
+    def stream(proxy: Served, found: list[Any], seen: threading.Event) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=120)
         body = json.dumps({"prompt": "a", "n": 10, "num_inference_steps": 50, "stream": True})
         connection.request("POST", "/v1/images/generations", body, {"content-type": "application/json"})
         for line in connection.getresponse():
@@ -153,12 +154,12 @@ def test_a_server_is_killed_and_nothing_accepted_is_lost(tiny_folder: Path) -> N
                 found.append("done")
         connection.close()
 
-    with fronted(port) as front, running(options) as first:
-        threads = [threading.Thread(target=draw, args=(front,)) for _ in range(3)]
+    with proxied(port) as proxy, running(options) as first:
+        threads = [threading.Thread(target=draw, args=(proxy,)) for _ in range(3)]
         found: list[Any] = []
         seen = threading.Event()
-        threads.append(threading.Thread(target=stream, args=(front, found, seen)))
-        with front.live() as live:
+        threads.append(threading.Thread(target=stream, args=(proxy, found, seen)))
+        with proxy.live() as live:
             for name in range(3):
                 live.send(json.dumps({"id": name, "prompt": "a", "num_inference_steps": 50}))
             for thread in threads:
@@ -180,7 +181,7 @@ def test_a_server_is_killed_and_nothing_accepted_is_lost(tiny_folder: Path) -> N
     assert sorted(seeds) == list(range(min(seeds), min(seeds) + 10))  # each once, the killed server's too
 
 
-def test_who_asks_is_who_the_front_says() -> None:
+def test_who_asks_is_who_the_proxy_says() -> None:
     seen: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -188,7 +189,7 @@ def test_who_asks_is_who_the_front_says() -> None:
 
     async def ask(proof: str) -> None:
         headers = [(b"x-onestill-front", proof.encode()), (b"x-onestill-client", b"10.0.0.7")]
-        await FromFront(app, PROOF)({"type": "http", "client": ("127.0.0.1", 1), "headers": headers}, None, None)  # type: ignore[arg-type]
+        await ClientFromProxy(app, PROOF)({"type": "http", "client": ("127.0.0.1", 1), "headers": headers}, None, None)  # type: ignore[arg-type]
 
     import asyncio
 
@@ -201,6 +202,6 @@ def test_the_pauses_between_tries_grow_and_end() -> None:
     import asyncio
 
     async def count() -> int:
-        return len([number async for number in tries(0.3)])
+        return len([number async for number in retries(0.3)])
 
     assert 3 <= asyncio.run(count()) <= 5

@@ -20,9 +20,9 @@ from onestill.errors import OnestillError
 from onestill.pipeline import Pipeline
 from onestill.serve.access.ledger import Ledger
 from onestill.serve.access.quota import COOKIE, Access
+from onestill.serve.errors import ApiError
 from onestill.serve.gallery.store import DAY_MS, Gallery, Rules
-from onestill.serve.web.errors import ApiError
-from onestill.serve.web.state import Settings
+from onestill.serve.web.server import Settings
 from tests.serve.client import Answer, Served, cookie_of, serving
 from tests.serve.postgres import postgres
 

@@ -13,7 +13,7 @@ from onestill.pipeline import Pipeline
 from onestill.serve import run
 from onestill.serve.queue.scheduler import Limits
 from onestill.serve.web import guard
-from onestill.serve.web.state import Settings
+from onestill.serve.web.server import Settings
 from tests.serve.client import Served, serving
 from tests.serve.conftest import Gated
 
@@ -217,7 +217,7 @@ def test_an_answer_that_nobody_reads_is_not_kept(monkeypatch: Any) -> None:
 
     started = threading.Event()
     with run.listen("127.0.0.1", 0) as bound:
-        server = run.make_front(app, 1000, ready=started.set)
+        server = run.make_proxy_server(app, 1000, ready=started.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         assert started.wait(20)

@@ -229,8 +229,8 @@ def test_a_form_that_is_none(served: Served) -> None:
 
 
 def test_words_that_are_blocked_are_not_drawn(tiny_pipe: Pipeline, tmp_path: Any) -> None:
-    from onestill.serve.web.safety import blocked_words
-    from onestill.serve.web.state import Settings
+    from onestill.serve.safety import blocked_words
+    from onestill.serve.web.server import Settings
     from tests.serve.client import serving
 
     (tmp_path / "words.txt").write_text("# mine\nnuclear toaster\n")
@@ -257,14 +257,14 @@ def test_words_that_are_blocked_are_not_drawn(tiny_pipe: Pipeline, tmp_path: Any
     ids=ascii,
 )
 def test_a_blocked_word_is_found_however_it_is_written(tmp_path: Any, prompt: str, refused: bool) -> None:
-    from onestill.serve.web.safety import blocked_words
+    from onestill.serve.safety import blocked_words
 
     (tmp_path / "words.txt").write_text("apple\ncr\u00e8me br\u00fbl\u00e9e\n\u200b\n", encoding="utf-8")
     assert (blocked_words(tmp_path / "words.txt")(prompt) is not None) is refused
 
 
 def test_a_filter_that_fails_is_500_in_the_form_of_every_answer(tiny_pipe: Pipeline) -> None:
-    from onestill.serve.web.state import Settings
+    from onestill.serve.web.server import Settings
     from tests.serve.client import serving
 
     def broken(images: Any) -> list[bool]:
@@ -305,7 +305,7 @@ def test_a_stream_whose_client_left_before_it_began_is_withdrawn() -> None:
 
 
 def test_a_picture_that_a_filter_refuses_is_not_shown(tiny_pipe: Pipeline) -> None:
-    from onestill.serve.web.state import Settings
+    from onestill.serve.web.server import Settings
     from tests.serve.client import answer_on, serving
 
     with serving(tiny_pipe, Settings(image_filter=lambda images: [True for _ in images])) as guarded:

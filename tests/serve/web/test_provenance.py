@@ -14,8 +14,8 @@ from onestill import __version__
 from onestill.cli import main
 from onestill.errors import ImageError, OnestillError
 from onestill.pipeline import Pipeline
-from onestill.serve.web.provenance import Stamp, read_provenance
-from onestill.serve.web.state import Settings
+from onestill.serve.provenance import Stamp, read_provenance
+from onestill.serve.web.server import Settings
 from tests.serve.certificates import certificates
 from tests.serve.client import serving
 

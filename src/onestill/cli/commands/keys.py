@@ -37,7 +37,7 @@ def new(
         return
     if pictures is not None:
         raise OnestillError("A file of keys has no counts; use --database for a key with a --limit.")
-    from onestill.serve.access.quota import hash_of, new_key, read_keys
+    from onestill.serve.access.keys import hash_of, new_key, read_keys
 
     if keys.exists():
         read_keys(keys)

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from onestill.pipeline import Pipeline
     from onestill.serve.access.ledger import Ledger
     from onestill.serve.access.quota import Access
-    from onestill.serve.web.provenance import Stamp
-    from onestill.serve.web.safety import ImageFilter, PromptFilter
-    from onestill.serve.web.state import Server, Settings
+    from onestill.serve.provenance import Stamp
+    from onestill.serve.safety import ImageFilter, PromptFilter
+    from onestill.serve.web.server import Server, Settings
 
 __all__ = ["Database", "KeysFile", "serve"]
 
@@ -115,7 +115,7 @@ def serve(
     """Serve the page, the realtime socket and the images API, until Ctrl-C."""
     from onestill.serve.queue.scheduler import Limits
     from onestill.serve.run import listen, run
-    from onestill.serve.web.state import Settings
+    from onestill.serve.web.server import Settings
 
     daily = parse_daily(trial_limit)
     settings = Settings(
@@ -192,7 +192,7 @@ def built(
     from onestill.pipeline import load
     from onestill.serve.process import step_back
     from onestill.serve.queue.warm_up import warm_up
-    from onestill.serve.web.state import Server
+    from onestill.serve.web.server import Server
 
     settings = check(settings, hooks, model["model"], added)
 
@@ -233,7 +233,8 @@ def opened_access(
 
     Where there are keys and no trial limit, everyone needs a key.
     """
-    from onestill.serve.access.quota import Access, read_keys
+    from onestill.serve.access.keys import read_keys
+    from onestill.serve.access.quota import Access
 
     ledger = None
     if database is not None or daily or gallery:
@@ -255,7 +256,7 @@ def filters(
     Raises:
         OnestillError: the model asks for an image filter, and none is given.
     """
-    from onestill.serve.web.safety import blocked_words, card_asks_for_filter, named_filter
+    from onestill.serve.safety import blocked_words, card_asks_for_filter, named_filter
 
     if card_asks_for_filter(info) and image_filter is None and not no_filter:
         raise OnestillError(
@@ -273,7 +274,7 @@ def stamp(certificates: Path | None, key: Path | None) -> Stamp | None:
         return None
     if certificates is None or key is None:
         raise OnestillError("Signing needs a certificate and its key; give both --sign-with and --sign-key.")
-    from onestill.serve.web.provenance import Stamp
+    from onestill.serve.provenance import Stamp
 
     return Stamp(certificates, key)
 

@@ -23,10 +23,10 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from onestill.errors import OnestillError, require
-from onestill.serve.access.quota import Key, hash_of, new_key
-from onestill.serve.queue.jobs import NotDrawn
+from onestill.serve.access.keys import Key, hash_of, new_key
+from onestill.serve.errors import Unavailable
 
-__all__ = ["Ledger", "Unavailable", "default_url"]
+__all__ = ["Ledger", "default_url"]
 
 DAYS_KEPT = 40  # of counts
 MIGRATING = 0x6F6E6573  # PostgreSQL's advisory lock while tables are made: any fixed number
@@ -47,10 +47,6 @@ _COUNTS = sa.Table(
     sa.Column("day", sa.String, primary_key=True),
     sa.Column("pictures", sa.Integer),
 )
-
-
-class Unavailable(NotDrawn):
-    """The database does not answer."""
 
 
 def default_url() -> str:

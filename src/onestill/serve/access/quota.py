@@ -1,8 +1,7 @@
-"""Who asks, and how much they may have: keys, free trials, and the count of both.
+"""Who asks, and how many pictures they may draw: by key, or in a free trial.
 
-A key is `os-<id>-<secret>`; what is kept of it is the SHA-256 of the whole, which is enough for 160 random bits, and it
-is compared in constant time. A visitor without a key is known by a signed cookie and by address; both are counted,
-so that neither a new cookie nor another browser starts anew. Addresses are kept only as keyed hashes.
+A visitor without a key is known by a signed cookie and by address. Both are counted, so that neither a new cookie nor
+another browser starts a new trial. Addresses and owners are stored only as keyed hashes.
 """
 
 from __future__ import annotations
@@ -11,42 +10,29 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
-import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import HTTPConnection
 
-from onestill.errors import OnestillError
-from onestill.serve.web.errors import ApiError
+from onestill.serve.access.keys import KEY_FORM, Key, hash_of
+from onestill.serve.errors import ApiError
 
 if TYPE_CHECKING:
     from onestill.serve.access.ledger import Ledger
 
-__all__ = ["COOKIE", "Access", "Key", "Visitor", "hash_of", "network", "new_key", "read_keys"]
+__all__ = ["COOKIE", "COOKIE_S", "Access", "Visitor", "network"]
 
 COOKIE = "onestill_visitor"
 COOKIE_S = 400 * 24 * 3600  # as long as browsers keep any
-KEY_FORM = re.compile(r"os-([0-9a-f]{8})-[0-9A-Za-z_-]{27}")
 KEY_REMEMBERED_S = 5.0  # so a revoked key is refused after that
 T = TypeVar("T")
 OF_ONE_ADDRESS = 4  # trials: some addresses are a household, some a school
-
-
-@dataclass(frozen=True)
-class Key:
-    """What is known of a key: `hashed` is `hash_of` it, `daily` the pictures a day it may draw, None any number."""
-
-    id: str
-    name: str
-    hashed: str
-    daily: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,38 +50,6 @@ class Visitor:
     accounts: tuple[tuple[str, int], ...] = ()
     owner: str = ""
     address: str = ""
-
-
-def new_key() -> tuple[str, str]:
-    """(id, key): a new random one, shown once and kept nowhere."""
-    key_id = secrets.token_hex(4)
-    return key_id, f"os-{key_id}-{secrets.token_urlsafe(20)}"
-
-
-def hash_of(key: str) -> str:
-    """What is kept of a key."""
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
-def read_keys(path: Path) -> dict[str, Key]:
-    """The keys in a file, by id; each line is `ID SHA256 NAME`, as `onestill keys new --keys FILE` writes it.
-
-    Raises:
-        OnestillError: it cannot be read, or a line is no such thing.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OnestillError(f"The keys in '{path}' cannot be read; make them with 'onestill keys new'.") from error
-    keys = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        match = re.fullmatch(r"([0-9a-f]{8}) ([0-9a-f]{64}) (\S.*)", line.strip())
-        if match is None:
-            raise OnestillError(f"Line {number} of '{path}' is no key; make keys with 'onestill keys new'.")
-        keys[match[1]] = Key(match[1], match[3], match[2])
-    return keys
 
 
 class Access:

@@ -1,7 +1,7 @@
 """Several replicas of one server under Ray Serve, on one machine or many. Needs `[ray]`.
 
-Each replica is the whole server, with its own model and scheduler; what they share is the database. Ray's proxy sends a
-request to the replica with the fewest. Before it stands the front, which asks again what a replica had when it died.
+Each replica is the whole server with its own model and scheduler; they share the database. Ray's proxy sends a request
+to the replica with the fewest. Ours stands before it and sends again what a replica had when it died.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 from fastapi import FastAPI
 
 from onestill.errors import OnestillError, require
-from onestill.serve.cluster.proxy import FromFront, Front
+from onestill.serve.cluster.proxy import Proxy
+from onestill.serve.cluster.upstream import ClientFromProxy, Upstream
 from onestill.serve.process import settle
-from onestill.serve.run import listen, make_front
+from onestill.serve.run import listen, make_proxy_server
 from onestill.serve.web.app import create_app
 from onestill.serve.web.guard import Guard
-from onestill.serve.web.state import Server, Settings
+from onestill.serve.web.server import Server, Settings
 
 __all__ = ["run_on_ray"]
 
@@ -49,7 +50,7 @@ def run_on_ray(
     Args:
         build: makes a replica's server, in the replica's process; it must be possible to pickle it.
         settings: its bounds say how much a replica is given at once.
-        bound: from `listen`; the front is there, and passes on to Ray's proxy on the cluster's head.
+        bound: from `listen`; our proxy answers there, and passes on to Ray's proxy on the cluster's head.
         replicas: how many.
         gpus: of each, such as 0.5; 0 for none.
         trusted_proxies: as for `run`.
@@ -82,9 +83,11 @@ def run_on_ray(
             serve.run(_deployment(serve, build, settings, replicas, gpus, proof), name=NAME, route_prefix="/")
         except RuntimeError as error:
             raise OnestillError("Ray could not start the replicas; 'ray status' and its logs say why.") from error
-        front = Front(host, port, proof=proof, message_bytes=settings.bounds.message)
-        guard = Guard(front, settings.hosts, settings.origins, settings.bounds.body, watch=lambda *told: None)
-        make_front(guard, settings.bounds.message, trusted_proxies=trusted_proxies, ready=ready).run(sockets=[bound])
+        proxy = Proxy(Upstream(host, port, proof, settings.bounds.message))
+        guard = Guard(proxy, settings.hosts, settings.origins, settings.bounds.body)
+        make_proxy_server(guard, settings.bounds.message, trusted_proxies=trusted_proxies, ready=ready).run(
+            sockets=[bound]
+        )
     except KeyboardInterrupt:
         if not stopped:
             raise
@@ -106,7 +109,7 @@ def _deployment(
         server = build()
         _servers.append(server)
         made = create_app(server)
-        made.add_middleware(FromFront, proof=proof)
+        made.add_middleware(ClientFromProxy, proof=proof)
         settle()
         return made
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from onestill.serve.access.ledger import Ledger
-from onestill.serve.web.errors import ApiError
+from onestill.serve.errors import ApiError
 
 __all__ = ["Entry", "Gallery", "Rules"]
 

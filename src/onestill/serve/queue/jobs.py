@@ -1,4 +1,4 @@
-"""What is asked of the model's thread, what it gives back, and why it may not."""
+"""What the model's thread is asked to draw, and what it returns."""
 
 from __future__ import annotations
 
@@ -6,42 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from onestill.errors import OnestillError
-
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Busy", "Closing", "EngineFault", "Job", "NotDrawn", "Picture", "Superseded", "TooLate"]
-
-
-class NotDrawn(OnestillError):
-    """A request that was given up. `retry_after_s` is when to try again, None where that is no help."""
-
-    retry_after_s: float | None = None
-
-    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-class Busy(NotDrawn):
-    """The queue is full."""
-
-
-class Closing(NotDrawn):
-    """The server is going away."""
-
-
-class Superseded(NotDrawn):
-    """A newer request of the same connection took its place."""
-
-
-class TooLate(NotDrawn):
-    """It waited longer than it was allowed to."""
-
-
-class EngineFault(NotDrawn):
-    """The engine failed, and no fault of the request's was found."""
+__all__ = ["Job", "Picture"]
 
 
 @dataclass(frozen=True)

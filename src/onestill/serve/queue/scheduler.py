@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from onestill.engine.memory import is_memory_error
 from onestill.errors import NotEnoughMemoryError, NotFiniteError, OnestillError
+from onestill.serve.errors import Busy, Closing, EngineFault, Superseded, TooLate
 from onestill.serve.process import step_back
 from onestill.serve.queue.fair_queue import Client, Task, Turns, Unit
-from onestill.serve.queue.jobs import Busy, Closing, EngineFault, Job, Picture, Superseded, TooLate
+from onestill.serve.queue.jobs import Job, Picture
 
 if TYPE_CHECKING:
     from onestill.pipeline import Output, Pipeline

@@ -19,12 +19,13 @@ from starlette.exceptions import HTTPException
 from onestill import __version__
 from onestill.errors import OnestillError
 from onestill.serve.access.quota import COOKIE, COOKIE_S
-from onestill.serve.web.errors import ApiError, ErrorBody, response_of, to_api_error
+from onestill.serve.errors import ApiError
+from onestill.serve.web.errors import ErrorBody, response_of, to_api_error
 from onestill.serve.web.guard import Guard
-from onestill.serve.web.images import router_for
+from onestill.serve.web.images import images_router
 from onestill.serve.web.realtime import converse
+from onestill.serve.web.server import Server
 from onestill.serve.web.site import Site
-from onestill.serve.web.state import Server
 
 __all__ = ["create_app"]
 
@@ -57,9 +58,9 @@ def create_app(server: Server) -> FastAPI:
         redoc_url=None,
     )
     app.state.server = server
-    app.include_router(router_for(server))
+    app.include_router(images_router(server))
     if server.gallery is not None:
-        from onestill.serve.gallery.api import gallery_router
+        from onestill.serve.web.gallery import gallery_router
 
         app.include_router(gallery_router(server, server.gallery))
     _add_page(app, server)

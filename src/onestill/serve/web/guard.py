@@ -19,7 +19,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from onestill.serve.web.errors import ApiError, response_of, to_api_error
+from onestill.serve.errors import ApiError
+from onestill.serve.web.errors import response_of, to_api_error
 
 __all__ = ["Guard"]
 
@@ -59,11 +60,16 @@ class Guard:
         hosts: names this server goes by, besides localhost and addresses in digits; "*" stands for any.
         origins: other sites that may ask, such as "https://example.org".
         most_body: bytes of a body.
-        watch: told (method, path of the route, status, seconds) of every HTTP request when it is answered.
+        watch: called with (method, path of the route, status, seconds) when an HTTP request is answered.
     """
 
     def __init__(
-        self, app: ASGIApp, hosts: Iterable[str], origins: Iterable[str], most_body: int, watch: Watch
+        self,
+        app: ASGIApp,
+        hosts: Iterable[str],
+        origins: Iterable[str],
+        most_body: int,
+        watch: Watch = lambda method, route, status, seconds: None,
     ) -> None:
         self._app = app
         self._hosts = {host.lower() for host in hosts} | {"localhost"}

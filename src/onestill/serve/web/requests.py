@@ -7,7 +7,7 @@ import io
 import secrets
 import warnings
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import PIL.Image
 from PIL.Image import Image
@@ -15,10 +15,23 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from onestill.checkpoint import ModelInfo
 from onestill.pipeline.picture import fitted
+from onestill.serve.errors import ApiError
 from onestill.serve.queue.jobs import Job
-from onestill.serve.web.errors import ApiError
 
-__all__ = ["KINDS", "Bounds", "Edit", "Forms", "Generation", "Live", "Shown", "forms_for", "job_of", "read_upload"]
+__all__ = [
+    "LARGEST_SEED",
+    "Bounds",
+    "Edit",
+    "Encoding",
+    "Form",
+    "Forms",
+    "Generation",
+    "Live",
+    "Shown",
+    "forms_for",
+    "job_of",
+    "read_upload",
+]
 
 LARGEST_SEED = 2**53 - 1  # what JavaScript can count to
 KINDS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}  # a picture's formats, in and out, by their names in requests
@@ -49,6 +62,22 @@ class Bounds:
     messages_each_s: float = 60.0
     live: int = 256
     live_each: int = 32
+
+
+class Encoding(NamedTuple):
+    """How the pictures of a request become files.
+
+    Attributes:
+        kind: PNG, JPEG or WEBP.
+        quality: of a JPEG or WEBP, 0 to 100.
+        signed: whether the server's signature, where it has one, goes into the file.
+        with_prompt: whether the prompt is written into the file.
+    """
+
+    kind: str
+    quality: int
+    signed: bool = True
+    with_prompt: bool = True
 
 
 def _whole(value: object) -> object:
@@ -105,6 +134,12 @@ class Generation(_Common):
         None, description="One step has none on its way."
     )
 
+    @property
+    def encoding(self) -> Encoding:
+        """How its pictures become files."""
+        quality = 95 if self.output_compression is None else self.output_compression
+        return Encoding(KINDS[self.output_format or "png"], quality)
+
 
 class Edit(Generation):
     """The fields of `POST /v1/images/edits` beside its image."""
@@ -127,6 +162,11 @@ class Shown(_Common):
     )
     show_prompt: bool = Field(False, strict=True, description="Show its words too; else they are not kept.")
 
+    @property
+    def encoding(self) -> Encoding:
+        """How its picture becomes a file, which holds the prompt only where it may be shown."""
+        return Encoding("WEBP", 90, with_prompt=self.show_prompt)
+
 
 class Live(_Common):
     """A message of the socket."""
@@ -139,6 +179,14 @@ class Live(_Common):
     strength: _Share | None = None
     format: Literal["jpeg", "webp", "png"] | None = None
     quality: _Quality | None = None
+
+    @property
+    def encoding(self) -> Encoding:
+        """How its pictures become files; unsigned, as signing takes tens of milliseconds."""
+        return Encoding(KINDS[self.format or "jpeg"], 85 if self.quality is None else self.quality, signed=False)
+
+
+Form: TypeAlias = Generation | Shown | Live
 
 
 @dataclass(frozen=True)
@@ -177,26 +225,14 @@ def forms_for(info: ModelInfo, bounds: Bounds) -> Forms:
     )
 
 
-def job_of(
-    form: Generation | Live | Shown, info: ModelInfo, image: Image | None = None, *, request_id: str | None = None
-) -> Job:
-    """The job that a checked request asks for.
+def job_of(form: Form, info: ModelInfo, *, request_id: str | None = None) -> Job:
+    """The job that a validated request asks for, without its upload.
 
     Args:
         form: the request.
         info: the model's.
-        image: a picture to start from.
-        request_id: names the seed where the request has none, so that who asks again gets the same; else it is random.
-
-    Raises:
-        ApiError: the prompt is no valid Unicode text, or blank.
+        request_id: names the seed where the request has none, so that a retry draws the same; None draws a random seed.
     """
-    try:
-        form.prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ApiError(400, "The prompt is no valid Unicode text.", "invalid_value", param="prompt") from error
-    if not form.prompt.strip():
-        raise ApiError(400, "The prompt is empty; say what to draw.", "invalid_value", param="prompt")
     n = getattr(form, "n", None) or 1
     height, width = _size_of(form, info)
     first = form.seed
@@ -210,12 +246,11 @@ def job_of(
         num_inference_steps=form.num_inference_steps or info.num_inference_steps,
         height=height,
         width=width,
-        image=image,
         strength=0.5 if strength is None else strength,
     )
 
 
-def _size_of(form: Generation | Live | Shown, info: ModelInfo) -> tuple[int, int]:
+def _size_of(form: Form, info: ModelInfo) -> tuple[int, int]:
     """(height, width) in pixels that a checked request asks for; the model's own where it names none."""
     if form.size in (None, "auto"):
         return info.height, info.width
@@ -223,7 +258,7 @@ def _size_of(form: Generation | Live | Shown, info: ModelInfo) -> tuple[int, int
     return height, width
 
 
-def read_upload(data: bytes, form: Edit | Live, info: ModelInfo, most_px: int) -> Image:
+def read_upload(data: bytes, form: Form, info: ModelInfo, most_px: int) -> Image:
     """The picture in an upload, fitted to the size that its request asks for, as it may wait long to be drawn from.
 
     Only PNG, JPEG and WebP are tried, and its size is read before its pixels.

@@ -8,7 +8,7 @@ from importlib import resources
 from starlette.requests import Request
 from starlette.responses import Response
 
-from onestill.serve.web.errors import ApiError
+from onestill.serve.errors import ApiError
 
 __all__ = ["Site"]
 

@@ -127,6 +127,11 @@ class Updater:
         call, self._call = self._call, self._call + 1
         if self._wanted is not None and call != self._wanted:
             return torch.zeros(())
+        # Autocast is for the forward pass: in it, Muon's products lose so much that its steps go uphill.
+        with torch.autocast(loss.device.type, enabled=False):
+            return self._update(name, loss, call)
+
+    def _update(self, name: str, loss: Tensor, call: int) -> Tensor:
         optimizer, turns = self._state.optimizers[name], self.options.accumulate
         if self._turn == 0:
             optimizer.zero_grad(set_to_none=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 import re
 import secrets
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,16 +18,14 @@ from fastapi.responses import JSONResponse, Response
 
 from onestill.serve.access.quota import Visitor
 from onestill.serve.access.rate_limit import Buckets
+from onestill.serve.errors import ApiError
 from onestill.serve.gallery.store import Entry, Gallery
-from onestill.serve.queue.jobs import Picture
-from onestill.serve.web.errors import ApiError, ErrorBody
-from onestill.serve.web.images import REFUSALS, checked, json_body, unless_gone
-from onestill.serve.web.requests import job_of
-from onestill.serve.web.state import Server
+from onestill.serve.web.bodies import json_body, validate
+from onestill.serve.web.errors import REFUSALS, ErrorBody, content
+from onestill.serve.web.server import File, Server
 
 __all__ = ["gallery_router"]
 
-KIND, QUALITY = "WEBP", 90
 MOST_LISTED = 48
 ID = "[0-9a-f]{32}"
 NAME = Path(json_schema_extra={"pattern": f"^{ID}$", "minLength": 32, "maxLength": 32})
@@ -73,9 +71,9 @@ def gallery_router(server: Server, gallery: Gallery) -> APIRouter:
     routes = _Routes(server, gallery)
     router = APIRouter(prefix="/v1/gallery", tags=["gallery"])
     add = router.add_api_route
-    body = _content("application/json", server.forms.shown.model_json_schema())
-    entry, listing = (_content("application/json", schema) for schema in (ENTRY, LIST))
-    file = _content("image/webp", {"type": "string", "format": "binary"})
+    body = content("application/json", server.forms.shown.model_json_schema())
+    entry, listing = (content("application/json", schema) for schema in (ENTRY, LIST))
+    file = content("image/webp", {"type": "string", "format": "binary"})
     add(
         "",
         routes.listed,
@@ -113,14 +111,14 @@ class _Routes:
         entries = await self._access.in_pool(self._gallery.page, limit + 1, before)
         last = entries[limit - 1] if len(entries) > limit else None
         following = None if last is None else f"{last.made_ms}.{last.id}"
-        data = [_told(entry, viewer) for entry in entries[:limit]]
+        data = [_entry_json(entry, viewer) for entry in entries[:limit]]
         return _json({"object": "list", "data": data, "next": following})
 
     async def shown(self, request: Request) -> Response:
         """Show a picture: it is drawn once more, and counts as one. `consent` must be true."""
         server, gallery = self._server, self._gallery
         visitor, owner = await self._owner(request)
-        form = checked(server, server.forms.shown, await json_body(request))
+        form = validate(server, server.forms.shown, await json_body(request))
         if not form.consent:
             raise ApiError(400, "Say 'consent': true: everyone here will see it.", "no_consent", param="consent")
         # Asked again by someone between, as its server died, it is still one picture.
@@ -128,36 +126,33 @@ class _Routes:
         name = self._access.hidden(f"gallery {owner} {request_id}") if request_id else secrets.token_hex(16)
         known = await self._access.in_pool(gallery.find, name)
         if known is not None:
-            return _json(_told(known, owner), 201)
-        job = job_of(form, server.info, request_id=request_id)
+            return _json(_entry_json(known, owner), 201)
         await self._access.in_pool(gallery.check_room, owner, visitor.address)
-        await server.check_prompt(job.prompt)
-        await self._access.check(visitor, 1)
-        pictures = await unless_gone(request, server.scheduler.submit(job, visitor.name, visitor.address))
-        await server.check_pictures(pictures)
-        (picture,) = pictures
-        file = await _file(server, picture, form.show_prompt)
-        await self._access.in_pool(gallery.check_room, owner, visitor.address, len(file))
-        await self._access.spend(visitor, 1)  # what is refused counts nothing
+        drawing = await server.draw(visitor, form, request_id=request_id)
+
+        async def check_room(files: Sequence[File]) -> None:
+            await self._access.in_pool(gallery.check_room, owner, visitor.address, len(files[0].data))
+
+        (file,) = await drawing.files(await drawing.pictures(request), check_room)
         add = partial(
             gallery.add,
             name=name,
             owner=owner,
             address=visitor.address,
-            prompt=job.prompt if form.show_prompt else None,
-            seed=picture.seed,
-            num_inference_steps=job.num_inference_steps,
-            width=job.width,
-            height=job.height,
+            prompt=form.prompt if form.show_prompt else None,
+            seed=file.picture.seed,
+            num_inference_steps=drawing.job.num_inference_steps,
+            width=drawing.job.width,
+            height=drawing.job.height,
         )
-        entry = await self._access.in_pool(add, file)
-        server.count_picture("gallery", picture.timings)
-        return _json(_told(entry, owner), 201)
+        entry = await self._access.in_pool(add, file.data)
+        server.count_picture("gallery", file.picture.timings)
+        return _json(_entry_json(entry, owner), 201)
 
     async def one(self, request: Request, name: str = NAME) -> Response:
         """One picture's entry."""
         viewer = await self._viewer(request)
-        return _json(_told(await self._found(name), viewer))
+        return _json(_entry_json(await self._found(name), viewer))
 
     async def file(self, request: Request, name: str = NAME) -> Response:
         """Its file, a WebP."""
@@ -203,10 +198,6 @@ class _Routes:
         return entry
 
 
-def _content(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"content": {media_type: {"schema": schema}}}
-
-
 def _take(buckets: Buckets, visitor: Visitor) -> None:
     # By address where there is one, as a new cookie costs nothing.
     if not buckets.take(visitor.address or visitor.name):
@@ -229,13 +220,7 @@ def _no_such() -> ApiError:
     return ApiError(404, "There is no such picture in the gallery any more.", "not_found")
 
 
-async def _file(server: Server, picture: Picture, show_prompt: bool) -> bytes:
-    """Its file, which has the words in it only where they may be shown."""
-    metadata = picture.metadata if show_prompt else {**picture.metadata, "prompt": ""}
-    return await server.signed(await server.file_of(replace(picture, metadata=metadata), KIND, QUALITY), KIND)
-
-
-def _told(entry: Entry, mine: str) -> dict[str, Any]:
+def _entry_json(entry: Entry, mine: str) -> dict[str, Any]:
     return {
         "id": entry.id,
         "created": entry.made_ms // 1000,

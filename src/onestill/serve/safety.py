@@ -17,7 +17,7 @@ from PIL.Image import Image
 
 from onestill.checkpoint import ModelInfo, read_json
 from onestill.errors import OnestillError
-from onestill.serve.web.errors import ApiError
+from onestill.serve.errors import ApiError
 
 __all__ = [
     "ImageFilter",
@@ -25,21 +25,21 @@ __all__ = [
     "blocked_words",
     "card_asks_for_filter",
     "named_filter",
-    "refused_picture",
-    "refused_prompt",
+    "refuse_pictures",
+    "refuse_prompt",
 ]
 
 PromptFilter: TypeAlias = Callable[[str], str | None]
 ImageFilter: TypeAlias = Callable[[Sequence[Image]], Sequence[bool]]
 
 
-def refused_prompt(reason: str | None) -> None:
+def refuse_prompt(reason: str | None) -> None:
     """Raise ApiError for a filter's reason."""
     if reason is not None:
         raise ApiError(400, f"This prompt is refused: {reason}.", "moderation_blocked", param="prompt")
 
 
-def refused_picture(found: Sequence[bool]) -> None:
+def refuse_pictures(found: Sequence[bool]) -> None:
     """Raise ApiError where a filter found something."""
     if any(found):
         raise ApiError(400, "The picture that came out may not be shown; try other words.", "moderation_blocked")
