@@ -4,8 +4,8 @@
                 input's extremes stay within in all but OUTLIERS of the calls
     text        no ranges, see `onestill.engine.openvino.int8`; layers whose rounding alone moves the states by more
                 than MOST_MOVED of their norm stay in float32; the smaller figure is tried where the larger draws badly
-    quality     each network in turn draws MEASURED other pictures in int8, the rest in float32; it is kept where they
-                are near enough to float32's, and then all that are kept draw together
+    quality     each network in turn draws MEASURED other pictures in int8, the rest in float32; it passes where they
+                are near enough to float32's, and then all that passed draw together
 
 The UNet is left in float: in a graph that rounds, OpenVINO gives up its kernel for group norms, and what int8 gains is
 lost again. B batch, C latent channels, h w latent size, H W pixels.
@@ -78,15 +78,15 @@ def write_int8(info: ModelInfo) -> Int8:
             tried[part] = layers
             _write(info, Int8({part: layers}))
             near[part] = _quality(info, measured, expected)
-    kept = [part for part in sorted(near, key=lambda part: near[part][1]) if _good(*near[part])]
-    while kept:
-        _write(info, Int8({part: layers for part, layers in tried.items() if part in kept}))
+    passed = [part for part in sorted(near, key=lambda part: near[part][1]) if _good(*near[part])]
+    while passed:
+        _write(info, Int8({part: layers for part, layers in tried.items() if part in passed}))
         mean, worst = _quality(info, measured, expected)
         if _good(mean, worst):
             break
-        kept.pop(0)  # the one whose worst picture is worst
-    parts = {part: layers for part, layers in tried.items() if part in kept}
-    together = {"mean": round(mean, 2), "worst": round(worst, 2)} if kept else {}
+        passed.pop(0)  # the one whose worst picture is worst
+    parts = {part: layers for part, layers in tried.items() if part in passed}
+    together = {"mean": round(mean, 2), "worst": round(worst, 2)} if passed else {}
     each = {part: {"mean": round(near[part][0], 2), "worst": round(near[part][1], 2)} for part in near}
     return _write(info, Int8(parts, together, len(measured)), each)
 
@@ -107,7 +107,7 @@ def _write(info: ModelInfo, int8: Int8, each: Mapping[str, Mapping[str, float]] 
 
 
 def _captions(count: int) -> list[str]:
-    """Different ones, every thing, colour and style among them."""
+    """Different captions, every thing, colour and style among them."""
     every = [f"a {colour} {thing}, {style}" for style, thing, colour in itertools.product(STYLES, THINGS, COLOURS)]
     every += [f"{thing}, {style}" for style, thing in itertools.product(STYLES, THINGS)] + list(THINGS)
     order = np.random.RandomState(0).permutation(len(every))  # the same on every version of NumPy
@@ -115,7 +115,7 @@ def _captions(count: int) -> list[str]:
 
 
 class _Recorder(OpenVinoEngine):
-    """The float32 engine, which keeps what its networks were called with."""
+    """The float32 engine, which records the inputs of its networks."""
 
     def __init__(self, info: ModelInfo) -> None:
         self.calls: dict[str, list[Arrays]] = {"text_encoder": [], "decoder": []}
@@ -136,15 +136,15 @@ class _Recorder(OpenVinoEngine):
 def _draw(engine: OpenVinoEngine, caption: str, seed: int, steps: int = 1) -> NDArray[np.uint8]:
     """A picture [H, W, 3] of the model's own size, by its own sampler, without guidance."""
     info = engine.info
-    words = engine.encode([caption])
+    conditioning = engine.encode([caption])
     timesteps = info.timesteps(steps)
-    draw = noise_source([seed], info.latent_shape)
+    noise = noise_source([seed], info.latent_shape)
 
     def predict_x0(x: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
-        return np.asarray(info.schedule.x0(engine.denoise(x, timestep, words), x, timestep), dtype=np.float32)
+        return np.asarray(info.schedule.x0(engine.denoise(x, timestep, conditioning), x, timestep), dtype=np.float32)
 
-    start = first_latents(info, timesteps[0], draw(0), None)
-    latents = sample(info.sampler, predict_x0, start, info.schedule, timesteps, draw)
+    start = first_latents(info, timesteps[0], noise(0), None)
+    latents = sample(info.sampler, predict_x0, start, info.schedule, timesteps, noise)
     (picture,) = engine.decode(np.asarray(latents, dtype=np.float32))
     return np.asarray(picture)
 

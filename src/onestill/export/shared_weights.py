@@ -172,15 +172,20 @@ def _offsets(header: Mapping[str, Mapping[str, list[int]]]) -> list[tuple[int, i
 
 
 def _check_openvino(info: ModelInfo) -> None:
+    """Compare every network with torch's, in float32.
+
+    Raises:
+        CheckpointError: they differ.
+    """
     slow, fast = TorchEngine(info, device="cpu", dtype="float32"), OpenVinoEngine(info, dtype="float32")
     generator = np.random.default_rng(0)
-    words, twin = slow.encode(["a red apple", ""]), fast.encode(["a red apple", ""])
+    conditioning, twin = slow.encode(["a red apple", ""]), fast.encode(["a red apple", ""])
     latents = generator.standard_normal((2, *info.latent_shape)).astype(np.float32)
     pictures = generator.integers(0, 256, (2, info.height, info.width, 3), dtype=np.uint8)
     last = info.schedule.num_train_timesteps - 1
     pairs = {
-        "text_encoder": (words.states, twin.states),
-        "unet": (slow.denoise(latents, last, words), fast.denoise(latents, last, words)),
+        "text_encoder": (conditioning.states, twin.states),
+        "unet": (slow.denoise(latents, last, conditioning), fast.denoise(latents, last, conditioning)),
         "decoder": (slow.decode(latents).astype(np.float32), fast.decode(latents).astype(np.float32)),
         "encoder": (slow.encode_image(pictures), fast.encode_image(pictures)),
     }

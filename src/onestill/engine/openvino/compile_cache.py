@@ -1,4 +1,4 @@
-"""Networks that OpenVINO compiled, kept between starts in the cache folder.
+"""The cache of compiled networks, which later starts read in place of compiling.
 
 A small network is one file, a blob, which is mapped into memory: the fastest start, but writing it takes the network's
 memory once more. A large one is written by OpenVINO's own cache while it compiles, into a folder that gets its name

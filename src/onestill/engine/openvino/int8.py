@@ -164,8 +164,8 @@ def _int8_product(weights: NDArray[Any], axes: int) -> Any:
 
     Exactly so OpenVINO knows weights that need not be unpacked before they are multiplied.
     """
-    kept = weights.shape[: weights.ndim - axes]
-    rows = weights.reshape(math.prod(kept), -1)
+    outer = weights.shape[: weights.ndim - axes]
+    rows = weights.reshape(math.prod(outer), -1)
     whole = np.empty(rows.shape, np.int8)
     scales = np.empty((len(rows), 1), np.float32)
     for i in range(0, len(rows), ROWS):
@@ -175,7 +175,7 @@ def _int8_product(weights: NDArray[Any], axes: int) -> Any:
         some /= scales[i : i + ROWS]
         whole[i : i + ROWS] = np.rint(some, out=some)
     numbers = opset13.convert(opset13.constant(whole.reshape(weights.shape)), "f32")
-    return opset13.multiply(numbers, opset13.constant(scales.reshape(*kept, *[1] * axes)))
+    return opset13.multiply(numbers, opset13.constant(scales.reshape(*outer, *[1] * axes)))
 
 
 def round_inputs(model: Any) -> None:
