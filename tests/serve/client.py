@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from websockets.sync.client import ClientConnection, connect
@@ -125,3 +126,8 @@ def serving(
         thread.join(30)
         bound.close()
         assert not thread.is_alive()
+
+
+def kept(folder: Path) -> bytes:
+    """All that is on the disk, the database's log included."""
+    return b"".join(file.read_bytes() for file in folder.iterdir())

@@ -18,8 +18,8 @@ import torch
 
 from onestill.checkpoint import ModelInfo
 from onestill.engine.openvino.private_api import fuse, keep_half_precision, trace
-from onestill.networks.inference import most_likely_latents
-from onestill.networks.load import quiet_libraries
+from onestill.networks.latents import most_likely_latents
+from onestill.networks.libraries import quiet_libraries
 
 __all__ = ["convert", "example_inputs", "wrapped"]
 

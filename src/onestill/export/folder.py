@@ -25,7 +25,7 @@ import torch
 from onestill import __version__
 from onestill.checkpoint import MANIFEST, describe, read_json, sha256, verify, written_whole
 from onestill.errors import CheckpointError, OutputError
-from onestill.networks.load import quiet_libraries
+from onestill.networks.libraries import quiet_libraries
 from onestill.schedule import NoiseSchedule
 
 __all__ = ["folder_written_whole", "save_folder", "write_manifest"]

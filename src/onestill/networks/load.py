@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,9 +22,10 @@ from onestill.checkpoint.layout import (
     vae_place,
 )
 from onestill.errors import CheckpointError
+from onestill.networks.libraries import quiet_libraries
 from onestill.networks.lora import add_loras
 
-__all__ = ["DTYPES", "load_components", "place_of", "quiet_libraries"]
+__all__ = ["DTYPES", "load_components", "place_of"]
 
 # Only these are ever made from a name in a file, each by its own class; nothing in a model's folder is run.
 CLIP = {
@@ -191,28 +190,6 @@ def _counted(names: list[str]) -> str:
     shown = ", ".join(f"'{name}'" for name in names[:MOST_NAMED])
     more = len(names) - MOST_NAMED
     return f"{len(names)} tensors ({shown}{f' and {more} more' if more > 0 else ''})"
-
-
-# --- helpers --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Run the body without the advice and progress bars of diffusers and transformers. Their errors still raise."""
-    loggings = (diffusers.utils.logging, transformers.utils.logging)
-    before = [(one.get_verbosity(), one.is_progress_bar_enabled()) for one in loggings]
-    try:
-        for one in loggings:
-            one.set_verbosity_error()
-            one.disable_progress_bar()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for one, (verbosity, bars) in zip(loggings, before, strict=True):
-            one.set_verbosity(verbosity)
-            if bars:
-                one.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

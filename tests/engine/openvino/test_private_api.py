@@ -12,7 +12,7 @@ import torch
 from openvino import opset13
 
 from onestill.engine.openvino.private_api import UNCHAINED, can_unchain, fuse, keep_half_precision, trace
-from onestill.networks.load import quiet_libraries
+from onestill.networks.libraries import quiet_libraries
 
 OLDEST, NEWEST = (2025, 1), (2026, 4)
 

@@ -16,13 +16,13 @@ from onestill.pipeline import Pipeline
 from onestill.serve.access.quota import Access
 from onestill.serve.errors import ApiError
 from onestill.serve.queue.scheduler import Limits
-from onestill.serve.web.messages import pack, unpack
+from onestill.serve.web.messages import pack
 from onestill.serve.web.realtime import converse
 from onestill.serve.web.requests import Bounds
 from onestill.serve.web.server import Server, Settings
 from tests.serve.client import Served, answer_on, serving
 from tests.serve.conftest import Gated
-from tests.serve.web.test_images import bomb, png
+from tests.serve.pictures import bomb, png
 
 
 def ask(socket: Any, name: int, prompt: str = "a red apple", **fields: Any) -> None:
@@ -266,9 +266,3 @@ def test_a_client_that_never_reads_harms_nobody(tiny_pipe: Pipeline) -> None:
         stop.set()
         deaf.socket.close()
         shouting.join(20)
-
-
-def test_packing_is_its_own_inverse() -> None:
-    assert unpack(pack({"a": 1}, b"xyz")) == ({"a": 1}, b"xyz")
-    with pytest.raises(ValueError, match="length"):
-        unpack(b"\0\0\0\x09{}")

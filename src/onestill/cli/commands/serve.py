@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,17 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from onestill.cli.console import note, note_device
+from onestill.cli.database import open_ledger
 from onestill.cli.options import (
     Compile,
+    Database,
     Device,
     Dtype,
     Engine,
+    KeysFile,
     Loras,
     Model,
     Preset,
     Quantize,
     TinyVae,
     Unet,
+    parse_daily,
     parse_loras,
     torch_options,
 )
@@ -36,18 +39,7 @@ if TYPE_CHECKING:
     from onestill.serve.safety import ImageFilter, PromptFilter
     from onestill.serve.web.server import Server, Settings
 
-__all__ = ["Database", "KeysFile", "serve"]
-
-Database = Annotated[
-    str | None,
-    typer.Option(
-        "--database",
-        metavar="URL",
-        envvar="ONESTILL_DATABASE",  # a password in a command line is there for all to see
-        help="Where keys, counts and the gallery are kept. (default: SQLite in the user's data folder)",
-    ),
-]
-KeysFile = Annotated[Path | None, typer.Option("--keys", metavar="FILE", help="Hashed keys that may draw.")]
+__all__ = ["serve"]
 
 
 def serve(
@@ -190,7 +182,7 @@ def built(
     from concurrent.futures import ThreadPoolExecutor
 
     from onestill.pipeline import load
-    from onestill.serve.process import step_back
+    from onestill.serve.process import lower_priority
     from onestill.serve.queue.warm_up import warm_up
     from onestill.serve.web.server import Server
 
@@ -202,7 +194,7 @@ def built(
         return pipe
 
     # In a thread that steps back, so that the engine's own threads, which it starts here, do so too.
-    with ThreadPoolExecutor(1, initializer=step_back) as pool:
+    with ThreadPoolExecutor(1, initializer=lower_priority) as pool:
         pipe = pool.submit(loaded).result()
     opened, ledger = opened_access(**access, gallery=gallery is not None)
     if gallery is None or ledger is None:
@@ -210,20 +202,6 @@ def built(
     from onestill.serve.gallery.store import Gallery, Rules
 
     return Server(pipe, settings, opened, Gallery(ledger, Rules(**gallery)))
-
-
-def parse_daily(text: str | None) -> int | None:
-    """Pictures a day from `50/day` or `50`; None from None.
-
-    Raises:
-        OnestillError: the text is neither.
-    """
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*(\d{1,9})\s*(/\s*day)?\s*", text)
-    if match is None:
-        raise OnestillError(f"The limit '{text}' is not understood; write it as pictures a day, such as 200/day.")
-    return int(match[1])
 
 
 def opened_access(
@@ -238,11 +216,7 @@ def opened_access(
 
     ledger = None
     if database is not None or daily or gallery:
-        require("sqlalchemy", "access")
-        require("alembic", "access")
-        from onestill.serve.access.ledger import Ledger
-
-        ledger = Ledger(database)
+        ledger = open_ledger(database)
     if daily is None and (keys is not None or database is not None):
         daily = 0
     return Access(read_keys(keys) if keys is not None else {}, ledger, daily), ledger

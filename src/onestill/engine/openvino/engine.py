@@ -24,8 +24,9 @@ from onestill.engine.device import runs_on_cpu
 from onestill.engine.openvino.network import LARGEST_BATCH, WORTH_COMPILING, Float, Network
 from onestill.engine.openvino.shared_weights import SharedWeights
 from onestill.engine.openvino.stored_weights import StoredWeights
-from onestill.engine.protocol import Conditioning, to_images, to_pictures
+from onestill.engine.protocol import Conditioning
 from onestill.errors import NotFiniteError, OnestillError
+from onestill.pixels import to_images, to_pictures
 from onestill.text.tokenize import PromptTokenizer
 
 __all__ = ["OpenVinoEngine"]

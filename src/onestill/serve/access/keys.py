@@ -55,6 +55,6 @@ def read_keys(path: Path) -> dict[str, Key]:
             continue
         match = re.fullmatch(r"([0-9a-f]{8}) ([0-9a-f]{64}) (\S.*)", line.strip())
         if match is None:
-            raise OnestillError(f"Line {number} of '{path}' is no key; make keys with 'onestill keys new'.")
+            raise OnestillError(f"Line {number} of '{path}' is not a key; make keys with 'onestill keys new'.")
         keys[match[1]] = Key(match[1], match[3], match[2])
     return keys

@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from onestill.errors import OnestillError, require
 from onestill.serve.cluster.proxy import Proxy
 from onestill.serve.cluster.upstream import ClientFromProxy, Upstream
-from onestill.serve.process import settle
+from onestill.serve.process import tune_interpreter
 from onestill.serve.run import listen, make_proxy_server
 from onestill.serve.web.app import create_app
 from onestill.serve.web.guard import Guard
@@ -27,8 +27,8 @@ from onestill.serve.web.server import Server, Settings
 __all__ = ["run_on_ray"]
 
 NAME = "onestill"
-DRAIN_S = 4.0  # for what a replica was asked before it goes
-DEAD = ("the model's thread ended", "the engine does not answer")  # what only a new replica puts right
+DRAIN_S = 4.0  # for a replica to finish what it has accepted
+DEAD = ("the model's thread ended", "the engine does not answer")  # only a new replica helps against these
 
 _servers: list[Server] = []  # of this process, when it is a replica
 
@@ -48,8 +48,8 @@ def run_on_ray(
     Joins the Ray cluster that `RAY_ADDRESS` names, else starts one on this machine, without its dashboard.
 
     Args:
-        build: makes a replica's server, in the replica's process; it must be possible to pickle it.
-        settings: its bounds say how much a replica is given at once.
+        build: makes a replica's server, in the replica's process; it must be picklable.
+        settings: of each replica; its bounds limit how much a replica is sent at once.
         bound: from `listen`; our proxy answers there, and passes on to Ray's proxy on the cluster's head.
         replicas: how many.
         gpus: of each, such as 0.5; 0 for none.
@@ -82,12 +82,9 @@ def run_on_ray(
         try:
             serve.run(_deployment(serve, build, settings, replicas, gpus, proof), name=NAME, route_prefix="/")
         except RuntimeError as error:
-            raise OnestillError("Ray could not start the replicas; 'ray status' and its logs say why.") from error
-        proxy = Proxy(Upstream(host, port, proof, settings.bounds.message))
-        guard = Guard(proxy, settings.hosts, settings.origins, settings.bounds.body)
-        make_proxy_server(guard, settings.bounds.message, trusted_proxies=trusted_proxies, ready=ready).run(
-            sockets=[bound]
-        )
+            raise OnestillError("Ray could not start the replicas; see 'ray status' and Ray's logs.") from error
+        app = _proxy(Upstream(host, port, proof, settings.bounds.message), settings)
+        make_proxy_server(app, settings.bounds.message, trusted_proxies=trusted_proxies, ready=ready).run([bound])
     except KeyboardInterrupt:
         if not stopped:
             raise
@@ -95,6 +92,10 @@ def run_on_ray(
         if ray.is_initialized():
             serve.shutdown()
             ray.shutdown()
+
+
+def _proxy(upstream: Upstream, settings: Settings) -> Guard:
+    return Guard(Proxy(upstream), settings.hosts, settings.origins, settings.bounds.body)
 
 
 def _free_port() -> int:
@@ -110,7 +111,7 @@ def _deployment(
         _servers.append(server)
         made = create_app(server)
         made.add_middleware(ClientFromProxy, proof=proof)
-        settle()
+        tune_interpreter()
         return made
 
     class Replica:

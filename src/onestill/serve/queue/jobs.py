@@ -14,11 +14,11 @@ __all__ = ["Job", "Picture"]
 
 @dataclass(frozen=True)
 class Job:
-    """What to draw: one picture a seed. The values are checked already; see `onestill.pipeline.Pipeline`.
+    """What to draw: one picture for each seed. The values are validated; see `onestill.pipeline.Pipeline`.
 
     Attributes:
         height, width: pixels.
-        image: a picture to start from.
+        image: a picture to start from; None draws from noise.
         strength: how much of `image` to change.
     """
 
@@ -32,7 +32,7 @@ class Job:
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """What jobs must share to be drawn in one call; one with an image shares only with itself."""
+        """Jobs of equal shape can be drawn in one call; a job with an image only with itself."""
         return (self.num_inference_steps, self.height, self.width, id(self) if self.image is not None else 0)
 
 
@@ -41,9 +41,9 @@ class Picture:
     """One picture of a job.
 
     Attributes:
-        metadata: what it was drawn from, as written into files.
-        notes: what was not done to the letter.
-        timings: queue_ms, encode_ms, denoise_ms and decode_ms; the last three are of the call, others' pictures too.
+        metadata: its parameters, as they are written into files.
+        notes: where the result differs from the request.
+        timings: queue_ms, encode_ms, denoise_ms and decode_ms; the last three are those of the whole call.
     """
 
     image: Image

@@ -20,7 +20,7 @@ from onestill.serve.web.server import Server
 
 __all__ = ["json_body", "multipart_body", "validate"]
 
-MOST_JSON = 256 * 1024  # the longest prompt, every letter escaped, is a third of it
+MOST_JSON = 256 * 1024  # three times the longest prompt with every character escaped
 WHOLE_FIELDS = ("seed", "n", "num_inference_steps", "output_compression", "partial_images")
 Body = TypeVar("Body", Generation, Edit, Shown)
 
@@ -29,9 +29,7 @@ def validate(server: Server, kind: type[Body], fields: Any) -> Body:
     """The fields of a body as a request of this class. Raises ApiError: 400 or 404, something is wrong with them."""
     named = fields.get("model") if isinstance(fields, dict) else None
     if isinstance(named, str) and named != server.info.name:
-        raise ApiError(
-            404, f"There is no such model here; this server draws with '{server.info.name}'.", "model_not_found"
-        )
+        raise ApiError(404, f"There is no such model here; this server has '{server.info.name}'.", "model_not_found")
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -44,16 +42,16 @@ async def json_body(request: Request) -> Any:
     Raises:
         ApiError: 400, it is no JSON; 413, it is larger than any request needs to be.
     """
-    # A page of another site can post text/plain without asking, but not this.
+    # A page of another site can post text/plain without a preflight, but not JSON.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(400, "The body must be JSON: send it as Content-Type: application/json.", "invalid_body")
     body = await request.body()
-    if len(body) > MOST_JSON:  # reading it would hold up everyone else
+    if len(body) > MOST_JSON:  # parsing more would block the event loop
         raise ApiError(413, f"The body is too large; send at most {MOST_JSON // 1024} KB of JSON.", "too_large")
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, "The body is no JSON; check its quotes and commas.", "invalid_body") from error
+        raise ApiError(400, "The body is not valid JSON; check its quotes and commas.", "invalid_body") from error
 
 
 async def multipart_body(request: Request) -> tuple[dict[str, Any], bytes]:
@@ -61,7 +59,7 @@ async def multipart_body(request: Request) -> tuple[dict[str, Any], bytes]:
     try:
         form = await request.form(max_files=2, max_fields=32, max_part_size=2**16)
     except (HTTPException, MultiPartException, AssertionError, ValueError) as error:
-        raise ApiError(400, "The form is not understood; send multipart/form-data.", "invalid_body") from error
+        raise ApiError(400, "The form cannot be read; send valid multipart/form-data.", "invalid_body") from error
     try:
         return _text_fields(form), await _image_field(form)
     finally:

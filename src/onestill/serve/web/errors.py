@@ -35,7 +35,7 @@ class _Error(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What every refusal looks like."""
+    """The body of every error."""
 
     error: _Error
 
@@ -58,13 +58,13 @@ def content(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def error_object(error: ApiError) -> dict[str, Any]:
-    """The inner object of the envelope."""
+    """The object `error` of an answer."""
     kind = TYPES.get(error.status, "invalid_request_error")
     return {"message": str(error), "type": kind, "param": error.param, "code": error.code}
 
 
 def response_of(error: ApiError) -> JSONResponse:
-    """The response for an error, with `Retry-After` (whole seconds) and `WWW-Authenticate` where they belong."""
+    """The response to an error, with `Retry-After` (whole seconds) and `WWW-Authenticate` where they apply."""
     headers = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -88,22 +88,22 @@ def to_api_error(error: Exception) -> ApiError:
 
 
 def from_validation(error: ValidationError, names: Mapping[str, Any]) -> ApiError:
-    """The first thing that is wrong with a body, in one sentence. What was sent is not repeated.
+    """The first mistake in a request, in one sentence. It does not repeat what was sent.
 
     Args:
-        error: what pydantic found.
-        names: the fields there are, to suggest one for a name that is unknown.
+        error: from pydantic.
+        names: the known fields, to suggest one for an unknown name.
     """
     found = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part) for part in found["loc"]) or None
     if found["type"] == "extra_forbidden":
         name = str(found["loc"][-1])[:64]
-        # A name that is no valid Unicode text cannot be repeated.
+        # A name that is no valid Unicode text cannot be sent back.
         shown = name if name.isprintable() else "?"
         return ApiError(400, f"There is no parameter '{shown}'.{near(shown, names)}", "unknown_parameter", param=shown)
     if found["type"] == "string_pattern_mismatch" and where == "prompt":
         return ApiError(400, "The prompt is empty; say what to draw.", "invalid_value", param=where)
-    said = found["msg"].removeprefix("Value error, ")
+    message = found["msg"].removeprefix("Value error, ")
     if where is None:
-        return ApiError(400, f"The body is not understood: {said}.", "invalid_body")
-    return ApiError(400, f"'{where}' is wrong: {said[:1].lower()}{said[1:]}.", "invalid_value", param=where)
+        return ApiError(400, f"The body is not understood: {message}.", "invalid_body")
+    return ApiError(400, f"'{where}' is wrong: {message[:1].lower()}{message[1:]}.", "invalid_value", param=where)

@@ -75,13 +75,13 @@ def images_router(server: Server) -> APIRouter:
     edit_schema["required"] = ["image", *edit_schema["required"]]
 
     async def generations(request: Request) -> Response:
-        """Draw from words."""
+        """Draw from a prompt."""
         visitor = await server.access.identify(request)
         form = validate(server, server.forms.generation, await json_body(request))
         return await _answer(request, await _queue(server, request, visitor, form), "image_generation")
 
     async def edits(request: Request) -> Response:
-        """Draw from words and a picture to start from: a form with the field `image`."""
+        """Draw from a prompt and a picture to start from: a form with the field `image`."""
         return await _answer(request, await queue_edit(request), "image_edit")
 
     async def queue_edit(request: Request) -> Queued:

@@ -51,7 +51,7 @@ def read_message(message: str | bytes, most: int) -> tuple[Any, bytes]:
     try:
         return (json.loads(message), b"") if isinstance(message, str) else unpack(message)
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, "The message is no JSON; see docs/serve.md.", "invalid_body") from error
+        raise ApiError(400, "The message is not valid JSON; see docs/serve.md.", "invalid_body") from error
 
 
 def id_in(fields: Any) -> int | None:

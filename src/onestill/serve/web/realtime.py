@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from onestill.serve.access.quota import Visitor, network
-from onestill.serve.access.rate_limit import Bucket
+from onestill.serve.access.rate_limit import TokenBucket
 from onestill.serve.errors import ApiError, Superseded
 from onestill.serve.queue.jobs import Picture
 from onestill.serve.web.errors import error_object, from_validation, to_api_error
@@ -30,9 +30,9 @@ __all__ = ["converse"]
 
 PROTOCOL = "onestill.v1"
 KEY_PROTOCOL = "onestill.key."
-UNANSWERED = 32  # messages whose answers are not sent yet; beyond that no more are read
-SEND_S = 20.0  # a client that takes nothing for so long is cut off
-REFUSED, FAILED, TRY_LATER = 1008, 1011, 1013  # why a socket is closed
+UNANSWERED = 32  # messages without an answer; with more the server stops reading
+SEND_S = 20.0  # a client that reads nothing for so long is cut off
+REFUSED, FAILED, TRY_LATER = 1008, 1011, 1013  # WebSocket close codes
 
 
 async def converse(server: Server, socket: WebSocket) -> None:
@@ -52,7 +52,7 @@ async def converse(server: Server, socket: WebSocket) -> None:
         except Exception as error:
             await _refuse(socket, to_api_error(error))
             return
-        with suppress(WebSocketDisconnect, TimeoutError):  # it left, or took nothing
+        with suppress(WebSocketDisconnect, TimeoutError):  # the client left, or reads nothing
             await _Connection(server, socket, key).run()
     finally:
         server.live[address] -= 1
@@ -61,7 +61,7 @@ async def converse(server: Server, socket: WebSocket) -> None:
 
 
 async def _refuse(socket: WebSocket, error: ApiError) -> None:
-    """Say why there is no live connection, and close it."""
+    """Send why the connection is refused, and close it."""
     with suppress(WebSocketDisconnect, RuntimeError):
         await socket.send_text(json.dumps({"type": "error", "id": None, "error": error_object(error)}))
         await socket.close(REFUSED if error.status == 401 else TRY_LATER)
@@ -76,7 +76,7 @@ def _key_in(protocol: str) -> str:
 
 
 class _Answer(NamedTuple):
-    """What has become of the message `id`: its drawing, or why there is none."""
+    """The result of the message `id`: its drawing, or why it was refused."""
 
     id: int | None
     result: Drawing[Live] | ApiError
@@ -84,7 +84,7 @@ class _Answer(NamedTuple):
 
 
 class _Connection:
-    """One reader, one sender, and between them the answers in the order they became known."""
+    """A reader and a sender, with a queue of answers between them in the order in which they are known."""
 
     def __init__(self, server: Server, socket: WebSocket, key: str | None) -> None:
         self._server = server
@@ -94,8 +94,8 @@ class _Connection:
         self._answers: asyncio.Queue[_Answer] = asyncio.Queue()
         self._room = asyncio.Semaphore(UNANSWERED)
         each_s = server.bounds.messages_each_s
-        self._rate = Bucket(each_s, 2 * each_s)
-        self._quota_short = True  # a message may ask for more than is left, so one looks before drawing
+        self._rate = TokenBucket(each_s, 2 * each_s)
+        self._quota_short = True  # whether a message may ask for more than is left; then the quota is checked first
         self._close_code = FAILED
 
     async def run(self) -> None:
@@ -189,7 +189,7 @@ class _Connection:
             except Superseded:
                 kind, message = "superseded", json.dumps({"type": "superseded", "id": answer.id})
             except CancelledError:
-                return  # the slot was closed: the connection is over
+                return  # the slot was closed, as the connection has ended
             except Exception as error:
                 kind, message = "error", self._error(answer.id, to_api_error(error))
             await self._send(message)
