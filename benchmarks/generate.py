@@ -27,7 +27,7 @@ from typing import Any
 
 import onestill
 from onestill.bench.machine import machine
-from onestill.engine.openvino.int8 import read_int8
+from onestill.engine.openvino.shared_weights import read_int8
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black", "pink", "brown")
 THINGS = ("apple", "bicycle", "heart", "house", "star", "cat", "key", "cloud", "boat", "book", "bell", "tree")

@@ -74,7 +74,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_the_base_needs_no_torch() -> None:
     code = (
         "import onestill.errors, onestill.schedule, onestill.noise, onestill.sampling, onestill.checkpoint\n"
-        "import onestill.pipeline, onestill.engine.openvino.icons, onestill.cli.app, onestill.serve.run\n"
+        "import onestill.pipeline, onestill.engine.openvino.engine, onestill.cli.app, onestill.serve.run\n"
         "onestill.cli.app.make_app()"
     )
     heavy = {"alembic", "c2pa", "ray", "sqlalchemy", "torch", "diffusers", "transformers"} | {

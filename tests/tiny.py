@@ -9,7 +9,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from onestill.export.folder import export_openvino, save_folder, write_manifest
+from onestill.export.folder import save_folder, write_manifest
+from onestill.export.shared_weights import export_openvino
 from onestill.schedule import NoiseSchedule, rescale_zero_terminal_snr, scaled_linear_alphas_cumprod
 
 WORDS = "a an and apple arrow blue circle emoji fluent green heart icon line of on purple red round square star yellow"

@@ -25,6 +25,7 @@ from onestill.bench.contenders import diffusers_contender, diffusers_pipeline, o
 from onestill.bench.latency import MeasuringError, measure, percentile, psnr
 from onestill.bench.setting import PARTS, Setting
 from onestill.checkpoint import describe
+from onestill.engine.protocol import EndToEndEngine
 
 __all__ = ["compiled", "speed"]
 
@@ -145,16 +146,16 @@ class Events:
     def __init__(self, pipe: Any) -> None:
         self._drawn: list[dict[str, float]] = []
         engine = pipe.engine
-        if not hasattr(engine, "draw"):
+        if not isinstance(engine, EndToEndEngine):
             return
-        draw = engine.draw
+        generate = engine.generate
 
-        def listened(job: Any) -> Any:
-            drawn = draw(job)
+        def listened(request: Any) -> Any:
+            drawn = generate(request)
             self._drawn.append({part: getattr(drawn, part) for part in PARTS[:3]})
             return drawn
 
-        engine.draw = listened
+        engine.generate = listened  # type: ignore[method-assign]
 
     def medians(self, after: int) -> dict[str, float]:
         """Of the calls after the first so many."""

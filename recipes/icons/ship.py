@@ -18,7 +18,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, BertModel
 
-from onestill.export.folder import export_openvino, save_folder, write_manifest
+from onestill.export.folder import save_folder, write_manifest
+from onestill.export.shared_weights import export_openvino
 from onestill.networks.denoiser import load_unet, training_schedule
 from onestill.networks.latents import load_autoencoder
 from onestill.networks.text_encoder import text_folder

@@ -41,7 +41,7 @@ def bytes_used(column: int) -> int:
 @pytest.mark.slow
 def test_memory_does_not_grow_over_500_requests(xl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onestill.pipeline.prompt_cache.MOST_PROMPTS", 16)
-    monkeypatch.setattr("onestill.engine.torch.fast.PROMPTS_KEPT", 16)
+    monkeypatch.setattr("onestill.engine.torch.fast.PROMPTS_CACHED", 16)
     for pipe in engines(xl):
         for i in range(60):
             pipe(f"a red apple {i}", seed=i)

@@ -194,7 +194,7 @@ def test_weights_that_do_not_fit_their_config_are_one_sentence(tiny_folder: Path
 
 
 def test_a_tokenizers_attention_mask_is_passed_only_where_the_config_asks(tiny_folder: Path, tmp_path: Path) -> None:
-    from onestill.export.folder import export_openvino
+    from onestill.export.shared_weights import export_openvino
 
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "tiny"))
     (folder / "onestill.json").unlink()

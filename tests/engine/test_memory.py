@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onestill.engine.memory import is_memory_error, memory_told
+from onestill.engine.memory import explain_oom, is_memory_error
 from onestill.errors import NotEnoughMemoryError
 
 
@@ -20,7 +20,7 @@ def test_what_did_not_fit_is_given_back_while_the_error_is_handled() -> None:
         kept.append(weakref.ref(large))
         raise RuntimeError("CUDA out of memory")
 
-    with pytest.raises(NotEnoughMemoryError, match="to draw; draw fewer") as caught, memory_told("cpu", "draw"):
+    with pytest.raises(NotEnoughMemoryError, match="to draw; draw fewer") as caught, explain_oom("cpu", "draw"):
         draw()
     assert caught.value.__context__ is not None  # whose frames are alive, with nothing in them
     assert kept[0]() is None
@@ -50,7 +50,7 @@ def test_what_did_not_fit_is_given_back_while_the_error_is_handled() -> None:
     ],
 )
 def test_every_library_is_understood(message: str) -> None:
-    with pytest.raises(NotEnoughMemoryError, match="draw fewer"), memory_told("cpu", "draw"):
+    with pytest.raises(NotEnoughMemoryError, match="draw fewer"), explain_oom("cpu", "draw"):
         raise RuntimeError(message)
 
 
@@ -69,5 +69,5 @@ def test_other_troubles_with_memory_are_not_taken_for_it(message: str) -> None:
 
 
 def test_other_errors_pass() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), memory_told("cpu", "draw"):
+    with pytest.raises(RuntimeError, match="shapes"), explain_oom("cpu", "draw"):
         raise RuntimeError("shapes differ")

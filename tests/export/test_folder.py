@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from onestill.checkpoint import MANIFEST, describe, verify, weights_file
-from onestill.engine.openvino.ir import read_index
+from onestill.checkpoint import MANIFEST, describe, weights_file
 from onestill.errors import CheckpointError, OutputError
-from onestill.export.folder import export_openvino, save_folder, write_manifest
+from onestill.export.folder import save_folder, write_manifest
 from tests.tiny import tiny_kl, tiny_schedule, tiny_text_encoder, tiny_tokenizer, tiny_unet
 
 
@@ -64,33 +63,6 @@ def test_what_diffusers_would_draw_differently_is_refused(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=r"conv_in\.bias.*float16"):
         save_folder(**modules, folder=tmp_path / "new")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_graphs_keep_no_second_copy_of_the_weights(tiny_folder: Path) -> None:
-    for part, files in read_index(tiny_folder).items():
-        assert files.rest.stat().st_size < 5000, part
-        graph, space = files.read()
-        assert graph.startswith(b"<?xml")
-        np.testing.assert_array_equal(space[: files.weights_bytes], np.fromfile(files.weights, dtype=np.uint8))
-
-
-def test_exporting_again_replaces_the_old_form(tiny_folder: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_folder, tmp_path / "tiny"))
-    before = {path.name: path.read_bytes() for path in (folder / "openvino").iterdir()}
-    (folder / "openvino" / "left-over").write_text("")
-    export_openvino(folder)
-    assert {path.name: path.read_bytes() for path in (folder / "openvino").iterdir()} == before
-    verify(folder, contents=True)
-
-
-def test_a_form_that_computes_something_else_is_not_kept(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = Path(shutil.copytree(tiny_folder, tmp_path / "tiny"))
-    monkeypatch.setattr("onestill.export.folder.MOST_DIFFERENCE", 0.0)
-    with pytest.raises(CheckpointError, match="differs from torch"):
-        export_openvino(folder)
-    assert not (folder / "openvino").exists()
 
 
 def test_the_manifest_lists_every_file_and_says_what_the_model_is(tiny_folder: Path, tmp_path: Path) -> None:

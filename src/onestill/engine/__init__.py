@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 
-from onestill.checkpoint import Additions, describe, resolve, verify
+from onestill.checkpoint import Additions, ModelInfo, describe, resolve, verify
 from onestill.engine.device import AUTO, checked_name, choose, runs_on_cpu
-from onestill.engine.protocol import ENGINES, Conditioning, Drawn, Engine, Job, TorchOptions, first_latents
+from onestill.engine.protocol import ENGINES, Engine, TorchOptions
 from onestill.errors import CheckpointError, MissingExtraError, OnestillError, near
 
-__all__ = ["ENGINES", "Conditioning", "Drawn", "Engine", "Job", "TorchOptions", "first_latents", "load_engine"]
+__all__ = ["ENGINES", "Engine", "TorchOptions", "load_engine"]
 
 
 def load_engine(
@@ -52,23 +52,25 @@ def load_engine(
     info = describe(folder, additions)
     verify(folder, contents=True)
     has_openvino = (folder / "openvino" / "index.json").is_file()
-    changed = bool(info.networks or info.loras) or options is not None
+    is_changed = bool(info.networks or info.loras) or options is not None
     if name is None:
         # On the CPU even where torch has a GPU, unless that is asked for: it starts sooner, and needs no torch.
-        will_do = runs_on_cpu(device) and dtype != "float16" and not changed
-        name = "openvino" if has_openvino and will_do else "torch"
-    if name == "openvino":
-        if changed and has_openvino:
-            raise OnestillError("The engine 'openvino' draws a model as it was exported; choose the engine 'torch'.")
-        if not has_openvino:
-            raise CheckpointError(f"'{folder}' has no OpenVINO form; load it with the engine 'torch'.")
-        if info.size_multiple:
-            from onestill.engine.openvino.stable_diffusion import OpenVinoSdEngine
+        takes_openvino = has_openvino and runs_on_cpu(device) and dtype != "float16" and not is_changed
+        name = "openvino" if takes_openvino else "torch"
+    if name == "torch":
+        return _load_torch(info, device, dtype, threads, options)
+    if not has_openvino:
+        raise CheckpointError(f"'{folder}' has no OpenVINO form; load it with the engine 'torch'.")
+    if is_changed:
+        raise OnestillError("The engine 'openvino' draws a model as it was exported; choose the engine 'torch'.")
+    from onestill.engine.openvino.engine import OpenVinoEngine
 
-            return OpenVinoSdEngine(info, device=device, dtype=dtype, threads=threads)
-        from onestill.engine.openvino.icons import OpenVinoEngine
+    return OpenVinoEngine(info, device=device, dtype=dtype, threads=threads, quick_start=quick_start)
 
-        return OpenVinoEngine(info, device=device, dtype=dtype, threads=threads, quick_start=quick_start)
+
+def _load_torch(
+    info: ModelInfo, device: str | None, dtype: str | None, threads: int | None, options: TorchOptions | None
+) -> Engine:
     for package in ("torch", "diffusers", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError("torch", package)

@@ -1,4 +1,4 @@
-"""Where torch computes: the one place that chooses a device and its type of numbers.
+"""Where torch computes: the one place that chooses a device and a default dtype.
 
 `auto`, which is what None means too, takes the first GPU that torch has and can compute on, by CUDA (or ROCm, which
 torch calls cuda as well), then by Apple's MPS, else the CPU. Importing this imports next to nothing, as every start of
@@ -130,16 +130,16 @@ def explained(device: str) -> str:
 
 
 def default_dtype(device: str) -> str:
-    """What torch computes in on a device unless it is told: float32 on a CPU, float16 on GPUs.
+    """The dtype that torch computes in by default on a device: float32 on a CPU, float16 on GPUs.
 
-    Of the halves, float16 has the finer steps, which few-step models that predict noise need. Autoencoders that leave
-    its range stay in float32 or bfloat16, and what else overflows is an error that names the way out.
+    Of the two half-precision types, float16 rounds more finely, which few-step models that predict noise need.
+    Autoencoders that leave its range stay in float32 or bfloat16; any other overflow is an error that names the fix.
     """
     return "float32" if _kind(device) == "cpu" else "float16"
 
 
 def synchronize(device: str) -> None:
-    """Wait until a device has computed all that it was given: what a clock needs."""
+    """Wait until a device has finished its queued work, as timing needs."""
     kind = _kind(device)
     if kind == "cuda":
         require("torch", "torch").cuda.synchronize(device)
@@ -148,7 +148,7 @@ def synchronize(device: str) -> None:
 
 
 def peak_memory(device: str) -> float | None:
-    """The most bytes of a GPU's memory that torch has held; on Apple's GPU what it holds now. None on a CPU."""
+    """The peak of a GPU's memory that torch has used, in bytes; on Apple's GPU the present use. None on a CPU."""
     kind = _kind(device)
     if kind == "mps":
         return float(require("torch", "torch").mps.driver_allocated_memory())

@@ -1,4 +1,4 @@
-"""Why torch computes on no GPU, and what its owner can do about it, in words made from facts.
+"""Why torch computes on no GPU, and what its owner can do about it, in sentences made from facts.
 
 Commands and pages are named so that no registry is: which one pip asks is its owner's choice.
 """
@@ -13,7 +13,7 @@ from onestill.engine.gpus import Gpus, TorchDevices
 __all__ = ["advice", "explanation", "why_no_cuda", "why_no_mps"]
 
 HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-DEFAULT_BUILD = "Linux x86_64"  # the platform on which pip takes a build for CUDA unless told otherwise
+DEFAULT_BUILD = "Linux x86_64"  # the platform on which pip takes a build for CUDA by default
 DEFAULT_CUDA = 13  # what that build, of torch 2.11 and later, is for
 SELECTOR = "the selector on PyTorch's page 'Get Started'"
 

@@ -24,9 +24,9 @@ class Gpus:
 
     Attributes:
         platform: system and processor, such as "Linux x86_64", "Windows AMD64" or "Darwin arm64".
-        nvidia: the name of each of NVIDIA's, as its driver tells them.
-        driver: the version of NVIDIA's driver, "" where none is loaded or its version is not told.
-        cuda: the newest CUDA that this driver runs, such as "12.4"; "" where it is not told.
+        nvidia: the name of each of NVIDIA's, as its driver names them.
+        driver: the version of NVIDIA's driver, "" where none is loaded or its version is unknown.
+        cuda: the newest CUDA that this driver runs, such as "12.4"; "" where it is unknown.
         problem: what NVIDIA's tool said where it failed, "" where it did not.
         out_of_reach: NVIDIA's driver is loaded, but this process has no file of a GPU: a container without one.
         amd: whether AMD's driver for computing is loaded.
@@ -84,13 +84,13 @@ def find_gpus(root: Path = Path("/"), on: str | None = None) -> Gpus:
         root: where `proc` and `dev` are.
         on: as `Gpus.platform`; None is this machine's.
     """
-    names, driver = _told_by_kernel(root)
+    names, driver = _from_kernel(root)
     has_files = any((root / "dev").glob("nvidia[0-9]*"))
     if not names and has_files:
         names = ("NVIDIA GPU",)
     cuda = problem = ""
     if (tool := shutil.which(TOOL)) is not None:
-        said, problem = _told_by(tool)
+        said, problem = _from_tool(tool)
         # Where the tool works, its GPUs are those in reach, in a container or under WSL too.
         reached = tuple(re.findall(r"^\s*Product Name\s*:\s*(.+?)\s*$", said, re.MULTILINE))
         names, has_files = reached or names, has_files or bool(reached)
@@ -107,15 +107,15 @@ def find_gpus(root: Path = Path("/"), on: str | None = None) -> Gpus:
     )
 
 
-def _told_by_kernel(root: Path) -> tuple[tuple[str, ...], str]:
-    """The names of NVIDIA's GPUs and the version of its driver, as Linux's kernel tells them."""
+def _from_kernel(root: Path) -> tuple[tuple[str, ...], str]:
+    """The names of NVIDIA's GPUs and the version of its driver, as Linux's kernel names them."""
     folder = root / "proc" / "driver" / "nvidia"
     names = [_fact("Model", _text(file)) for file in sorted(folder.glob("gpus/*/information"))]
     version = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", _text(folder / "version"))
     return tuple(name or "NVIDIA GPU" for name in names), version[1] if version else ""
 
 
-def _told_by(tool: str) -> tuple[str, str]:
+def _from_tool(tool: str) -> tuple[str, str]:
     """What the tool prints, and what it says is wrong, "" where all is well."""
     try:
         done = subprocess.run([tool, "-q"], capture_output=True, text=True, errors="replace", timeout=MOST_S)

@@ -1,4 +1,7 @@
-"""Whether a model and its pictures fit into memory, said before or after it was tried."""
+"""Whether a model and its pictures fit into memory: checked before loading, and explained where memory ran out.
+
+The one place that recognises such errors, of torch and OpenVINO alike.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,12 @@ from onestill.checkpoint.files import NETWORKS
 from onestill.checkpoint.header import read_header
 from onestill.errors import NotEnoughMemoryError, require
 
-__all__ = ["check_memory", "check_memory_left", "is_memory_error", "memory_told", "parameters"]
+__all__ = ["check_memory", "check_memory_left", "explain_oom", "is_memory_error", "parameters"]
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# What libraries call running out of memory. First torch, CUDA, Triton and other vendors' GPUs; then cuBLAS, cuSOLVER,
-# cuSPARSE, cuDNN and cuFFT, cuDNN from 9 on, and CUDA's and HIP's names of it; last torch on a CPU, C++, oneDNN.
+# The messages of libraries that run out of memory. First torch, CUDA, Triton and other vendors' GPUs; then cuBLAS,
+# cuSOLVER, cuSPARSE, cuDNN and cuFFT, cuDNN from 9 on, and CUDA's and HIP's error codes; last torch on a CPU, C++,
+# oneDNN.
 MESSAGES = re.compile(
     r"out[ _]?of[ _]?(device[ _]|host[ _])?memory|(status|cufft)_alloc_failed|allocation_failed|errormemoryallocation"
     r"|can't allocate memory|not enough memory|bad_alloc|could not create a memory object",
@@ -27,25 +31,25 @@ MESSAGES = re.compile(
 
 
 def parameters(info: ModelInfo) -> int:
-    """How many numbers a model's weights are."""
-    count = sum(_numbers(network.file, network.prefix) for network in info.networks.values())
+    """How many parameters a model has."""
+    count = sum(_count(network.file, network.prefix) for network in info.networks.values())
     for name in NETWORKS:
         if name in info.classes and name not in info.networks:
             file = weights_file(info.path, name)
             parts = read_json(file.parent, file.name)["weight_map"].values() if file.suffix == ".json" else [file.name]
-            count += sum(_numbers(file.parent / part) for part in set(parts))
+            count += sum(_count(file.parent / part) for part in set(parts))
     return count
 
 
-def _numbers(file: Path, prefix: str = "") -> int:
+def _count(file: Path, prefix: str = "") -> int:
     return sum(prod(at.shape) for name, at in read_header(file).tensors.items() if name.startswith(prefix))
 
 
 def check_memory(info: ModelInfo, dtype: str) -> None:
-    """Refuse a model whose weights are larger than the memory that this machine has left (Linux tells).
+    """Refuse a model whose weights are larger than the memory that this machine has left (known on Linux alone).
 
     Raises:
-        NotEnoughMemoryError: the sentence says in what type it would fit.
+        NotEnoughMemoryError: the sentence says in which dtype it would fit.
     """
     count, left = parameters(info), _available()
     fits_halved = dtype == "float32" and left is not None and count * 2 < left
@@ -76,13 +80,13 @@ def _available() -> int | None:
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: torch and OpenVINO say so in words only."""
+    """Whether an error says that memory ran out. Libraries have no type for it, only messages."""
     return isinstance(error, MemoryError) or MESSAGES.search(str(error)) is not None
 
 
 @contextmanager
-def memory_told(device: object, doing: str) -> Iterator[None]:
-    """Turn running out of memory in the body into one sentence, and give back what was taken.
+def explain_oom(device: object, doing: str) -> Iterator[None]:
+    """Turn an out-of-memory error in the body into one sentence, and free what the body had taken.
 
     Args:
         device: where the body computes; its text is its name.
@@ -93,7 +97,7 @@ def memory_told(device: object, doing: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, NotEnoughMemoryError) or not is_memory_error(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # they would keep the tensors that memory is short of
+        traceback.clear_frames(error.__traceback__)  # the frames would keep the tensors that memory is short of
     else:
         return
     if str(device).startswith("cuda"):

@@ -1,14 +1,18 @@
-"""The protocol of the runtimes: words to states, noisy latents to a network's output, latents to pictures.
+"""The protocol of the runtimes: prompts to states, noisy latents to a network's output, latents to pictures.
 
-An engine knows nothing of steps, seeds or guidance; `onestill.pipeline` does. It does not change after loading, and
-any number of threads may call it at once.
+An `Engine` knows nothing of steps, seeds or guidance; `onestill.pipeline` does. An `EndToEndEngine` can also take them
+all at once, in a `GenerationRequest`. An engine does not change after loading, and any number of threads may call it
+at once.
+
+Shapes: B prompts or pictures, K tokens, D width of a token's state, P width of a pooled prompt, N noises, C latent
+channels, h w latent size, H W pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +23,12 @@ from onestill.schedule import Array, add_noise
 __all__ = [
     "ENGINES",
     "Conditioning",
-    "Drawn",
+    "EndToEndEngine",
     "Engine",
-    "Job",
+    "GenerationRequest",
+    "GenerationResult",
     "TorchOptions",
-    "doubled",
+    "batch_sizes",
     "first_latents",
 ]
 
@@ -32,17 +37,17 @@ ENGINES = ("openvino", "torch")
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a network is told of the words.
+    """What a network is conditioned on: the encoded prompts, and what else it takes beside latents and timestep.
 
     Attributes:
-        states: [B, K, D] float32, K tokens of D numbers for each prompt.
+        states: [B, K, D] float32.
         tokens_cut: for each prompt, how many of its last tokens did not fit.
         words_cut: for each prompt, its end from the first word that did not fit whole; "" where all fitted or nobody
             asks.
         pooled: [B, P] float32, one vector for each prompt as a whole; SDXL's networks only.
-        time_ids: [B, 6] float32, SDXL's micro-conditioning in pixels: height and width that the picture is said to have
-            had, top and left that were cut off, height and width asked for.
-        guidance_scale: for networks that are told how hard to follow the words (LCM's); others ignore it.
+        time_ids: [B, 6] float32, SDXL's micro-conditioning in pixels: the height and width that the picture is said to
+            have had, the top and left that were cut off, the height and width asked for.
+        guidance_scale: how hard to follow the prompt, for networks that take it as an input (LCM's); others ignore it.
     """
 
     states: NDArray[np.float32]
@@ -58,11 +63,11 @@ class Conditioning:
 
     @classmethod
     def joined(cls, some: Sequence[Conditioning]) -> Conditioning:
-        """That of all the prompts of several; what is said of guidance is the first one's."""
+        """Several as one, prompt after prompt; the guidance scale is the first one's."""
 
         def rows(arrays: list[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
-            told = [array for array in arrays if array is not None]
-            return np.concatenate(told) if told else None
+            present = [array for array in arrays if array is not None]
+            return np.concatenate(present) if present else None
 
         return cls(
             np.concatenate([one.states for one in some]),
@@ -74,7 +79,7 @@ class Conditioning:
         )
 
     def __getitem__(self, part: slice) -> Conditioning:
-        """That of some of the prompts."""
+        """The conditioning of some of the prompts."""
         return Conditioning(
             self.states[part],
             self.tokens_cut[part],
@@ -120,16 +125,29 @@ class Engine(Protocol):
         """How many pictures to draw, call by call, until no call of at most `most` has anything to prepare."""
 
 
+@runtime_checkable
+class EndToEndEngine(Engine, Protocol):
+    """An engine that also goes from prompts to pictures by itself, so that nothing leaves the device in between."""
+
+    def generate(self, request: GenerationRequest) -> GenerationResult:
+        """Draw B pictures.
+
+        Raises:
+            NotEnoughMemoryError: they do not fit; the engine works on for the next request.
+            NotFiniteError: the model produced NaN or infinity.
+        """
+
+
 @dataclass(frozen=True)
 class TorchOptions:
     """How torch computes where it is to be fast. The defaults are the fast ones that change no picture.
 
     Attributes:
-        graphs: replay a CUDA graph for each number of images, size and number of steps, in place of thousands of calls.
+        graphs: replay a CUDA graph for each batch size, image size and number of steps, in place of thousands of calls.
         channels_last: keep images as [H, W, C] in memory, which convolutions on GPUs read best, while CUDA's group norm
             copies them to the other layout and back unless it is compiled; None does on a GPU where all is compiled.
         fuse: compute an attention's q, k and v as one product; None does on a GPU.
-        compile: "none"; "regional", each kind of block once, half a minute; or "whole", minutes, kept in the cache.
+        compile: "none"; "regional", each kind of block once, half a minute; or "whole", minutes, cached between starts.
         quantize: "none"; "int8" or "fp8", the UNet's larger linear layers by torchao. Changes pictures a little.
         attention: the name of one of diffusers' attention backends; None is torch's own choice.
         cudnn_benchmark: let cuDNN measure its ways to compute each convolution when a shape is first drawn, in place of
@@ -146,19 +164,19 @@ class TorchOptions:
 
 
 @dataclass(frozen=True)
-class Job:
-    """All that pictures are drawn from, for an engine that goes from words to pixels by itself.
+class GenerationRequest:
+    """All that B pictures are made from, for an `EndToEndEngine`.
 
     Attributes:
         prompts: B of them.
-        negatives: as many, where guidance steers away from something; None where it is off. None as an entry stands for
-            the zeros of `ModelInfo.zero_negative`.
+        negatives: B prompts that guidance steers away from; None where guidance is off. None as an entry stands for the
+            zeros of `ModelInfo.zero_negative`.
         noise: [N, B, C, h, w] float32, the noise to start from and then what the sampler adds, in order.
-        start: [1, C, h, w] float32, latents of an image to start from; None for words alone.
+        start: [1, C, h, w] float32, latents of an image to start from; None to start from noise alone.
         time_ids: [B, 6] float32 as in `Conditioning`, or None.
         sampler: a name in `onestill.sampling.SAMPLERS`.
         timesteps: falling, each one call of the network.
-        guidance_scale: above 1 it is on, where `negatives` are given.
+        guidance_scale: used where `negatives` are given.
     """
 
     prompts: Sequence[str]
@@ -172,8 +190,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What a job became: pictures [B, H, W, 3], what did not fit of each prompt, and where the milliseconds went."""
+class GenerationResult:
+    """What a request became: pictures [B, H, W, 3], what did not fit of each prompt, and the time of each stage."""
 
     pictures: NDArray[np.uint8]
     tokens_cut: tuple[int, ...]
@@ -183,7 +201,7 @@ class Drawn:
     decode_ms: float
 
     @classmethod
-    def joined(cls, some: Sequence[Drawn]) -> Drawn:
+    def joined(cls, some: Sequence[GenerationResult]) -> GenerationResult:
         """Several as one, their times summed."""
         return cls(
             np.concatenate([one.pictures for one in some]),
@@ -196,7 +214,7 @@ class Drawn:
 
 
 def first_latents(info: ModelInfo, timestep: int, noise: Array, start: Array | None) -> Array:
-    """What a walk starts from: the noise of its first timestep, over the latents of an image where there are some.
+    """What sampling starts from: the noise of its first timestep, over the latents of an image where there are some.
 
     Args:
         info: the model.
@@ -210,6 +228,6 @@ def first_latents(info: ModelInfo, timestep: int, noise: Array, start: Array | N
     return add_noise(0.0 if start is None else start, noise, alpha, sigma)
 
 
-def doubled(most: int) -> tuple[int, ...]:
-    """1, 2, 4 and so on below `most`, and `most` itself."""
+def batch_sizes(most: int) -> tuple[int, ...]:
+    """The batch sizes that engines prepare for: 1, 2, 4 and so on below `most`, and `most` itself."""
     return *(2**power for power in range(most.bit_length()) if 2**power < most), most

@@ -4,8 +4,8 @@
                 input's extremes stay within in all but OUTLIERS of the calls
     text        no ranges, see `onestill.engine.openvino.int8`; layers whose rounding alone moves the states by more
                 than MOST_MOVED of their norm stay in float32; the smaller figure is tried where the larger draws badly
-    quality     each network in turn draws MEASURED other pictures in int8, the rest in float32; it is kept where they
-                are near enough to float32's, and then all that are kept draw together
+    quality     each network in turn draws MEASURED other pictures in int8, the rest in float32; it passes where they
+                are near enough to float32's, and then all that passed draw together
 
 The UNet is left in float: in a graph that rounds, OpenVINO gives up its kernel for group norms, and what int8 gains is
 lost again. B batch, C latent channels, h w latent size, H W pixels.
@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onestill.checkpoint import ModelInfo
-from onestill.engine.openvino.icons import EXACT, OpenVinoEngine, read_graph
-from onestill.engine.openvino.int8 import DYNAMIC, FORMAT, INT8, Int8, Layers, layer_nodes, quantize, read_int8
-from onestill.engine.openvino.ir import FOLDER, read_index
+from onestill.engine.openvino.engine import OpenVinoEngine
+from onestill.engine.openvino.int8 import DYNAMIC, Layers, layer_nodes, quantize
+from onestill.engine.openvino.shared_weights import EXACT, FOLDER, INT8, INT8_FORMAT, Int8, read_index, read_int8
 from onestill.engine.protocol import Conditioning, first_latents
 from onestill.noise import noise_source
 from onestill.sampling import sample
@@ -78,15 +78,15 @@ def write_int8(info: ModelInfo) -> Int8:
             tried[part] = layers
             _write(info, Int8({part: layers}))
             near[part] = _quality(info, measured, expected)
-    kept = [part for part in sorted(near, key=lambda part: near[part][1]) if _good(*near[part])]
-    while kept:
-        _write(info, Int8({part: layers for part, layers in tried.items() if part in kept}))
+    passed = [part for part in sorted(near, key=lambda part: near[part][1]) if _good(*near[part])]
+    while passed:
+        _write(info, Int8({part: layers for part, layers in tried.items() if part in passed}))
         mean, worst = _quality(info, measured, expected)
         if _good(mean, worst):
             break
-        kept.pop(0)  # the one whose worst picture is worst
-    parts = {part: layers for part, layers in tried.items() if part in kept}
-    together = {"mean": round(mean, 2), "worst": round(worst, 2)} if kept else {}
+        passed.pop(0)  # the one whose worst picture is worst
+    parts = {part: layers for part, layers in tried.items() if part in passed}
+    together = {"mean": round(mean, 2), "worst": round(worst, 2)} if passed else {}
     each = {part: {"mean": round(near[part][0], 2), "worst": round(near[part][1], 2)} for part in near}
     return _write(info, Int8(parts, together, len(measured)), each)
 
@@ -96,7 +96,7 @@ def _write(info: ModelInfo, int8: Int8, each: Mapping[str, Mapping[str, float]] 
         part: {name: None if at is None else [float(f"{value:.4g}") for value in at] for name, at in layers.items()}
         for part, layers in int8.parts.items()
     }
-    found = {"format": FORMAT, "psnr_db": int8.psnr_db, "pictures": int8.pictures, "alone_psnr_db": each or {}}
+    found = {"format": INT8_FORMAT, "psnr_db": int8.psnr_db, "pictures": int8.pictures, "alone_psnr_db": each or {}}
     (info.path / FOLDER / INT8).write_text(json.dumps(found | {"parts": parts}, indent=1) + "\n")
     written = read_int8(info.path)
     assert written is not None
@@ -107,7 +107,7 @@ def _write(info: ModelInfo, int8: Int8, each: Mapping[str, Mapping[str, float]] 
 
 
 def _captions(count: int) -> list[str]:
-    """Different ones, every thing, colour and style among them."""
+    """Different captions, every thing, colour and style among them."""
     every = [f"a {colour} {thing}, {style}" for style, thing, colour in itertools.product(STYLES, THINGS, COLOURS)]
     every += [f"{thing}, {style}" for style, thing in itertools.product(STYLES, THINGS)] + list(THINGS)
     order = np.random.RandomState(0).permutation(len(every))  # the same on every version of NumPy
@@ -115,7 +115,7 @@ def _captions(count: int) -> list[str]:
 
 
 class _Recorder(OpenVinoEngine):
-    """The float32 engine, which keeps what its networks were called with."""
+    """The float32 engine, which records the inputs of its networks."""
 
     def __init__(self, info: ModelInfo) -> None:
         self.calls: dict[str, list[Arrays]] = {"text_encoder": [], "decoder": []}
@@ -136,15 +136,15 @@ class _Recorder(OpenVinoEngine):
 def _draw(engine: OpenVinoEngine, caption: str, seed: int, steps: int = 1) -> NDArray[np.uint8]:
     """A picture [H, W, 3] of the model's own size, by its own sampler, without guidance."""
     info = engine.info
-    words = engine.encode([caption])
+    conditioning = engine.encode([caption])
     timesteps = info.timesteps(steps)
-    draw = noise_source([seed], info.latent_shape)
+    noise = noise_source([seed], info.latent_shape)
 
     def predict_x0(x: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
-        return np.asarray(info.schedule.x0(engine.denoise(x, timestep, words), x, timestep), dtype=np.float32)
+        return np.asarray(info.schedule.x0(engine.denoise(x, timestep, conditioning), x, timestep), dtype=np.float32)
 
-    start = first_latents(info, timesteps[0], draw(0), None)
-    latents = sample(info.sampler, predict_x0, start, info.schedule, timesteps, draw)
+    start = first_latents(info, timesteps[0], noise(0), None)
+    latents = sample(info.sampler, predict_x0, start, info.schedule, timesteps, noise)
     (picture,) = engine.decode(np.asarray(latents, dtype=np.float32))
     return np.asarray(picture)
 
@@ -158,7 +158,7 @@ def _compiled(model: Any, config: Mapping[str, Any] | None = None) -> Any:
 
 def _ranges(info: ModelInfo, part: str, calls: Sequence[Arrays]) -> Layers:
     """The range of every layer's input."""
-    model, _space = read_graph(openvino.Core(), read_index(info.path)[part], 1)
+    model, _space = read_index(info.path)[part].model(openvino.Core(), (1, *info.latent_shape))
     nodes = layer_nodes(model)
     watched = openvino.Model([opset13.result(node.input_value(0)) for node in nodes.values()], model.get_parameters())
     request = _compiled(watched)
@@ -175,16 +175,16 @@ def _ranges(info: ModelInfo, part: str, calls: Sequence[Arrays]) -> Layers:
 
 def _moved(info: ModelInfo, calls: Sequence[Arrays]) -> dict[str, float]:
     """How far the rounding of each layer of the text encoder, alone, moves its states, as a part of their norm."""
-    files = read_index(info.path)["text_encoder"]
+    files, shape = read_index(info.path)["text_encoder"], (1, info.max_tokens)
 
     def states(layers: Layers) -> NDArray[np.float32]:
-        model, _space = read_graph(openvino.Core(), files, 1)
+        model, _space = files.model(openvino.Core(), shape)
         quantize(model, layers)
         request = _compiled(model, DYNAMIC)
         return np.concatenate([np.array(request.infer(inputs)[0]) for inputs in calls])
 
     exact = states({})
-    names = layer_nodes(read_graph(openvino.Core(), files, 1)[0])
+    names = layer_nodes(files.model(openvino.Core(), shape)[0])
     whole = np.linalg.norm(exact).item()
     return {name: np.linalg.norm(states({name: None}) - exact).item() / whole for name in names}
 

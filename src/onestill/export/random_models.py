@@ -39,7 +39,7 @@ def cached_random_model(kind: str, say: Say) -> Path:
 
 def cached_random_openvino(kind: str, tiny_vae: str | None, weights: str, say: Say) -> Path:
     """The same model in OpenVINO's form, with `weights` in "float16" or "int8" and, if given, a tiny decoder."""
-    from onestill.export.stable_diffusion import export_sd
+    from onestill.export.stored_weights import export_sd
 
     info = describe(cached_random_model(kind, say), Additions(tiny_vae=Path(tiny_vae) if tiny_vae else None))
     folder = cache_folder() / "random" / f"{kind}-openvino-{weights}{'-tiny' if tiny_vae else ''}"

@@ -14,7 +14,15 @@ from PIL.Image import Image
 
 from onestill.checkpoint import Additions
 from onestill.engine import load_engine
-from onestill.engine.protocol import Conditioning, Drawn, Engine, Job, TorchOptions, first_latents
+from onestill.engine.protocol import (
+    Conditioning,
+    EndToEndEngine,
+    Engine,
+    GenerationRequest,
+    GenerationResult,
+    TorchOptions,
+    first_latents,
+)
 from onestill.errors import NotFiniteError
 from onestill.noise import noise_source
 from onestill.pipeline.checks import MOST_IMAGES, checked_prompts, checked_whole, matched_negatives, seeds_of
@@ -113,9 +121,11 @@ class Pipeline:
         start = None if picture is None else self.engine.encode_image(picture[None])
         prepared = time.perf_counter()
 
-        draw = self._draw_whole if hasattr(self.engine, "draw") else self._draw_in_steps
+        draw = self._draw_whole if isinstance(self.engine, EndToEndEngine) else self._draw_in_steps
         parts = [slice(first, first + MOST_AT_ONCE) for first in range(0, len(prompts), MOST_AT_ONCE)]
-        drawn = Drawn.joined([draw(plan, prompts[part], negatives[part], start, seeds[part], pause) for part in parts])
+        drawn = GenerationResult.joined(
+            [draw(plan, prompts[part], negatives[part], start, seeds[part], pause) for part in parts]
+        )
         images = [PIL.Image.fromarray(one) for one in drawn.pictures]
         encode_ms = (prepared - started) * 1000 + drawn.encode_ms
         total_ms = (time.perf_counter() - started) * 1000
@@ -139,7 +149,7 @@ class Pipeline:
         start: NDArray[np.float32] | None,
         seeds: Sequence[int],
         pause: Callable[[], None],
-    ) -> Drawn:
+    ) -> GenerationResult:
         started = time.perf_counter()
         conditioning = self._encode(prompts)
         away_from = self._encode_negatives(negatives) if plan.guides else None
@@ -152,7 +162,9 @@ class Pipeline:
         pictures = self.engine.decode(latents)
         ended = time.perf_counter()
         spent = (encoded - started, denoised - encoded, ended - denoised)
-        return Drawn(pictures, conditioning.tokens_cut, conditioning.words_cut, *(1000 * seconds for seconds in spent))
+        return GenerationResult(
+            pictures, conditioning.tokens_cut, conditioning.words_cut, *(1000 * seconds for seconds in spent)
+        )
 
     def _encode_negatives(self, negatives: Sequence[str | None]) -> Conditioning:
         found = self._encode([text or "" for text in negatives])
@@ -201,11 +213,11 @@ class Pipeline:
         start: NDArray[np.float32] | None,
         seeds: Sequence[int],
         pause: Callable[[], None],
-    ) -> Drawn:
+    ) -> GenerationResult:
         pause()
         draw = noise_source(seeds, plan.latent_shape)
         calls = len(plan.timesteps) if plan.sampler in DRAWING else 1
-        job = Job(
+        request = GenerationRequest(
             prompts,
             negatives if plan.guides else None,
             np.stack([draw(step) for step in range(calls)]),
@@ -215,8 +227,8 @@ class Pipeline:
             plan.timesteps,
             plan.guidance_scale,
         )
-        drawn: Drawn = self.engine.draw(job)  # type: ignore[attr-defined] # asked for before
-        return drawn
+        assert isinstance(self.engine, EndToEndEngine)  # which is why this was called
+        return self.engine.generate(request)
 
 
 def load(

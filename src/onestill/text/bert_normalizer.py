@@ -1,4 +1,4 @@
-"""BERT's preparation of text: cleaned, lower-cased words without accents, punctuation by itself.
+"""BERT's preparation of text: cleaned, lower-cased words without accents, and punctuation marks as words.
 
 Equal to `BertNormalizer` and `BertPreTokenizer` of the `tokenizers` library, character by character.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable
 
-__all__ = ["BertWords"]
+__all__ = ["BertNormalizer"]
 
 
 def _ranges(text: str) -> tuple[range, ...]:
@@ -28,45 +28,45 @@ _CHANGED = {"\u166d": "Po", "\u1734": "Mn", "\U000111c9": "Po", "\U0001171e": "M
 _IDEOGRAPHS = _ranges("3400-4DBF 4E00-9FFF F900-FAFF 20000-2A6DF 2A700-2B81F 2B920-2CEAF 2F800-2FA1F")  # its own list
 
 
-class BertWords:
-    """Text -> the words and punctuation marks that WordPiece then cuts. Safe to call from many threads.
+class BertNormalizer:
+    """Text -> the words and punctuation marks that WordPiece then splits. Safe to call from many threads.
 
     Args:
-        lowercase: make capitals small.
-        strip_accents: take accents off their letters.
-        space_ideographs: make each Chinese character a word.
+        lowercase: turn capitals into small letters.
+        strip_accents: remove accents.
+        space_ideographs: make each Chinese character a word by itself.
     """
 
     def __init__(self, *, lowercase: bool = True, strip_accents: bool = True, space_ideographs: bool = True) -> None:
         self._lowercase, self._strip_accents, self._space_ideographs = lowercase, strip_accents, space_ideographs
-        self._cleaned, self._parted = _Letters(self._clean), _Letters(self._part)
+        self._cleaned, self._separated = _Translation(self._clean), _Translation(self._separate)
 
     def __call__(self, text: str) -> list[str]:
         """The words of a text of any length."""
         text = text.translate(self._cleaned)
         if self._strip_accents:
             text = unicodedata.normalize("NFD", text)
-        return text.translate(self._parted).split()
+        return text.translate(self._separated).split()
 
-    def _clean(self, letter: str) -> str:
-        if letter in "\t\n\r":
+    def _clean(self, character: str) -> str:
+        if character in "\t\n\r":
             return " "
-        if letter == "\ufffd" or _category(letter)[0] == "C":
+        if character == "\ufffd" or _category(character)[0] == "C":
             return ""
-        if self._space_ideographs and any(ord(letter) in one for one in _IDEOGRAPHS):
-            return f" {letter} "
-        return letter
+        if self._space_ideographs and any(ord(character) in one for one in _IDEOGRAPHS):
+            return f" {character} "
+        return character
 
-    def _part(self, letter: str) -> str:
-        category = _category(letter)
+    def _separate(self, character: str) -> str:
+        category = _category(character)
         if category == "Mn" and self._strip_accents:
             return ""
-        if category[0] == "P" or letter in "$+<=>^`|~":
-            return f" {letter} "
-        return letter.lower() if self._lowercase else letter
+        if category[0] == "P" or character in "$+<=>^`|~":
+            return f" {character} "
+        return character.lower() if self._lowercase else character
 
 
-class _Letters(dict[int, str]):
+class _Translation(dict[int, str]):
     """What `str.translate` puts for each character, worked out when it is first met."""
 
     def __init__(self, rule: Callable[[str], str]) -> None:
@@ -77,9 +77,9 @@ class _Letters(dict[int, str]):
         return made
 
 
-def _category(letter: str) -> str:
+def _category(character: str) -> str:
     """The Unicode category that the library gives a character; unassigned ones are letters to it."""
-    if letter in _CHANGED:
-        return _CHANGED[letter]
-    category = unicodedata.category(letter)
-    return "Lo" if category == "Cn" or any(ord(letter) in one for one in _LETTERS) else category
+    if character in _CHANGED:
+        return _CHANGED[character]
+    category = unicodedata.category(character)
+    return "Lo" if category == "Cn" or any(ord(character) in one for one in _LETTERS) else category

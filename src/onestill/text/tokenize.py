@@ -1,4 +1,4 @@
-"""Prompts -> token numbers, exactly as diffusers' pipelines ask transformers for them: cut and padded to K tokens.
+"""Prompts -> token ids, exactly as diffusers' pipelines ask transformers for them: cut and padded to K tokens.
 
 A single file holds no tokenizer; CLIP's, which every model of its families was trained with, comes with the package.
 """
@@ -24,7 +24,7 @@ CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]
 
 
 class Tokens(NamedTuple):
-    """B prompts as numbers.
+    """B prompts as token ids.
 
     Attributes:
         ids: [B, K] int64.
@@ -64,32 +64,32 @@ class PromptTokenizer:
             assert max_tokens is not None
             self._max_tokens, folder = max_tokens, source
         if isinstance(source, ModelInfo) and source.path.is_file():
-            self._cutter: _Cutter = _OtherPieces(*clip_vocabulary(), self._max_tokens)
-            self._pad_id = 0 if component == "tokenizer_2" else self._cutter.number(CLIP_END) or 0
+            self._tokenizer: _Tokenizer = _LibraryTokenizer(*clip_vocabulary(), self._max_tokens)
+            self._pad_id = 0 if component == "tokenizer_2" else self._tokenizer.token_id(CLIP_END) or 0
             return
         config = read_json(folder, "tokenizer_config.json")
-        self._cutter = _cutter(folder, self._max_tokens)
+        self._tokenizer = _read_tokenizer(folder, self._max_tokens)
         pad = _pad_token(folder, config)
-        pad_id = self._cutter.number(pad)
+        pad_id = self._tokenizer.token_id(pad)
         if pad_id is None:
             raise CheckpointError(f"'{folder}' does not know its own padding token {pad!r}; save the model again.")
         self._pad_id = pad_id
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """Tokenize B prompts."""
-        found = [self._cutter(prompt) for prompt in prompts]
+        found = [self._tokenizer(prompt) for prompt in prompts]
         ids = np.full((len(found), self._max_tokens), self._pad_id, dtype=np.int64)
         mask = np.zeros_like(ids)
-        for row, told, (numbers, _) in zip(ids, mask, found, strict=True):
-            row[: len(numbers)] = numbers
-            told[: len(numbers)] = 1
+        for row, real, (prompt_ids, _) in zip(ids, mask, found, strict=True):
+            row[: len(prompt_ids)] = prompt_ids
+            real[: len(prompt_ids)] = 1
         words_cut = tuple(
             self._end_that_was_cut(prompt) if cut else "" for prompt, (_, cut) in zip(prompts, found, strict=True)
         )
         return Tokens(ids, mask, tuple(cut for _, cut in found), words_cut)
 
     def _end_that_was_cut(self, prompt: str) -> str:
-        """The words of a prompt from the first that did not fit whole: the shortest beginning that is cut ends there.
+        """The words of a prompt from the first that did not fit whole, found by halving.
 
         A word is what white space ends: no tokenizer here makes a token of two.
         """
@@ -97,42 +97,44 @@ class PromptTokenizer:
         fits, cut = 0, len(words)  # words[:fits] fit, words[:cut] do not
         while cut - fits > 1:
             middle = (fits + cut) // 2
-            if self._cutter(" ".join(words[:middle]))[1]:
+            if self._tokenizer(" ".join(words[:middle]))[1]:
                 cut = middle
             else:
                 fits = middle
         return " ".join(words[fits:])
 
 
-class _Cutter(Protocol):
+class _Tokenizer(Protocol):
     def __call__(self, prompt: str) -> tuple[list[int], int]:
-        """The numbers of at most K tokens with their marks, unpadded; and how many tokens did not fit."""
+        """The ids of at most K tokens with those at both ends, unpadded; and how many tokens did not fit."""
 
-    def number(self, token: str) -> int | None:
-        """The number of a token, None where there is none."""
+    def token_id(self, token: str) -> int | None:
+        """The id of a token, None where there is none."""
 
 
-class _WordPieces:
+class _WordPieceTokenizer:
     def __init__(self, pieces: WordPiece, max_tokens: int) -> None:
         self._pieces = pieces
-        self._room = max_tokens - 2  # the marks at both ends stay, however long the prompt
+        self._room = max_tokens - 2  # the tokens at both ends stay, however long the prompt
         if self._room < 1:
             raise CheckpointError(f"A prompt of {max_tokens} tokens has no room for words; correct model_max_length.")
-        self.number = pieces.number
+        self.token_id = pieces.token_id
 
     def __call__(self, prompt: str) -> tuple[list[int], int]:
-        numbers = self._pieces(prompt)
-        kept = numbers[: self._room]
-        return [self._pieces.start, *kept, self._pieces.end], len(numbers) - len(kept)
+        ids = self._pieces(prompt)
+        fitting = ids[: self._room]
+        return [self._pieces.start, *fitting, self._pieces.end], len(ids) - len(fitting)
 
 
-def _cutter(folder: Path, max_tokens: int) -> _Cutter:
+def _read_tokenizer(folder: Path, max_tokens: int) -> _Tokenizer:
     if not (folder / "tokenizer.json").exists() and (folder / "merges.txt").is_file():
         # As the published models have it: CLIP's byte pairs in two files.
-        vocabulary = {str(token): int(number) for token, number in read_json(folder, "vocab.json").items()}
-        return _OtherPieces(vocabulary, _merges((folder / "merges.txt").read_text(encoding="utf-8")), max_tokens)
+        vocabulary = {str(token): int(token_id) for token, token_id in read_json(folder, "vocab.json").items()}
+        return _LibraryTokenizer(vocabulary, _merges((folder / "merges.txt").read_text(encoding="utf-8")), max_tokens)
     pieces = read_wordpiece(folder)
-    return _WordPieces(pieces, max_tokens) if pieces else _OtherPieces(folder / "tokenizer.json", None, max_tokens)
+    if pieces is None:
+        return _LibraryTokenizer(folder / "tokenizer.json", None, max_tokens)
+    return _WordPieceTokenizer(pieces, max_tokens)
 
 
 def _pad_token(folder: Path, config: Mapping[str, Any]) -> str:
@@ -149,14 +151,16 @@ def _merges(text: str) -> list[tuple[str, str]]:
 
 
 def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """OpenAI's CLIP vocabulary, token -> number, and its merges in order."""
+    """OpenAI's CLIP vocabulary, token -> id, and its merges in order."""
     import gzip  # here, as the shipped model starts without it
 
     packed = Path(__file__).with_name("clip").joinpath("merges.txt.gz").read_bytes()
     merges = _merges(gzip.decompress(packed).decode())
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), CLIP_START, CLIP_END]
+    # A byte is a character: itself where it is printable, else one of those from U+0100 on.
+    characters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    last = [f"{character}</w>" for character in characters]  # of a word
+    tokens = [*characters, *last, *map("".join, merges), CLIP_START, CLIP_END]
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
@@ -184,7 +188,7 @@ def _clip_tokenizer(library: Any, vocabulary: Mapping[str, int], merges: list[tu
     return made
 
 
-class _OtherPieces:
+class _LibraryTokenizer:
     """Any tokenizer by the `tokenizers` library: a `tokenizer.json`, or CLIP's with this vocabulary and merges."""
 
     def __init__(self, source: Path | Mapping[str, int], merges: list[tuple[str, str]] | None, max_tokens: int) -> None:
@@ -205,7 +209,7 @@ class _OtherPieces:
         if self._room < 1:
             raise CheckpointError(f"A prompt of {max_tokens} tokens has no room for words; correct model_max_length.")
 
-    def number(self, token: str) -> int | None:
+    def token_id(self, token: str) -> int | None:
         found: int | None = self._tokenizer.token_to_id(token)
         return found
 

@@ -1,4 +1,8 @@
-"""BERT's WordPiece: text -> token numbers, equal to the `tokenizers` library's, without its 45 MB of packages."""
+"""BERT's WordPiece: text -> token ids, equal to the `tokenizers` library's.
+
+It is our own because the base install must stay small: `tokenizers` takes 12 MB, and the packages that it alone would
+bring, `huggingface_hub`, `hf-xet` and an HTTP client among them, 29 MB more.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,19 @@ from typing import Any
 
 from onestill.checkpoint import read_json
 from onestill.errors import CheckpointError
-from onestill.text.bert_normalizer import BertWords
+from onestill.text.bert_normalizer import BertNormalizer
 
 __all__ = ["WordPiece", "read_wordpiece", "token_text"]
 
 
 class WordPiece:
-    """Text -> token numbers: all of them, without padding and without the marks `start` and `end`.
+    """Text -> token ids: all of them, without padding and without `start` and `end`.
 
     Args:
-        vocabulary: token -> number.
-        special: tokens that are taken whole where a text holds them, e.g. "[SEP]" -> number.
-        marks: the numbers of [CLS] and [SEP], which belong before and after the text.
-        words: what cuts a text into words.
+        vocabulary: token -> id.
+        special: tokens that are taken whole where a text holds them, e.g. "[SEP]" -> id.
+        ends: the ids of [CLS] and [SEP], which belong before and after the text.
+        normalizer: splits a text into words.
         unknown: the token of words that the vocabulary cannot make.
         prefix: what the vocabulary writes before a piece that is not a word's first.
         longest_word: words of more characters are unknown.
@@ -34,37 +38,37 @@ class WordPiece:
         self,
         vocabulary: Mapping[str, int],
         special: Mapping[str, int],
-        marks: tuple[int, int],
-        words: BertWords,
+        ends: tuple[int, int],
+        normalizer: BertNormalizer,
         *,
         unknown: str = "[UNK]",
         prefix: str = "##",
         longest_word: int = 100,
     ) -> None:
-        self.start, self.end = marks
-        self._vocabulary, self._special, self.words = vocabulary, special, words
+        self.start, self.end = ends
+        self._vocabulary, self._special, self.normalizer = vocabulary, special, normalizer
         self._unknown = [vocabulary[unknown]]
         self._prefix, self._longest_word, self._longest = prefix, longest_word, max(map(len, vocabulary))
         longest_first = sorted(filter(None, special), key=len, reverse=True)
         self._special_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def __call__(self, text: str) -> list[int]:
-        """The token numbers of a text of any length. Safe to call from many threads."""
+        """The token ids of a text of any length. Safe to call from many threads."""
         found: list[int] = []
         for i, part in enumerate(self._special_pattern.split(text)):
             if i % 2:
                 found.append(self._special[part])
             else:
-                for word in self.words(part):
+                for word in self.normalizer(part):
                     found += self._pieces(word)
         return found
 
-    def number(self, token: str) -> int | None:
-        """The number of a token, special or not."""
+    def token_id(self, token: str) -> int | None:
+        """The id of a token, special or not; None where there is none."""
         return self._special.get(token, self._vocabulary.get(token))
 
     def _pieces(self, word: str) -> list[int]:
-        """The longest piece that the vocabulary has, again and again; a word with a gap is unknown as a whole."""
+        """The longest piece that the vocabulary has, again and again; a word with a rest is unknown as a whole."""
         if len(word) > self._longest_word:
             return self._unknown
         pieces: list[int] = []
@@ -111,20 +115,20 @@ def _from_json(data: Mapping[str, Any]) -> WordPiece | None:
     if kinds != ["WordPiece", "BertNormalizer", "BertPreTokenizer"] or not normalizer["clean_text"]:
         return None
     if post.get("type") == "BertProcessing":
-        marks = [[post["cls"][1]], [post["sep"][1]]]
+        ends = [[post["cls"][1]], [post["sep"][1]]]
     else:
         template = [dict(part) for part in post.get("single", [])]
         if [[*part] for part in template] != [["SpecialToken"], ["Sequence"], ["SpecialToken"]]:
             return None
-        marks = [post["special_tokens"][template[i]["SpecialToken"]["id"]]["ids"] for i in (0, 2)]
+        ends = [post["special_tokens"][template[i]["SpecialToken"]["id"]]["ids"] for i in (0, 2)]
     odd = any(token[how] for token in data["added_tokens"] for how in ("lstrip", "rstrip", "single_word", "normalized"))
-    if odd or [len(numbers) for numbers in marks] != [1, 1]:
+    if odd or [len(ids) for ids in ends] != [1, 1]:
         return None
     return WordPiece(
         model["vocab"],
         {token["content"]: token["id"] for token in data["added_tokens"]},
-        (marks[0][0], marks[1][0]),
-        _words(normalizer["lowercase"], normalizer["strip_accents"], normalizer["handle_chinese_chars"]),
+        (ends[0][0], ends[1][0]),
+        _normalizer(normalizer["lowercase"], normalizer["strip_accents"], normalizer["handle_chinese_chars"]),
         unknown=model["unk_token"],
         prefix=model["continuing_subword_prefix"],
         longest_word=model["max_input_chars_per_word"],
@@ -137,12 +141,12 @@ def _from_list(lines: str, config: Mapping[str, Any]) -> WordPiece:
     names = {name: token_text(config.get(f"{name}_token")) or f"[{name.upper()}]" for name in tokens}
     special = {token: vocabulary[token] for token in names.values() if token in vocabulary}
     lowercase, accents = config.get("do_lower_case", True), config.get("strip_accents")
-    words = _words(lowercase, accents, config.get("tokenize_chinese_chars", True))
+    normalizer = _normalizer(lowercase, accents, config.get("tokenize_chinese_chars", True))
     return WordPiece(
-        vocabulary, special, (vocabulary[names["cls"]], vocabulary[names["sep"]]), words, unknown=names["unk"]
+        vocabulary, special, (vocabulary[names["cls"]], vocabulary[names["sep"]]), normalizer, unknown=names["unk"]
     )
 
 
-def _words(lowercase: bool, strip_accents: bool | None, space_ideographs: bool) -> BertWords:
+def _normalizer(lowercase: bool, strip_accents: bool | None, space_ideographs: bool) -> BertNormalizer:
     strip = lowercase if strip_accents is None else strip_accents
-    return BertWords(lowercase=lowercase, strip_accents=strip, space_ideographs=space_ideographs)
+    return BertNormalizer(lowercase=lowercase, strip_accents=strip, space_ideographs=space_ideographs)

@@ -11,7 +11,7 @@ import openvino
 import pytest
 from openvino import opset13
 
-from onestill.engine.openvino.compile_cache import compile_kept
+from onestill.engine.openvino.compile_cache import compile_into_folder, network_key
 
 CONFIG = {"INFERENCE_PRECISION_HINT": "f32"}
 
@@ -34,7 +34,10 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(source: Path, **config: Any) -> Any:
     core = openvino.Core()
-    compiled = compile_kept(core, core.read_model(source), CONFIG | config, source)
+    options, weights = CONFIG | config, source.with_suffix(".bin")
+    key = network_key(core, options, str(weights.stat().st_mtime_ns))
+    model = core.read_model(source)
+    compiled = compile_into_folder(core, f"unet-{key}", options, model, weights.stat().st_size)
     return np.array(compiled([np.ones((2, 16), np.float32)])[0])
 
 

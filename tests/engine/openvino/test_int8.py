@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from onestill.checkpoint import describe
 from onestill.engine import load_engine
-from onestill.engine.openvino.icons import OpenVinoEngine, _multiplies_bytes, read_graph
-from onestill.engine.openvino.int8 import layer_nodes, quantize, read_int8
-from onestill.engine.openvino.ir import read_index
+from onestill.engine.openvino.cpu import multiplies_int8
+from onestill.engine.openvino.engine import OpenVinoEngine
+from onestill.engine.openvino.int8 import layer_nodes, quantize
+from onestill.engine.openvino.shared_weights import read_index, read_int8
 from onestill.engine.protocol import Conditioning
 from onestill.errors import CheckpointError, OnestillError
 from onestill.export.calibrate import write_int8
@@ -69,7 +70,7 @@ def test_both_networks_that_gain_are_in_int8_and_draw_nearly_as_in_float32(folde
 def test_layers_are_computed_in_bytes(folder: Path) -> None:
     form, core = read_int8(folder), openvino.Core()
     assert form is not None
-    model, _space = read_graph(core, read_index(folder)["decoder"], 1)
+    model, _space = read_index(folder)["decoder"].model(core, (1, *describe(folder).latent_shape))
     quantize(model, form.parts["decoder"])
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).get_runtime_model()
     used = [node.get_rt_info()["runtimePrecision"].astype(str) for node in compiled.get_ordered_ops()]
@@ -92,15 +93,15 @@ def test_a_batch_draws_what_each_draws_alone(folder: Path) -> None:
 
 def test_float32_stays_and_is_the_default_without_instructions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert OpenVinoEngine(describe(folder), dtype="float32").dtype == "float32"
-    monkeypatch.setattr("onestill.engine.openvino.icons._multiplies_bytes", lambda has_bfloat16: True)
+    monkeypatch.setattr("onestill.engine.openvino.shared_weights.multiplies_int8", lambda has_bfloat16: True)
     assert OpenVinoEngine(describe(folder)).dtype == "int8"
-    monkeypatch.setattr("onestill.engine.openvino.icons._multiplies_bytes", lambda has_bfloat16: False)
+    monkeypatch.setattr("onestill.engine.openvino.shared_weights.multiplies_int8", lambda has_bfloat16: False)
     assert OpenVinoEngine(describe(folder)).dtype != "int8"
 
 
 def test_int8_is_not_for_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert not _multiplies_bytes(has_bfloat16=True)
+    assert not multiplies_int8(has_bfloat16=True)
 
 
 def test_a_model_without_the_form_says_so(copy: Path) -> None:
@@ -137,7 +138,7 @@ def test_a_network_that_draws_badly_stays_in_float32(copy: Path, monkeypatch: py
 
 
 def test_layers_at_the_inputs_and_of_one_row_stay_in_float32(folder: Path) -> None:
-    model, _space = read_graph(openvino.Core(), read_index(folder)["unet"], 1)
+    model, _space = read_index(folder)["unet"].model(openvino.Core(), (1, *describe(folder).latent_shape))
     for node in layer_nodes(model).values():
         source = node.input_value(0)
         assert source.get_node().get_type_name() != "Parameter"

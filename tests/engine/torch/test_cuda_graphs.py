@@ -167,7 +167,7 @@ class Graphed:
     @property
     def graphs(self) -> tuple[int, int, int]:
         """Of prompts, steps and decoding."""
-        return self.engine._encoder.graphs, self.engine._walk.graphs, self.engine._decoder.graphs
+        return self.engine._encoder.graphs, self.engine._sampler.graphs, self.engine._decoder.graphs
 
 
 @pytest.fixture(scope="module")
@@ -207,12 +207,12 @@ def test_other_guidance_sampler_strength_and_timesteps_share_a_graph(graphed: Gr
         [{"num_inference_steps": 3, "sampler": sampler} for sampler in ("consistency", "euler_ancestral") * 2],
         [{"num_inference_steps": 1, "image": image, "strength": strength} for strength in (0.2, 0.5, 0.7, 1.0)],
     ):
-        before = graphed.engine._walk.graphs
+        before = graphed.engine._sampler.graphs
         pictures = []
         for settings in kinds:
             pictures.append(levels(graphed.pipe, apple, **settings))
             assert np.abs(pictures[-1] - levels(slow, apple, **settings)).max() <= 1, settings
-        assert graphed.engine._walk.graphs == before + 1, kinds
+        assert graphed.engine._sampler.graphs == before + 1, kinds
         assert len({picture.tobytes() for picture in pictures}) > 1, "they are other pictures"
 
 
@@ -222,11 +222,11 @@ def test_a_warm_up_leaves_graphs_for_every_call_that_a_scheduler_makes(xl: Path)
     assert said == ["warming up: 1, 2, 4 at once, 64x64 px, num_inference_steps 1"]
     assert graphed.graphs == (3, 3, 3)
     recordings = graphed.recorder.recordings
-    before = graphed.engine._walk.first_uses
+    before = graphed.engine._sampler.first_uses
     for count in (1, 2, 3, 4):
         graphed.pipe([f"a star {count} {i}" for i in range(count)], seed=1)
     assert graphed.recorder.recordings == recordings == 9
-    assert graphed.engine._walk.first_uses == before
+    assert graphed.engine._sampler.first_uses == before
 
 
 def test_an_overflow_is_decoded_again_from_latents_that_are_whole(xl: Path) -> None:

@@ -76,12 +76,12 @@ def test_timings_and_notes_come_with_it(xl: Path) -> None:
 
 
 def test_words_are_encoded_once_and_forgotten_in_turn(xl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onestill.engine.torch.fast.PROMPTS_KEPT", 2)
+    monkeypatch.setattr("onestill.engine.torch.fast.PROMPTS_CACHED", 2)
     quick = fast(xl)
     engine: Any = quick.engine
     remembered: list[str] = []
-    remember = engine._remember
-    monkeypatch.setattr(engine, "_remember", lambda prompts: remembered.extend(prompts) or remember(prompts))
+    remember = engine._encode_new
+    monkeypatch.setattr(engine, "_encode_new", lambda prompts: remembered.extend(prompts) or remember(prompts))
     for prompt in ("red", "green", "red", "blue", "red", "green"):
         quick(prompt, seed=1)
     assert remembered == ["red", "green", "blue", "green"]
@@ -221,7 +221,7 @@ def test_every_graph_equals_its_eager_twin(folder: Path) -> None:
             for _ in range(3):  # as it is, recorded, replayed
                 found, expected = (levels(pipe, PROMPTS[:1], **settings) for pipe in (graphed, eager))
                 assert np.abs(found - expected).max() <= 2
-    assert graphed.engine._walk.graphs == graphed.engine._decoder.graphs * 3 == 9  # type: ignore[attr-defined]
+    assert graphed.engine._sampler.graphs == graphed.engine._decoder.graphs * 3 == 9  # type: ignore[attr-defined]
 
 
 def test_the_fast_engine_is_taken_on_a_gpu(xl: Path) -> None:

@@ -15,7 +15,7 @@ from onestill.engine.torch.compiling import prepared
 from onestill.engine.torch.eager import TorchEngine
 from onestill.engine.torch.fast import BATCHES
 from onestill.engine.torch.stages import decode_latents, encode_prompts, take_steps
-from onestill.engine.torch.step_table import walk_table
+from onestill.engine.torch.step_table import step_table
 from onestill.networks.inference import Networks
 from onestill.sampling import strength_timesteps
 from tests.engine.pretended_gpu import Recording, Unrecordable, moved, pretended_gpu, put, taken
@@ -85,7 +85,7 @@ def test_steps_are_taken_on_the_device_alone(
         timesteps = strength_timesteps(timesteps, settings["strength"])
     sampler = settings.get("sampler", info.sampler)
     noises = len(timesteps) if sampler in ("consistency", "euler_ancestral") else 1
-    numbers = walk_table(info, sampler, tuple(timesteps), noises, has_start)
+    numbers = step_table(info, sampler, tuple(timesteps), noises, has_start)
     rows = 2 * size if settings.get("guides") else size
     with pretended_gpu(monkeypatch):
         dtype = model.networks.dtype

@@ -11,7 +11,7 @@ import pytest
 
 from onestill.checkpoint import ModelInfo, describe
 from onestill.engine.protocol import first_latents
-from onestill.engine.torch.step_table import SETTINGS, walk_table
+from onestill.engine.torch.step_table import SETTINGS, step_table
 from onestill.errors import ScheduleError, StepsError
 from onestill.sampling import DRAWING, SAMPLERS, sample
 from onestill.schedule import NoiseSchedule, rescale_zero_terminal_snr, scaled_linear_alphas_cumprod
@@ -51,7 +51,7 @@ def test_a_table_walks_as_its_sampler(info: ModelInfo, sampler: str, prediction:
         for timesteps in ((999,), (499,), (999, 749, 499, 249), tuple(range(980, 0, -20))):
             noise = random.standard_normal((len(timesteps) if sampler in DRAWING else 1, *SHAPE))
             start = random.standard_normal((1, *SHAPE[1:])) if has_start else None
-            table = walk_table(info, sampler, timesteps, len(noise), has_start)
+            table = step_table(info, sampler, timesteps, len(noise), has_start)
             assert table.shape == (len(timesteps), SETTINGS + has_start + len(noise) + len(timesteps))
             assert table.dtype == np.float32
             draws = iter(noise)
@@ -67,11 +67,11 @@ def test_a_table_walks_as_its_sampler(info: ModelInfo, sampler: str, prediction:
 
 def test_one_call_starts_from_the_noise_itself(info: ModelInfo) -> None:
     info = dataclasses.replace(info, unit_noise=True)
-    assert walk_table(info, "euler", (999,), 1, False)[0, [0, SETTINGS, SETTINGS + 1]].tolist() == [999, 1, 0]
+    assert step_table(info, "euler", (999,), 1, False)[0, [0, SETTINGS, SETTINGS + 1]].tolist() == [999, 1, 0]
 
 
 def test_what_cannot_be_walked_is_said(info: ModelInfo) -> None:
     with pytest.raises(ScheduleError, match="No sampler"):
-        walk_table(info, "eul", (999,), 1, False)
+        step_table(info, "eul", (999,), 1, False)
     with pytest.raises(StepsError, match="must fall"):
-        walk_table(info, "euler", (499, 999), 1, False)
+        step_table(info, "euler", (499, 999), 1, False)

@@ -68,8 +68,9 @@ def export(
         return
     if weights is not None or additions != Additions():
         raise OnestillError(f"The model '{info.name}' is exported as it is; leave out --weights and what goes on top.")
-    from onestill.engine.openvino.int8 import has_int8
-    from onestill.export.folder import export_openvino, write_manifest
+    from onestill.engine.openvino.shared_weights import has_int8
+    from onestill.export.folder import write_manifest
+    from onestill.export.shared_weights import export_openvino
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
@@ -86,7 +87,7 @@ def export(
 
 def export_large(info: ModelInfo, out: Path, weights: str) -> None:
     """Write a model of Stable Diffusion's families in OpenVINO's form as the new folder `out`, whole or not at all."""
-    from onestill.export.stable_diffusion import export_sd
+    from onestill.export.stored_weights import export_sd
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:

@@ -1,7 +1,10 @@
-"""Networks that OpenVINO compiled, kept between starts by its own cache: for SDXL, compiling takes twice as long.
+"""The cache of compiled networks, which later starts read in place of compiling.
 
-A network is kept whole or not at all: it is written to a folder that gets its name when it is done. The weights are in
-it, 2.6 GB of SDXL's UNet in int8, so only a model's own size is kept, and not without room on the disk.
+A small network is one file, a blob, which is mapped into memory: the fastest start, but writing it takes the network's
+memory once more. A large one is written by OpenVINO's own cache while it compiles, into a folder that gets its name
+when it is whole. The weights are in it, 2.6 GB of SDXL's UNet in int8, so it needs room on the disk.
+
+A cache is only a speed-up: one that is damaged or cannot be written never stops anyone from drawing.
 """
 
 from __future__ import annotations
@@ -12,60 +15,102 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from onestill.engine.openvino.runtime import openvino
 
+import numpy as np
+
 from onestill import __version__
-from onestill.checkpoint import cache_folder
+from onestill.checkpoint import cache_folder, written_whole
 from onestill.engine.memory import is_memory_error
 
-__all__ = ["compile_kept", "network_key"]
+__all__ = ["compile_into_folder", "compile_to_blob", "network_key"]
 
-MOST_BYTES = 12e9  # of all that is kept; the ones longest unused go first
-ROOM = 3.0  # times a network's weights that the disk must have left
-STALE_S = 3600.0  # after which a folder that is still unfinished is one that a killed process left
-# OpenVINO's cache works in the locale "C", and two networks at once would leave the process there.
+MOST_NETWORKS = 24  # in a folder of the cache, all models together; the ones longest unused go first
+MOST_BYTES = 12e9  # likewise
+ROOM = 3.0  # times a large network's weights that the disk must have left
+STALE_S = 3600.0  # after which something that is still unfinished is what a killed process left
+BLOB_END = b"onestill blob 1\n"  # a blob without it was not written to its end
+# OpenVINO's own cache works in the locale "C", and two networks at once would leave the process there.
 ONE_AT_ONCE = threading.Lock()
 
 
-def compile_kept(core: Any, model: Any, config: Mapping[str, Any], source: Path) -> Any:
-    """Compile a network, or read what an earlier start compiled of it.
+def network_key(core: Any, options: Mapping[str, Any], *parts: str) -> str:
+    """What tells a compiled network from others: OpenVINO, this package, the CPU, the options, and `parts`."""
+    facts = [
+        str(openvino.__version__),
+        __version__,  # of what rewrites the graph
+        str(core.get_property("CPU", "FULL_DEVICE_NAME")),
+        repr(sorted(options.items())),
+        *parts,
+    ]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+
+
+def compile_to_blob(
+    core: Any, name: str, options: Mapping[str, Any], read: Callable[[], tuple[Any, Any]]
+) -> tuple[Any, Any]:
+    """Compile a small network, or map what an earlier start compiled of it.
 
     Args:
         core: OpenVINO's.
-        model: as it is to be compiled, of static shapes.
-        config: OpenVINO's options.
-        source: the .xml file that the model was read from, beside its weights in a .bin.
+        name: of the file, with the network's key.
+        options: OpenVINO's.
+        read: reads the model and the memory that it points into; not called where the cache has the network.
+
+    Returns:
+        The compiled network, and the memory that it points into, which must outlive it.
 
     Raises:
-        RuntimeError: as compiling does; a cache that cannot be used is no reason.
+        RuntimeError: as reading and compiling do.
+    """
+    path = cache_folder() / "openvino" / f"{name}.blob"
+    with suppress(OSError, ValueError, RuntimeError):
+        blob = np.memmap(path, dtype=np.uint8, mode="c")  # half of it is a table of tokens, of which few are read
+        if blob[-len(BLOB_END) :].tobytes() == BLOB_END:
+            path.touch()  # the ones longest unused go first
+            tensor = openvino.Tensor(blob[: -len(BLOB_END)], shared_memory=True)
+            return core.import_model(tensor, "CPU", options), blob
+    model, memory = read()
+    compiled = core.compile_model(model, "CPU", options)
+    with suppress(OSError, RuntimeError):
+        with written_whole(path) as unfinished:
+            unfinished.write_bytes(compiled.export_model().getvalue() + BLOB_END)
+        _remove_oldest(path.parent)
+    return compiled, memory
+
+
+def compile_into_folder(core: Any, name: str, options: Mapping[str, Any], model: Any, size: int) -> Any:
+    """Compile a large network, or read what an earlier start compiled of it.
+
+    Args:
+        core: OpenVINO's.
+        name: of the folder, with the network's key.
+        options: OpenVINO's.
+        model: as it is to be compiled, of static shapes.
+        size: bytes of its weights.
+
+    Raises:
+        RuntimeError: as compiling does.
     """
     parent = cache_folder() / "openvino-sd"
-    stored = source.with_suffix(".bin").stat()
-    key = network_key(
-        core,
-        config,
-        repr([(port.any_name, list(port.shape)) for port in model.inputs]),
-        f"{stored.st_size} {stored.st_mtime_ns}",  # gigabytes, which `verify` has read already
-        hashlib.sha256(source.read_bytes()).hexdigest(),
-    )
-    folder = parent / f"{source.stem}-{key}"
+    folder = parent / name
     if folder.is_dir():
         with suppress(OSError):
             os.utime(folder)
-        return _compile(core, model, config, folder)
+        return _compile_with_cache(core, model, options, folder)
     unfinished = parent / f".{secrets.token_hex(8)}.part"
     try:
         unfinished.mkdir(parents=True)
-        if shutil.disk_usage(unfinished).free > ROOM * stored.st_size:
-            compiled = _compile(core, model, config, unfinished)
+        if shutil.disk_usage(unfinished).free > ROOM * size:
+            compiled = _compile_with_cache(core, model, options, unfinished)
             with suppress(OSError):  # another process was first
                 unfinished.rename(folder)
-            _forget(parent)
+            _remove_oldest(parent)
             return compiled
     except OSError:
         pass
@@ -74,33 +119,27 @@ def compile_kept(core: Any, model: Any, config: Mapping[str, Any], source: Path)
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return core.compile_model(model, "CPU", config)
+    return core.compile_model(model, "CPU", options)
 
 
-def _compile(core: Any, model: Any, config: Mapping[str, Any], folder: Path) -> Any:
+def _compile_with_cache(core: Any, model: Any, options: Mapping[str, Any], folder: Path) -> Any:
     with ONE_AT_ONCE:
-        return core.compile_model(model, "CPU", {**config, "CACHE_DIR": str(folder)})
+        return core.compile_model(model, "CPU", {**options, "CACHE_DIR": str(folder)})
 
 
-def network_key(core: Any, config: Mapping[str, Any], *parts: str) -> str:
-    """What tells a compiled network from others: OpenVINO, this package, the CPU, the options, and `parts`."""
-    told = [
-        str(openvino.__version__),
-        __version__,  # of what rewrites the graph
-        str(core.get_property("CPU", "FULL_DEVICE_NAME")),
-        repr(sorted(config.items())),
-        *parts,
-    ]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:32]
-
-
-def _forget(parent: Path) -> None:
-    """Remove what killed processes left, and the longest unused beyond `MOST_BYTES`."""
+def _remove_oldest(parent: Path) -> None:
+    """Remove what killed processes left, and the networks longest unused beyond what a folder holds."""
     with suppress(OSError):
-        folders = sorted(parent.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
-        total = 0
-        for folder in folders:
-            total += sum(file.stat().st_size for file in folder.iterdir())
-            stale = folder.suffix == ".part" and time.time() - folder.stat().st_mtime > STALE_S
-            if stale or (total > MOST_BYTES and folder.suffix != ".part"):
-                shutil.rmtree(folder, ignore_errors=True)
+        entries = sorted(parent.iterdir(), key=lambda entry: entry.stat().st_mtime, reverse=True)
+        networks, total = 0, 0
+        for entry in entries:
+            total += sum(file.stat().st_size for file in (entry.iterdir() if entry.is_dir() else [entry]))
+            if entry.suffix == ".part":
+                is_old = time.time() - entry.stat().st_mtime > STALE_S
+            else:
+                networks += 1
+                is_old = networks > MOST_NETWORKS or total > MOST_BYTES
+            if is_old and entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif is_old:
+                entry.unlink()

@@ -1,1 +1,1 @@
-"""The runtimes for machines with torch: eager, and fast with CUDA graphs and compiled networks. Need `[torch]`."""
+"""The runtimes on torch: eager, and fast with CUDA graphs and compiled networks. They need `[torch]`."""

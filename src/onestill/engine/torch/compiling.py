@@ -1,4 +1,4 @@
-"""What makes torch's networks fast before they run: layout, fused products, quantised layers, compiling. `[torch]`"""
+"""How torch's networks are made fast before they run: layout, fused products, quantised layers, compiling. `[torch]`"""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def _cudnn_benchmark() -> Iterator[None]:
 
 
 def artifacts(networks: Networks, options: TorchOptions, info: ModelInfo, dtype: str) -> Path:
-    """Where what was compiled for a model and machine is kept. Only this user's own cache is ever read: it is code."""
+    """The file that caches what was compiled for a model and machine. Only this user's own is ever read: it is code."""
     device = networks.device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     parts = [
@@ -185,7 +185,7 @@ def artifacts(networks: Networks, options: TorchOptions, info: ModelInfo, dtype:
 
 
 def save_compiled(networks: Networks, options: TorchOptions, info: ModelInfo, dtype: str) -> Path | None:
-    """Keep what this process has compiled for the next one. Returns where, None where there is nothing to keep."""
+    """Cache what this process has compiled for the next one. Returns the file, None where there is nothing to cache."""
     if options.compile == "none" or (found := torch.compiler.save_cache_artifacts()) is None:
         return None
     path = artifacts(networks, options, info, dtype)
@@ -199,6 +199,6 @@ def _load_artifacts(path: Path) -> None:
     try:
         content = path.read_bytes()
     except OSError:
-        logging.getLogger("onestill").info("compiling for the first time, which takes minutes; the result is kept")
+        logging.getLogger("onestill").info("compiling for the first time, which takes minutes; the result is cached")
         return
     torch.compiler.load_cache_artifacts(content)

@@ -1,7 +1,7 @@
 """CUDA graphs of functions of tensors: one for each set of shapes, recorded when it is asked for again. `[torch]`
 
-A diffusion UNet is thousands of small kernels, and starting them from Python takes several times as long as running
-them. A graph starts them all at once; it demands the same shapes and the same memory each time.
+A diffusion UNet is thousands of small kernels, and launching them from Python takes several times as long as running
+them. A graph launches them all at once, but only for the same shapes and in the same memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from onestill.engine.memory import is_memory_error
 __all__ = ["Buckets", "Graphs", "Recorder"]
 
 MOST_GRAPHS = 16  # of a function; each holds the memory of one call
-MOST_SHAPES = 512  # that are remembered as asked for once
+MOST_SHAPES = 512  # sets of shapes that are remembered as asked for once
 WARM_UPS = 3  # calls before a recording, in which libraries choose and prepare their kernels
 
 _recording = threading.Lock()  # CUDA lets a process record one graph at a time, whatever the device
@@ -91,8 +91,8 @@ class Graphs(Recorder):
 class Buckets:
     """A function of tensors that runs as it is for shapes it sees first, and as a graph from the second time on.
 
-    A recording costs some calls, and its memory as long as it lives, which what is asked for once never repays. Calls
-    take turns; the caller sees to that.
+    A recording costs some calls, and memory as long as the graph lives; a shape that is asked for once never repays
+    that. The caller makes sure that one thread at a time calls it.
 
     Args:
         function: takes tensors, some of which may be None, and returns tensors. It must not hold on to them.
@@ -127,7 +127,7 @@ class Buckets:
         return self._record(shapes, inputs, self._recorder)
 
     def forget(self) -> None:
-        """Give all graphs up. Shapes that were asked for are remembered, as what was compiled for them stays."""
+        """Drop all graphs. The shapes seen so far are remembered, as what was compiled for them stays."""
         self._graphs.clear()
 
     def _was_seen(self, shapes: Shapes) -> bool:
@@ -165,7 +165,7 @@ class _Graph:
         device: torch.device,
         recorder: Recorder,
     ) -> None:
-        # Memory of its own for each input, which callers may give in any.
+        # A graph reads its inputs from fixed addresses, so what a caller passes is copied there.
         self._inputs = [None if one is None else on_device(one, device).clone() for one in inputs]
         self.run = recorder.recorded(lambda: function(*self._inputs))
 

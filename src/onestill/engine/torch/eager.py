@@ -1,6 +1,6 @@
-"""The engine for machines with torch, one call after the other, eagerly: what faster engines must agree with.
+"""The eager engine on torch, one network call after the other: the reference that faster engines must agree with.
 
-Real checkpoints of every kind, on any device, through diffusers' and transformers' own classes. `[torch]`
+It draws real checkpoints of every kind, on any device, through diffusers' and transformers' own classes. `[torch]`
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from onestill.checkpoint import ModelInfo
 from onestill.engine.device import choose, default_dtype
-from onestill.engine.memory import check_memory, memory_told
-from onestill.engine.protocol import Conditioning, doubled
+from onestill.engine.memory import check_memory, explain_oom
+from onestill.engine.protocol import Conditioning, batch_sizes
 from onestill.errors import NotFiniteError, OnestillError
 from onestill.networks.inference import Networks
 from onestill.networks.latents import to_uint8
@@ -25,11 +25,11 @@ from onestill.text.tokenize import PromptTokenizer, Tokens
 
 __all__ = ["TorchEngine"]
 
-TOGETHER = 8  # images to a call, which bounds memory
+MOST_BATCH = 8  # images to a call, which bounds memory
 
 
 class TorchEngine:
-    """A model on torch. See `onestill.engine.Engine`.
+    """A model on torch. See `onestill.engine.protocol.Engine`.
 
     Args:
         info: the model.
@@ -63,22 +63,22 @@ class TorchEngine:
         if parts["vae"].dtype != DTYPES[self.dtype] and _has_bfloat16(self._device):
             parts["vae"] = parts["vae"].to(torch.bfloat16)  # its range is float32's, at half the time
         exact_output(parts["unet"], info.schedule.prediction_type)
-        with memory_told(self._device, "hold the model"):
+        with explain_oom(self._device, "hold the model"):
             parts = {name: part.to(self._device) for name, part in parts.items()}
         self._networks = Networks(info, parts, tokenizers)
 
     def warm_ups(self, most: int) -> tuple[int, ...]:
-        """See `onestill.engine.Engine`."""
-        return doubled(min(most, TOGETHER))
+        """See `onestill.engine.protocol.Engine`."""
+        return batch_sizes(min(most, MOST_BATCH))
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode B prompts."""
         encoder = self._networks.text_encoder
         tokens = encoder.tokenize(prompts)
         states, pooled = [], []
-        with torch.inference_mode(), memory_told(self._device, f"encode {len(prompts)} prompts"):
-            for start in range(0, len(prompts), TOGETHER):
-                found = encoder.states(*self._inputs(tokens, slice(start, start + TOGETHER)))
+        with torch.inference_mode(), explain_oom(self._device, f"encode {len(prompts)} prompts"):
+            for start in range(0, len(prompts), MOST_BATCH):
+                found = encoder.states(*self._inputs(tokens, slice(start, start + MOST_BATCH)))
                 states.append(_to_numpy(found[0]))
                 if found[1] is not None:
                     pooled.append(_to_numpy(found[1]))
@@ -95,27 +95,28 @@ class TorchEngine:
     def denoise(self, latents: NDArray[np.float32], timestep: int, conditioning: Conditioning) -> NDArray[np.float32]:
         """Latents [B, C, h, w] -> the network's output, of the same shape."""
         outputs = []
-        with torch.inference_mode(), memory_told(self._device, _drawing(latents, self.info)):
-            for start in range(0, len(latents), TOGETHER):
-                part = slice(start, start + TOGETHER)
-                told = conditioning[part]
+        with torch.inference_mode(), explain_oom(self._device, _drawing(latents, self.info)):
+            for start in range(0, len(latents), MOST_BATCH):
+                part = slice(start, start + MOST_BATCH)
+                given = conditioning[part]
                 x = self._to_torch(latents[part], self._networks.dtype)
-                states, pooled = self._to_torch(told.states, self._networks.dtype), self._optional(told.pooled)
+                states, pooled = self._to_torch(given.states, self._networks.dtype), self._optional(given.pooled)
                 # Sizes in pixels stay in float32: to bfloat16, 999 is 1000.
-                ids = None if told.time_ids is None else self._to_torch(told.time_ids, torch.float32)
-                outputs.append(_to_numpy(self._networks.output(x, timestep, states, pooled, ids, told.guidance_scale)))
+                time_ids = None if given.time_ids is None else self._to_torch(given.time_ids, torch.float32)
+                output = self._networks.output(x, timestep, states, pooled, time_ids, given.guidance_scale)
+                outputs.append(_to_numpy(output))
         return np.concatenate(outputs)
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Latents [B, C, h, w] -> pictures [B, H, W, 3].
 
         Raises:
-            NotFiniteError: the network's or the autoencoder's numbers left every range.
+            NotFiniteError: the network or the decoder produced NaN or infinity.
         """
         pictures = []
-        with torch.inference_mode(), memory_told(self._device, _drawing(latents, self.info)):
-            for start in range(0, len(latents), TOGETHER):
-                z = self._to_torch(latents[start : start + TOGETHER], torch.float32)
+        with torch.inference_mode(), explain_oom(self._device, _drawing(latents, self.info)):
+            for start in range(0, len(latents), MOST_BATCH):
+                z = self._to_torch(latents[start : start + MOST_BATCH], torch.float32)
                 try:
                     pictures.append(to_uint8(self._networks.latent_space.checked_decode(z)).cpu().numpy())
                 except FloatingPointError as error:
@@ -125,9 +126,9 @@ class TorchEngine:
     def encode_image(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Pictures [B, H, W, 3] -> latents [B, C, h, w]."""
         latents, space = [], self._networks.latent_space
-        with torch.inference_mode(), memory_told(self._device, "encode the picture"):
-            for start in range(0, len(pictures), TOGETHER):
-                images = self._to_torch(to_images(pictures[start : start + TOGETHER]), torch.float32)
+        with torch.inference_mode(), explain_oom(self._device, "encode the picture"):
+            for start in range(0, len(pictures), MOST_BATCH):
+                images = self._to_torch(to_images(pictures[start : start + MOST_BATCH]), torch.float32)
                 encoded = space.encode(images)
                 # Rounded to the autoencoder's type, as diffusers' pipelines scale the latents in it.
                 latents.append(_to_numpy(encoded.to(space.autoencoder.dtype)))
@@ -145,6 +146,7 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def _drawing(latents: NDArray[np.float32], info: ModelInfo) -> str:
+    """What to say was done with latents [B, C, h, w] where memory runs out."""
     height, width = (side * info.vae_scale_factor for side in latents.shape[2:])
     return f"draw {len(latents)} pictures of {width}x{height}"
 

@@ -1,10 +1,10 @@
-"""The fast torch engine: prompts to pixels in three calls, each a CUDA graph on a GPU. `[torch]`
+"""The fast engine on torch: prompts to pictures in three calls, each a CUDA graph on a GPU. `[torch]`
 
-What the three compute are the functions of `onestill.engine.torch.stages`; without a GPU they are called as they are,
-which is how they are tested against `onestill.engine.torch.eager`. On a GPU `onestill.engine.torch.cuda_graphs` makes
-graphs of them, one for each number of images (1, 2, 4 or 8), size and number of steps.
+The three calls are the functions of `onestill.engine.torch.stages`. Without a GPU they run as they are, which is how
+they are tested against `onestill.engine.torch.eager`. On a GPU `onestill.engine.torch.cuda_graphs` makes graphs of
+them, one for each batch size (1, 2, 4 or 8), image size and number of steps.
 
-Shapes: B images, K tokens, D width of a token's state, P of a pooled one, C latent channels, h w latent size.
+Shapes: B images, K tokens, D width of a token's state, P of a pooled prompt, C latent channels, h w latent size.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onestill.checkpoint import ModelInfo
-from onestill.engine.memory import memory_told
-from onestill.engine.protocol import Drawn, Job, TorchOptions
+from onestill.engine.memory import explain_oom
+from onestill.engine.protocol import GenerationRequest, GenerationResult, TorchOptions
 from onestill.engine.torch.compiling import compiled, prepared, run_as_asked, save_compiled
 from onestill.engine.torch.cuda_graphs import Buckets, Graphs, Recorder
 from onestill.engine.torch.eager import TorchEngine
 from onestill.engine.torch.stages import decode_latents, encode_prompts, take_steps
-from onestill.engine.torch.step_table import walk_table
+from onestill.engine.torch.step_table import step_table
 from onestill.errors import NotFiniteError
 from onestill.networks.latents import to_uint8
 
 __all__ = ["BATCHES", "FastEngine"]
 
-BATCHES = (1, 2, 4, 8)  # images to a call; others are filled up
-PROMPTS_KEPT = 256  # whose states stay on the device; SDXL's take 0.3 MB each
-TABLES_KEPT = 64  # of walks
+BATCHES = (1, 2, 4, 8)  # images to a call; other numbers are padded to the next, as each size is a graph of its own
+PROMPTS_CACHED = 256  # whose states stay on the device; SDXL's take 0.3 MB each
+TABLES_CACHED = 64  # step tables
 
 
 class _Encoded(NamedTuple):
@@ -50,9 +50,9 @@ class _Encoded(NamedTuple):
 
 
 class FastEngine(TorchEngine):
-    """A model on torch, prompts to pixels without leaving the device. See `onestill.engine.Engine` and `Job`.
+    """A model on torch, prompts to pictures without leaving the device. See `onestill.engine.protocol.EndToEndEngine`.
 
-    Any number of threads may call it; they take turns.
+    Any number of threads may call it; one at a time is served.
 
     Args:
         info: the model.
@@ -79,7 +79,7 @@ class FastEngine(TorchEngine):
         recorder: Recorder | None = None,
     ) -> None:
         if dtype is None and options.quantize == "fp8":
-            dtype = "bfloat16"  # all that torchao's fp8 with a scale for each row takes
+            dtype = "bfloat16"  # the only type that torchao's fp8 with a scale for each row accepts
         super().__init__(info, device=device, dtype=dtype, threads=threads)
         self.options = options
         # With its number: "cuda" alone is whatever GPU is current in the thread that asks.
@@ -89,7 +89,7 @@ class FastEngine(TorchEngine):
         call = compiled(self._networks, options, info, self.dtype)
         self._lock = RLock()  # one call at a time: graphs share their memory
         self._prompts: OrderedDict[str, _Encoded] = OrderedDict()
-        self._table = lru_cache(TABLES_KEPT)(self._new_table)
+        self._table = lru_cache(TABLES_CACHED)(self._new_table)
         if recorder is None and options.graphs and on_gpu:
             recorder = Graphs(self._device)
         self._recorder = recorder
@@ -98,88 +98,88 @@ class FastEngine(TorchEngine):
             return Buckets(run_as_asked(partial(function, *first), options), self._device, recorder)
 
         self._encoder = buckets(encode_prompts, self._networks)
-        self._walk = buckets(take_steps, self._networks, call)
+        self._sampler = buckets(take_steps, self._networks, call)
         self._decoder = buckets(decode_latents, self._networks)
         self._saved = 0  # first uses when what compiling has left was last written
 
     def warm_ups(self, most: int) -> tuple[int, ...]:
-        """See `onestill.engine.Engine`; twice each, where the second time records a graph."""
+        """See `onestill.engine.protocol.Engine`; twice each, where the second time records a graph."""
         sizes = super().warm_ups(most)
         return sizes if self._recorder is None else tuple(size for size in sizes for _ in range(2))
 
-    def draw(self, job: Job) -> Drawn:
-        """Prompts to pixels for B images.
+    def generate(self, request: GenerationRequest) -> GenerationResult:
+        """Draw B pictures.
 
         Raises:
-            NotEnoughMemoryError: they do not fit; the engine works on for the next job.
-            NotFiniteError: no picture came out.
+            NotEnoughMemoryError: they do not fit; the engine works on for the next request.
+            NotFiniteError: the model produced NaN or infinity.
         """
         found = []
-        height, width = (side * self.info.vae_scale_factor for side in job.noise.shape[3:])
-        doing = f"draw {len(job.prompts)} pictures of {width}x{height}"
+        height, width = (side * self.info.vae_scale_factor for side in request.noise.shape[3:])
+        doing = f"draw {len(request.prompts)} pictures of {width}x{height}"
         with self._lock, torch.inference_mode(), _current(self._device):
             try:
-                with memory_told(self._device, doing):
-                    for first in range(0, len(job.prompts), BATCHES[-1]):
-                        found.append(self._draw(job, slice(first, first + BATCHES[-1])))
+                with explain_oom(self._device, doing):
+                    for first in range(0, len(request.prompts), BATCHES[-1]):
+                        found.append(self._generate(request, slice(first, first + BATCHES[-1])))
             except MemoryError:
                 self._forget()
                 raise
             self._save_compiled()
-        return Drawn.joined(found)
+        return GenerationResult.joined(found)
 
     def _forget(self) -> None:
         """Give back what graphs hold. Their common memory is free only when the last of them is gone."""
-        for buckets in (self._encoder, self._walk, self._decoder):
+        for buckets in (self._encoder, self._sampler, self._decoder):
             buckets.forget()
         if self._recorder is not None:
             self._recorder.reset()
 
     def _save_compiled(self) -> None:
-        uses = self._walk.first_uses + self._decoder.first_uses
+        uses = self._sampler.first_uses + self._decoder.first_uses
         if uses > self._saved:
             self._saved = uses
             save_compiled(self._networks, self.options, self.info, self.dtype)
 
-    def _draw(self, job: Job, part: slice) -> Drawn:
-        prompts = list(job.prompts[part])
+    def _generate(self, request: GenerationRequest, part: slice) -> GenerationResult:
+        prompts = list(request.prompts[part])
         count = len(prompts)
         size = next(size for size in BATCHES if size >= count)
-        rows = [min(i, count - 1) for i in range(size)]  # the last image again fills a bucket up
+        rows = [min(i, count - 1) for i in range(size)]  # the last image again pads the batch
         clock = _Clock(self._device)
         encoded = self._encode_each([prompts[row] for row in rows])
         states, pooled = _stacked(encoded)
-        if job.negatives is not None:
-            negatives = self._negative([job.negatives[part][row] for row in rows])
+        if request.negatives is not None:
+            negatives = self._negative([request.negatives[part][row] for row in rows])
             states, pooled = torch.cat([states, negatives[0]]), _both(pooled, negatives[1])
-        time_ids = None if job.time_ids is None else torch.from_numpy(job.time_ids[part][rows])
+        time_ids = None if request.time_ids is None else torch.from_numpy(request.time_ids[part][rows])
         clock.tick()
-        has_start = job.start is not None
-        latents: Tensor = self._walk(
-            self._table(job.sampler, job.timesteps, len(job.noise), has_start),
-            torch.tensor(job.guidance_scale, dtype=torch.float32),
-            _tensor(job.noise[:, part][:, rows]),
-            None if job.start is None else _tensor(job.start),
+        has_start = request.start is not None
+        latents: Tensor = self._sampler(
+            self._table(request.sampler, request.timesteps, len(request.noise), has_start),
+            torch.tensor(request.guidance_scale, dtype=torch.float32),
+            _tensor(request.noise[:, part][:, rows]),
+            None if request.start is None else _tensor(request.start),
             states,
             pooled,
-            time_ids if job.negatives is None else _both(time_ids, time_ids),
+            time_ids if request.negatives is None else _both(time_ids, time_ids),
         ).clone()  # the decoder's graph may use the same memory
         clock.tick()
         pictures = self._pictures(latents, count)
         spent = clock.stop()
         tokens_cut, words_cut = zip(*((one.tokens_cut, one.words_cut) for one in encoded[:count]), strict=True)
-        return Drawn(pictures, tokens_cut, words_cut, *spent)
+        return GenerationResult(pictures, tokens_cut, words_cut, *spent)
 
     def _new_table(self, sampler: str, timesteps: tuple[int, ...], noises: int, has_start: bool) -> Tensor:
-        return torch.from_numpy(walk_table(self.info, sampler, timesteps, noises, has_start)).to(self._device)
+        return torch.from_numpy(step_table(self.info, sampler, timesteps, noises, has_start)).to(self._device)
 
     def _pictures(self, latents: Tensor, count: int) -> NDArray[np.uint8]:
-        pictures, is_whole = self._decoder(latents)
-        if bool(is_whole):
+        pictures, is_finite = self._decoder(latents)
+        if bool(is_finite):
             found: NDArray[np.uint8] = pictures[:count].cpu().numpy()
             return found
         try:
-            # Once more, eagerly, which says what happened and decodes in float32.
+            # Decode again, eagerly and in float32: either that succeeds, or the error names what overflowed.
             checked = self._networks.latent_space.checked_decode(latents[:count])
             decoded: NDArray[np.uint8] = to_uint8(checked).cpu().numpy()
             return decoded
@@ -189,18 +189,18 @@ class FastEngine(TorchEngine):
     # --- prompts ---
 
     def _encode_each(self, prompts: Sequence[str]) -> list[_Encoded]:
-        """The prompts encoded, each once and then remembered."""
+        """The prompts encoded, each one once; the states of the latest are cached."""
         new = [text for text in dict.fromkeys(prompts) if text not in self._prompts]
         for first in range(0, len(new), BATCHES[-1]):
-            self._remember(new[first : first + BATCHES[-1]])
+            self._encode_new(new[first : first + BATCHES[-1]])
         found = [self._prompts[text] for text in prompts]
         for text in prompts:
             self._prompts.move_to_end(text)
-        while len(self._prompts) > max(PROMPTS_KEPT, len(prompts)):
+        while len(self._prompts) > max(PROMPTS_CACHED, len(prompts)):
             self._prompts.popitem(last=False)
         return found
 
-    def _remember(self, prompts: Sequence[str]) -> None:
+    def _encode_new(self, prompts: Sequence[str]) -> None:
         size = next(size for size in BATCHES if size >= len(prompts))
         tokens = self._networks.text_encoder.tokenize([*prompts, *[""] * (size - len(prompts))])
         ids = [torch.from_numpy(one.ids) for one in tokens]
@@ -211,7 +211,7 @@ class FastEngine(TorchEngine):
             self._prompts[text] = _Encoded(states[i].clone(), own, tokens[0].cut[i], tokens[0].words_cut[i])
 
     def _negative(self, negatives: Sequence[str | None]) -> tuple[Tensor, Tensor | None]:
-        """What guidance steers away from: states [B, K, D] and pooled [B, P]."""
+        """The states [B, K, D] and pooled [B, P] of what guidance steers away from."""
         states, pooled = _stacked(self._encode_each([text or "" for text in negatives]))
         if self.info.zero_negative and all(text is None for text in negatives):
             return torch.zeros_like(states), None if pooled is None else torch.zeros_like(pooled)

@@ -1,12 +1,12 @@
-"""What CUDA graphs are made of: prompts to states, the steps, and the decoding, each one function of tensors. `[torch]`
+"""The three stages of drawing as functions of tensors, which CUDA graphs are made of. `[torch]`
 
-A graph is recorded once and replayed with other numbers in the same memory. So nothing here may depend on a number in a
-tensor, be read back to the host or come from it: no `.item()`, no tensor on the CPU, no index by a condition. What
-differs from call to call is in a tensor argument, which are all on the device; what a graph is made for is their shapes
-alone. Without graphs these functions are called as they are.
+A graph is recorded once and replayed with other numbers in the same memory. So no function here may depend on the value
+of a tensor, or move one to or from the host: no `.item()`, no tensor on the CPU, no index by a condition. What differs
+from call to call is a tensor argument on the device; a graph is made for the shapes of these arguments alone. Without
+graphs the functions are called as they are.
 
-Shapes: B images, G 2 with guidance that steers away from something, else 1, S calls of the network, N noises, T terms
-of a walk, K tokens, D width of a token's state, P of a pooled one, C latent channels, h w latent size.
+Shapes: B images, G 2 with classifier-free guidance, else 1, S calls of the network, N noises, T terms of a step table,
+K tokens, D width of a token's state, P of a pooled prompt, C latent channels, h w latent size.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["decode_latents", "encode_prompts", "take_steps"]
 def encode_prompts(
     networks: Networks, ids: Tensor, second_ids: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Token numbers [B, K] of each text encoder -> states [B, K, D], and pooled [B, P] where the model has it."""
+    """Token ids [B, K] for each text encoder -> states [B, K, D], and pooled [B, P] where the model has it."""
     return networks.text_encoder.states([ids] if second_ids is None else [ids, second_ids], mask)
 
 
@@ -42,12 +42,12 @@ def take_steps(
     pooled: Tensor | None,
     time_ids: Tensor | None,
 ) -> Tensor:
-    """The whole walk, from noise to latents [B, C, h, w] float32.
+    """The whole sampling loop, from noise to latents [B, C, h, w] float32.
 
     Args:
         networks: the model.
         call: its UNet, compiled or not, as `Networks.output`.
-        table: [S, 3 + T] float32, from `onestill.engine.torch.step_table.walk_table`.
+        table: [S, 3 + T] float32, from `onestill.engine.torch.step_table.step_table`.
         guidance: [] float32, the scale.
         noise: [N, B, C, h, w] float32.
         start: [1, C, h, w] float32, latents of an image to start from, or None.
@@ -62,13 +62,14 @@ def take_steps(
     if start is not None:
         terms[0] = start
     terms[first : first + len(noise)] = noise
+    # The sums and x0 stay in float32: in half precision, rounding would add up from step to step.
     for step in range(len(table)):
-        timestep = table[step, 0].clone()  # compiled code wants what it is given at an aligned address
+        timestep = table[step, 0].clone()  # compiled code requires that its inputs are at aligned addresses
         of_x, of_output = table[step, 1], table[step, 2]
         known = first + len(noise) + step
         x = (table[step, SETTINGS : SETTINGS + known].view(-1, 1, 1, 1, 1) * terms[:known]).sum(0)
-        given = (torch.cat([x, x]) if is_guided else x).to(dtype)
-        output = call(given, timestep, states, pooled, time_ids, guidance).float()
+        inputs = (torch.cat([x, x]) if is_guided else x).to(dtype)
+        output = call(inputs, timestep, states, pooled, time_ids, guidance).float()
         if is_guided:
             cond, uncond = output.chunk(2)
             output = classifier_free_guidance(cond, uncond, guidance)  # type: ignore[arg-type] # a number all the same

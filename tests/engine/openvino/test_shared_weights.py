@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import onestill.engine.openvino.icons
 from onestill.checkpoint import cache_folder, describe, weights_file
-from onestill.engine.openvino.icons import BLOB_END, OpenVinoEngine
+from onestill.engine.openvino.compile_cache import BLOB_END
+from onestill.engine.openvino.engine import OpenVinoEngine
 from onestill.errors import CheckpointError
 from onestill.pipeline import Pipeline
 
@@ -64,7 +64,7 @@ def test_a_cache_that_cannot_be_written_is_no_reason_not_to_draw(
 
 
 def test_the_cache_does_not_grow_without_end(folder: Path, own_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onestill.engine.openvino.icons.MOST_KEPT", 2)
+    monkeypatch.setattr("onestill.engine.openvino.compile_cache.MOST_NETWORKS", 2)
     picture(folder)
     assert len(list(own_place.glob("*.blob"))) <= 2
 
@@ -140,7 +140,8 @@ def test_an_openvino_without_the_option_draws_as_ever(
     tiny_folder: Path, own_place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = picture(tiny_folder)
-    monkeypatch.setattr(onestill.engine.openvino.icons, "UNCHAINED", {"NO_SUCH_OPTION": "DISABLE"})
+    for module in ("private_api", "shared_weights"):
+        monkeypatch.setattr(f"onestill.engine.openvino.{module}.UNCHAINED", {"NO_SUCH_OPTION": "DISABLE"})
     engine = OpenVinoEngine(describe(tiny_folder), quick_start=True)
     np.testing.assert_array_equal(np.asarray(Pipeline(engine)("a red apple", seed=5).images[0]), expected)
 

@@ -16,9 +16,9 @@ from openvino import opset13
 
 from onestill.checkpoint import describe, verify
 from onestill.cli import main
-from onestill.engine.openvino.stable_diffusion import _round_products
+from onestill.engine.openvino.int8 import round_inputs
 from onestill.errors import CheckpointError, NotEnoughMemoryError, OnestillError
-from onestill.export.stable_diffusion import export_sd
+from onestill.export.stored_weights import export_sd
 from onestill.pipeline import Pipeline
 from tests.on_cpu import load
 from tests.tiny import tiny_autoencoder
@@ -68,7 +68,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """SDXL at tiny width, and its form in int8."""
     folder = tiny_sd(tmp_path_factory.mktemp("models") / "xl", "sdxl", dtype=torch.float16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("onestill.export.stable_diffusion.SMALLEST_INT8", 2**10)
+        patch.setattr("onestill.engine.openvino.int8.SMALLEST_INT8", 2**10)
         return folder, export_sd(describe(folder), folder.parent / "int8", weights="int8")
 
 
@@ -92,14 +92,14 @@ def test_int8_is_computed_in_int8_and_near(small: tuple[Path, Path], exported: P
     image = PIL.Image.new("RGB", (64, 64), "orange")
     settings: dict[str, Any] = {"num_inference_steps": 2, "image": image, "strength": 0.5}
     assert np.abs(levels(load(folder), **settings) - levels(quick, **settings)).mean() < 5
-    with pytest.raises(OnestillError, match="computed in float32 or bfloat16, not 'int8'"):
+    with pytest.raises(OnestillError, match="no int8 form; choose float32 or bfloat16"):
         load(exported, dtype="int8")
 
 
 def test_convolutions_and_matrices_are_multiplied_in_int8(small: tuple[Path, Path]) -> None:
     # What the compiled network says of itself, as speed is nothing that a test can see.
     engine: Any = load(small[1], dtype="int8").engine
-    compiled = engine._parts["unet"]._request.get_compiled_model().get_runtime_model()
+    (compiled,) = (one.network.get_runtime_model() for one in engine._networks["unet"]._compiled.values())
     told = [node.get_rt_info() for node in compiled.get_ordered_ops()]
     kinds = {(one["layerType"].astype(str), one["primitiveType"].astype(str).lower()) for one in told}
     for layer in ("Convolution", "FullyConnected"):
@@ -115,7 +115,7 @@ def test_rounding_a_convolution_is_what_it_is_by_hand(source: str) -> None:
     kept = opset13.multiply(opset13.convert(opset13.constant(weight), "f32"), opset13.constant(unit))
     x = getattr(opset13, source)(given)
     model = openvino.Model([opset13.convolution(x, kept, [1, 1], [1, 1], [1, 1], [1, 1])], [given])
-    _round_products(model)
+    round_inputs(model)
     picture = 4 * numbers.standard_normal((1, 16, 8, 8)).astype(np.float32)
     found = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([picture])[0]
 
@@ -156,7 +156,7 @@ def test_a_size_that_cannot_be_compiled_leaves_the_engine_working(
 ) -> None:
     pipe = load(exported)
     expected = levels(pipe)
-    core: Any = pipe.engine._parts["unet"]._core  # type: ignore[attr-defined]
+    core: Any = pipe.engine._networks["unet"]._core  # type: ignore[attr-defined]
 
     class Full:
         """OpenVINO's core on a machine without memory: compiling says what it says there."""
@@ -164,11 +164,14 @@ def test_a_size_that_cannot_be_compiled_leaves_the_engine_working(
         def read_model(self, path: str) -> Any:
             return core.read_model(path)
 
+        def get_property(self, *asked: Any) -> Any:
+            return core.get_property(*asked)
+
         def compile_model(self, *asked: Any) -> Any:
             raise RuntimeError("Exception from src/plugins: std::bad_alloc")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipe.engine._parts["unet"], "_core", Full())  # type: ignore[attr-defined]
+        patch.setattr(pipe.engine._networks["unet"], "_core", Full())  # type: ignore[attr-defined]
         with pytest.raises(NotEnoughMemoryError, match="run 'unet' at this size; draw fewer or smaller"):
             levels(pipe, height=96)
     np.testing.assert_array_equal(levels(pipe), expected)
