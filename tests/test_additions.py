@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from onestill.checkpoint import Additions, describe, identify
 from onestill.checkpoint.presets import PRESETS
 from onestill.cli import main
-from onestill.errors import CheckpointError, ModelNotFoundError, OnestillError, UnsafeFormatError
+from onestill.errors import CheckpointError, ModelNotFoundError, OnestillError
 from onestill.networks.load import load_components
 from onestill.pipeline import Pipeline
-from tests.checkpoint_files import ALPHA, RANK, lora_pairs, write_lora
+from tests.checkpoint_files import lora_pairs, write_lora
 from tests.on_cpu import load
 from tests.tiny import tiny_autoencoder
 from tests.tiny_sd import UNET_PREFIX, single_file, tiny_sd
@@ -45,72 +45,6 @@ def lora(folder: Path, pairs: Any) -> Path:
 
 def levels(pipe: Pipeline, **settings: Any) -> Any:
     return np.asarray(pipe(PROMPT, seed=1, **settings).images[0], dtype=np.int16)
-
-
-# --- LoRA ---
-
-
-def test_a_lora_draws_what_diffusers_draws_with_it(folder: Path, pairs: Any, tmp_path: Path) -> None:
-    # Of the UNet only: diffusers 0.42 cannot name the layers of transformers 5's text encoders.
-    of_unet = {key: value for key, value in pairs.items() if key[0] == "unet"}
-    lora = write_lora(tmp_path / "unet.safetensors", of_unet, "peft")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipe = diffusers.DiffusionPipeline.from_pretrained(str(folder))
-        pipe.load_lora_weights(load_file(lora))
-        pipe.fuse_lora(lora_scale=0.7)
-        pipe.set_progress_bar_config(disable=True)
-        generator = torch.Generator("cpu").manual_seed(1)
-        expected = np.asarray(
-            pipe(PROMPT, num_inference_steps=1, guidance_scale=1.0, generator=generator).images[0], dtype=np.int16
-        )
-    found = levels(load(folder, lora={lora: 0.7}))
-    assert np.abs(found - expected).max() <= 1
-    assert np.abs(found - levels(load(folder))).max() > 3, "the LoRA must do something for this to mean anything"
-
-
-def test_every_naming_is_the_same_lora_on_folder_and_file(folder: Path, pairs: Any, lora: Path, tmp_path: Path) -> None:
-    scale = ALPHA / RANK
-    kohya = write_lora(tmp_path / "kohya.safetensors", pairs, "kohya")
-    path = single_file(folder, tmp_path / "model.safetensors", "sdxl", notes={"modelspec.resolution": "64x64"})
-    expected = levels(load(folder, lora={lora: scale}))
-    assert np.abs(levels(load(folder, lora=kohya)) - expected).max() <= 1
-    assert np.abs(levels(load(path, lora=kohya)) - expected).max() <= 1
-    twice = levels(load(folder, lora={lora: scale / 2, kohya: 0.5}))
-    assert np.abs(twice - expected).max() <= 1
-
-
-def test_a_lora_by_the_original_files_names(folder: Path, pairs: Any, tmp_path: Path) -> None:
-    (down, up) = pairs["unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
-    name = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
-    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "a.safetensors")
-    theirs = load_components(describe(folder, Additions(loras=load_args(tmp_path / "a.safetensors"))))["unet"]
-    layer = theirs.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
-    plain = load_components(describe(folder))["unet"].mid_block.attentions[0].transformer_blocks[0].attn1.to_q
-    torch.testing.assert_close(layer.weight, plain.weight + up @ down)
-
-
-def load_args(*paths: Path) -> Any:
-    from onestill.checkpoint import Lora
-
-    return tuple(Lora(path) for path in paths)
-
-
-def test_a_lora_that_does_not_fit_is_one_sentence(folder: Path, pairs: Any, tmp_path: Path) -> None:
-    strange = {("unet", f"{name}_of_another"): value for (_, name), value in pairs.items()}
-    with pytest.raises(CheckpointError, match=rf"changes {len(strange)} layers .* another family"):
-        load(folder, lora=write_lora(tmp_path / "strange.safetensors", strange, "peft"))
-    wide = {key: (torch.zeros(RANK, 999), up) for key, (_, up) in list(pairs.items())[:1]}
-    with pytest.raises(CheckpointError, match="another family"):
-        load(folder, lora=write_lora(tmp_path / "wide.safetensors", wide, "peft"))
-    save_file({"lora_unet_x.hada_w1_a": torch.zeros(1)}, tmp_path / "loha.safetensors")
-    with pytest.raises(CheckpointError, match="no plain LoRA"):
-        load(folder, lora=tmp_path / "loha.safetensors")
-    (tmp_path / "lora.pt").write_bytes(b"PK\x03\x04")
-    with pytest.raises(UnsafeFormatError):
-        load(folder, lora=tmp_path / "lora.pt")
-    with pytest.raises(ModelNotFoundError, match="no LoRA"):
-        load(folder, lora=tmp_path / "gone.safetensors")
 
 
 # --- another UNet, a tiny decoder, presets ---
