@@ -14,8 +14,7 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import load_file
 
 from onestill.checkpoint import describe
-from onestill.checkpoint.layout import OPEN_CLIP_PREFIXES
-from onestill.checkpoint.single_file import networks
+from onestill.checkpoint.single_file import OPEN_CLIP_PREFIXES, networks
 from onestill.networks.load import load_components
 from tests.tiny_sd import FAMILIES, single_file, tiny_sd
 
