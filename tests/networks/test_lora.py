@@ -21,7 +21,7 @@ from onestill.errors import CheckpointError, ModelNotFoundError, UnsafeFormatErr
 from onestill.networks.load import load_components
 from onestill.networks.lora_names import find_layer, layers_by_name, original_name
 from onestill.pipeline import Pipeline
-from tests.checkpoint_files import ALPHA, RANK, lora_pairs, write_lora
+from tests.lora_files import ALPHA, RANK, lora_pairs, write_lora
 from tests.on_cpu import load
 from tests.tiny_sd import FAMILIES, single_file, tiny_sd, tiny_unet
 
