@@ -1,8 +1,8 @@
 """What a single safetensors file is, by the names and shapes of its tensors, never by its own name.
 
 A whole checkpoint in the original key layout becomes configs for diffusers' and transformers' classes; widths, depths
-and counts are read from the shapes, so that any size of the same architecture is understood. What no shape tells has
-the value that its family always has: 64 numbers a head (8 heads in Stable Diffusion 1), the scale of the latents.
+and counts are read from the shapes, so that any size of the same architecture can be read. What no shape shows has
+the value of every published model of the family: heads of width 64 (8 heads in Stable Diffusion 1), the latents' scale.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Network:
         config: what that class is made from.
         file: the safetensors file.
         prefix: what every name of this network starts with in the file.
-        layout: "diffusers" where names are the module's own; else how they are told, see `onestill.networks.load`.
+        layout: "diffusers" where the names are the module's own; else "unet", "vae", "clip", "open_clip" or "tiny_vae",
+            of the original key layout, which `onestill.networks.load` converts.
     """
 
     kind: str
@@ -61,7 +62,7 @@ class Found:
 
     Attributes:
         kind: "checkpoint", "unet", "lora", "autoencoder", "tiny autoencoder", "text encoder" or "unknown".
-        family: of the models it belongs to, in words; "" where the tensors do not tell.
+        family: of the models that it belongs to, for people; "" where the tensors do not show it.
         tensors, parameters: how many.
         dtypes: type -> how many tensors have it.
         notes: what its maker wrote into it.
@@ -116,7 +117,7 @@ def _kind(names: Iterable[str]) -> str:
 
 
 def _text_width(tensors: Mapping[str, Tensor]) -> int:
-    """The width of the words that the UNet, or the LoRA for it, listens to; 0 where there is none."""
+    """The width of the text states that a UNet, or a LoRA for one, attends to; 0 where there is none."""
     for name, tensor in tensors.items():
         is_key = "attn2" in name and ("to_k" in name) and ("up" not in name.split(".")[-2] and "lora_B" not in name)
         if is_key and len(tensor.shape) == 2:
@@ -347,7 +348,7 @@ def _open_clip_config(shapes: Shapes, projected: bool) -> dict[str, Any]:
     layers = _count(shapes, r"transformer\.resblocks\.(\d+)\.")
     inner = shapes["transformer.resblocks.0.mlp.c_fc.weight"][0]
     projection = shapes["text_projection"][1] if projected else width
-    # Stable Diffusion 2 listens to the last layer but one, so its config leaves the last one out.
+    # Stable Diffusion 2 attends to the last layer but one, so its config leaves the last one out.
     layers = layers if projected else layers - 1
     return _text_config(vocabulary, width, layers, inner, shapes["positional_embedding"][0], "gelu", projection)
 

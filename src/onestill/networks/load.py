@@ -73,10 +73,10 @@ def load_components(info: ModelInfo, dtype: str = "float32", only: Collection[st
 
 
 def _cast(name: str, module: Any, dtype: str) -> Any:
-    # Kept whole: a published autoencoder whose activations leave float16's range.
-    kept = name == "vae" and dtype == "float16" and module.config.force_upcast
+    # SDXL's published autoencoder, whose activations leave float16's range, stays in float32.
+    in_float32 = name == "vae" and dtype == "float16" and module.config.force_upcast
     # diffusers' own `to` warns of modules to keep in float32 even where there are none.
-    cast = torch.nn.Module.to(module, dtype=torch.float32 if kept else DTYPES[dtype])
+    cast = torch.nn.Module.to(module, dtype=torch.float32 if in_float32 else DTYPES[dtype])
     return cast.eval().requires_grad_(False)
 
 
@@ -103,7 +103,7 @@ def _of_folder(info: ModelInfo, component: str, kind: str, dtype: str) -> Any:
 #
 # diffusers' converters rename the tensors. Its `from_single_file`, which calls the same converters and is no faster
 # (0.1 s for SD 1.5's UNet in float16, weights mapped), is not called itself: it wants the config as a folder, leaves
-# tensors that the file lacks on the meta device, drops tensors that no class has, and tells text encoders by width.
+# tensors that the file lacks on the meta device, drops tensors that no class has, and picks text encoders by width.
 
 
 def _of_file(network: Network, kind: Any) -> Any:
