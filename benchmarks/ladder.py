@@ -22,11 +22,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from onestill.bench.latency import Setting, measure_elsewhere, psnr
+from onestill.bench.latency import measure_elsewhere, psnr
 from onestill.bench.machine import machine
-from onestill.cli.commands.bench import found_model
+from onestill.bench.setting import Setting
+from onestill.checkpoint import resolve
+from onestill.cli.console import note
 from onestill.engine.protocol import TorchOptions
 from onestill.errors import OnestillError
+from onestill.export.random_models import cached_random_model
 
 Options = Mapping[str, Any]
 Measure = Callable[[Setting], Mapping[str, Any]]  # raises OnestillError where it cannot be had
@@ -209,7 +212,7 @@ class Floors:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every rung that there is time for; the report is written after each, as a lent machine may go."""
     ends = time.monotonic() + 60 * arguments.minutes
-    at, weights = found_model(arguments.model, arguments.random, "torch", "random" if arguments.random else None)
+    at = cached_random_model(arguments.random, note) if arguments.random else resolve(arguments.model)
     base = Setting(
         "onestill", str(at), engine="torch", device=arguments.device, dtype=arguments.dtype, pictures=arguments.pictures
     )
@@ -226,7 +229,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         return floors(setting, measure_elsewhere(setting, most_s=max(ends - time.monotonic(), 1)))
 
     with tempfile.TemporaryDirectory() as scratch:
-        tiny = weights.get("tiny_vae", arguments.tiny_vae)
+        tiny = str(at / "tiny_vae") if arguments.random else arguments.tiny_vae
         written = lambda: write(report, arguments.out)  # noqa: E731
         ladder = Ladder(base, tiny, measure, Path(scratch), report["results"], written)
         ladder.climb([name for name in RUNGS if name not in arguments.skip], arguments.kinds, ends)

@@ -25,10 +25,12 @@ from typing import Any
 
 import openvino
 
-from onestill.bench.latency import Setting, measure_elsewhere, psnr
+from onestill.bench.latency import measure_elsewhere, psnr
 from onestill.bench.machine import machine
-from onestill.cli.commands.bench import found_model
+from onestill.bench.setting import Setting
+from onestill.cli.console import note
 from onestill.errors import OnestillError
+from onestill.export.random_models import cached_random_model, cached_random_openvino
 
 SIZE_PX = 512
 OURS = "onestill, OpenVINO int8, tiny VAE"
@@ -38,12 +40,13 @@ OTHER_VAE = "diffusers float32, its own VAE"
 
 def contenders(kind: str, pictures: int, warm_up: int) -> dict[str, Setting]:
     """By the names in the table, those first that the comparison needs."""
-    form, weights = found_model("", kind, "openvino", "random", in_int8=True)
+    model = cached_random_model(kind, note)
+    form = cached_random_openvino(kind, str(model / "tiny_vae"), "int8", note)
     asked = Setting("onestill", str(form), engine="openvino", dtype="int8", height=SIZE_PX, width=SIZE_PX, steps=1)
     ours = replace(asked, pictures=pictures, warm_up=warm_up, repeats=0)
     other = "bfloat16" if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"
-    plain = replace(ours, model=weights["model"], dtype="float32", engine=None)
-    tiny = replace(plain, tiny_vae=weights["tiny_vae"])
+    plain = replace(ours, model=str(model), dtype="float32", engine=None)
+    tiny = replace(plain, tiny_vae=str(model / "tiny_vae"))
     return {
         OURS: ours,
         THEIRS: replace(tiny, contender="diffusers"),

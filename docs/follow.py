@@ -1,9 +1,10 @@
-"""Follow a page as a newcomer would: its fenced blocks, in order, in a fresh clone of this repository.
+"""Run the commands of a page as a newcomer would: its fenced blocks, in order, in a fresh clone of this repository.
 
     python docs/follow.py docs/distil-your-own.md
 
-A block without a language is run as it stands; one with a language, or indented by four spaces, is read only. All run
-in one shell, which stops at the first failure. Says how long each took. The clone holds what is committed, no more.
+A block without a language runs as it stands. A block with a language, or one that is indented by four spaces, does not
+run. One shell runs all blocks and stops at the first failure. The time of each block is reported. The clone contains
+what is committed and nothing else.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 DONE = "onestill-follow:"
-OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")  # what a newcomer has not set
+DEVELOPERS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")  # variables that a newcomer has not set
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -37,22 +38,22 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 
 def script(commands: Sequence[tuple[str, str]]) -> str:
-    """One shell script of all blocks; after each it prints a line that says which is done."""
+    """One shell script of all blocks. After each block it prints a line with the number of the block."""
     parts = ["set -euo pipefail\n"]
     parts += [f"{block}echo {shlex.quote(f'{DONE}{number}')}\n" for number, (_, block) in enumerate(commands)]
     return "".join(parts)
 
 
 def follow(commands: Sequence[tuple[str, str]], folder: Path) -> tuple[list[float], int]:
-    """Run the blocks in `folder`: seconds of each that ended, and the shell's status."""
+    """Run the blocks in `folder`. Returns the seconds of each block that ended, and the shell's exit status."""
     file = folder / ".follow.sh"
     file.write_text(script(commands), encoding="utf-8")
-    env = {name: value for name, value in os.environ.items() if name not in OURS}
+    env = {name: value for name, value in os.environ.items() if name not in DEVELOPERS}
     began, seconds = time.monotonic(), list[float]()
     with subprocess.Popen(["bash", file.name], cwd=folder, env=env, stdout=subprocess.PIPE, text=True) as shell:
         assert shell.stdout is not None
         for line in shell.stdout:
-            before, done, _ = line.partition(DONE)  # what a command printed last may lack its newline
+            before, done, _ = line.partition(DONE)  # the last line of a command may lack its newline
             print(before, end="", flush=True)
             if done:
                 seconds.append(time.monotonic() - began - sum(seconds))
@@ -61,11 +62,11 @@ def follow(commands: Sequence[tuple[str, str]], folder: Path) -> tuple[list[floa
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Follow the page that is named; the exit status is the shell's, or 1 where it took too long."""
+    """Run the page that is named. The exit status is the shell's, or 1 if the page took too long."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path)
     parser.add_argument("--minutes", type=float, default=0, help="fail if it takes longer (0: no limit)")
-    parser.add_argument("--keep", type=Path, help="the clone's place, which must not exist; a temporary one otherwise")
+    parser.add_argument("--keep", type=Path, help="a new folder for the clone (a temporary one by default)")
     options = parser.parse_args(arguments)
     commands = blocks(options.page.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,4 +1,4 @@
-"""The page for newcomers: its commands are commands of ours, and what follows it runs them in order."""
+"""`docs/follow.py` runs the commands of a page in order; those of `docs/distil-your-own.md` are valid."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_line_that_a_command_left_unended_hides_no_block(tmp_path: Path, capsy
     assert capsys.readouterr().out == "halfwhole\n"
 
 
-def test_every_onestill_line_of_the_page_is_one_that_the_command_takes() -> None:
+def test_the_command_accepts_every_onestill_line_of_the_page() -> None:
     commands = "".join(block for _, block in follow.blocks(PAGE.read_text(encoding="utf-8")))
     commands = commands.replace("\\\n", "")
     lines = [shlex.split(line.rstrip("& "))[1:] for line in commands.splitlines() if line.startswith("onestill ")]
@@ -57,7 +57,7 @@ def test_every_onestill_line_of_the_page_is_one_that_the_command_takes() -> None
     assert asked == ["data", "data", "data", "data", *trains]
 
 
-def test_the_pages_recipes_are_some(tmp_path: Path) -> None:
+def test_the_recipes_of_the_page_are_valid(tmp_path: Path) -> None:
     text = PAGE.read_text(encoding="utf-8")
     recipes = []
     for name, toml in re.findall(r"cat > (\w+)\.toml <<'END'\n(.*?)^END$", text, re.MULTILINE | re.DOTALL):

@@ -21,7 +21,7 @@ from onestill.errors import (
 )
 from onestill.pipeline import Pipeline, load, save_picture
 from onestill.pipeline.picture import fitted
-from onestill.serve.web.provenance import read_provenance
+from onestill.serve.provenance import read_provenance
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from onestill.checkpoint.single_file import CLIP_PREFIXES, OPEN_CLIP_PREFIXES, UNET_PREFIX, VAE_PREFIX
-from onestill.networks.load import quiet_libraries
+from onestill.networks.libraries import quiet_libraries
 from onestill.text.tokenize import clip_vocabulary
 from tests.original_layout import place_of
 

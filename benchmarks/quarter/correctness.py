@@ -20,7 +20,7 @@ import torch
 from benchmarks.quarter.limits import OverranError
 from benchmarks.quarter.networks import SMALL, RandomNetworks
 from benchmarks.quarter.steps import Run
-from onestill.bench.latency import Setting
+from onestill.bench.setting import Setting
 from onestill.errors import NotEnoughMemoryError
 from onestill.pipeline import Pipeline
 
@@ -168,7 +168,7 @@ def levels_of(pipe: Pipeline, prompt: str, seed: int) -> Any:
 def overflow(twins: Twins) -> str:
     """A decoder whose numbers leave float16's range: the picture comes from float32, and that is said."""
     pipe = twins.networks.pipeline(_with(Setting("onestill", "", dtype="float32"), {"graphs": True}))
-    decoder: Any = pipe.engine._networks.decoder  # type: ignore[attr-defined]
+    decoder: Any = pipe.engine._networks.latent_space.decoder  # type: ignore[attr-defined]
     decoder.to(torch.float16)
     with torch.no_grad():
         decoder.decoder.conv_in.weight *= 1e4
@@ -206,8 +206,9 @@ def out_of_memory_on_cpu(twins: Twins) -> str:
     """The CPU's twin: there is no share of its memory to set, so an allocation that no machine has is made inside."""
     before = levels(twins.fast, 1)
     engine: Any = twins.fast.engine
-    whole = engine._networks.image
-    engine._networks.image = lambda latents: torch.empty(2**60, dtype=torch.float32)
+    space = engine._networks.latent_space
+    whole = space.decode
+    space.decode = lambda latents: torch.empty(2**60, dtype=torch.float32)
     try:
         levels(twins.fast, 1)
     except NotEnoughMemoryError as error:
@@ -215,6 +216,6 @@ def out_of_memory_on_cpu(twins: Twins) -> str:
     else:
         raise AssertionError("an exabyte fitted into memory")
     finally:
-        engine._networks.image = whole
+        space.decode = whole
     assert np.array_equal(levels(twins.fast, 1), before), "afterwards the picture is another"
     return said

@@ -15,8 +15,9 @@ from benchmarks.quarter.drawing import end_drawing, shards_in
 from benchmarks.quarter.steps import LeftOutError, Run
 from benchmarks.quarter.training import Training, train_for
 from onestill.data import Sample, ShardReader, ShardWriter
+from onestill.networks.latents import LatentSpace
+from onestill.networks.text_encoder import open_text_encoder
 from onestill.train.cache import cache_samples
-from onestill.train.conditioning import LatentSpace, open_text_encoder
 from onestill.train.discriminator.cnn import LITE0
 
 __all__ = ["latents", "student", "teacher"]
@@ -37,7 +38,7 @@ def latents(run: Run, seconds: float, note: Callable[..., None]) -> Mapping[str,
         shards = shards_in(run.work / "shards" / "train")
     if not shards:
         raise LeftOutError("There are no pictures: give --parquet to draw some, or --shards.")
-    space, encoder = LatentSpace(options.autoencoder), open_text_encoder(options.text_encoder)
+    space, encoder = LatentSpace.load(options.autoencoder), open_text_encoder(options.text_encoder)
     workers = 0 if run.rehearses else max(1, (os.cpu_count() or 1) - 2)
     reader = ShardReader(shards, shuffle=False, epochs=1, workers=workers)
     began = time.monotonic()
@@ -85,7 +86,7 @@ def training(run: Run, name: str) -> Training:
         made = Path(options.teacher) if options.teacher else run.work / "teacher" / "export" / "unet"
         if not (made / "config.json").is_file():
             raise LeftOutError("There is no teacher to distil: its step made none, and --teacher names none.")
-        sets += [f'add.teacher="{made}"', f'add.cnn="{Path(options.networks) / LITE0}"']
+        sets += [f'add.teacher="{made}"', f'add.features.cnn="{Path(options.networks) / LITE0}"']
     if run.rehearses:
         sets += small(name, options)
     sets += options.set_teacher if name == "teacher" else options.set_student
@@ -99,7 +100,7 @@ def small(name: str, options: Any) -> list[str]:
     loop = ["batch_size=4", "warmup=0", "precision=no", "compile=false", "threads=1"]
     sets = [*(f"loop.{one}" for one in loop), "data.workers=0"]
     if name == "student":
-        return [*sets, "add.heads_first=0", "add.head_width=8"]
+        return [*sets, "add.adversarial.heads_first=0", "add.heads.width=8"]
     encoder: Any = open_text_encoder(options.text_encoder)
     unet = [f"channels={config['latent_channels']}", f"sample_size={options.pixels // 2 ** (len(widths) - 1)}"]
     unet += [f"text_width={encoder(['']).text.shape[-1]}", "block_out_channels=[16, 32]", "attention=[false, true]"]

@@ -15,9 +15,10 @@ import diffusers
 import torch
 
 import onestill.engine.torch.eager as torch_engine
-from onestill.bench.latency import Setting
+from onestill.bench.setting import Setting
 from onestill.engine.protocol import TorchOptions
-from onestill.networks.load import DTYPES, quiet_libraries
+from onestill.networks.libraries import quiet_libraries
+from onestill.networks.load import DTYPES
 from onestill.networks.random_weights import CLASSES, CONFIGS, meta_module, random_model, weight_scale
 from onestill.pipeline import Pipeline, load
 

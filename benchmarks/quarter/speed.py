@@ -22,7 +22,8 @@ from benchmarks.quarter.limits import OverranError, limited
 from benchmarks.quarter.networks import SMALL, RandomNetworks
 from benchmarks.quarter.steps import Run
 from onestill.bench.contenders import diffusers_contender, diffusers_pipeline, our_contender
-from onestill.bench.latency import PARTS, MeasuringError, Setting, measure, percentile, psnr
+from onestill.bench.latency import MeasuringError, measure, percentile, psnr
+from onestill.bench.setting import PARTS, Setting
 from onestill.checkpoint import describe
 
 __all__ = ["compiled", "speed"]

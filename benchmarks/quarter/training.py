@@ -27,11 +27,12 @@ from benchmarks.quarter.limits import OverranError
 from benchmarks.quarter.pieces import PIECE_BYTES, pieces_of, write_pieces
 from benchmarks.quarter.record import MOST_FILES, MOST_TOTAL, brought_back
 from benchmarks.quarter.steps import Run
-from onestill.cli.commands.train import RecipeReader
-from onestill.train.denoiser import build_unet, unet_folder
+from onestill.data.recipe_reader import RecipeReader
+from onestill.networks.denoiser import unet_folder
 from onestill.train.recipe import DataOptions, Recipe, read_recipe
 from onestill.train.run import train_recipe
 from onestill.train.state import STATE_FILE, checkpoints
+from onestill.train.unet import build_unet
 
 __all__ = ["Training", "train_for"]
 

@@ -1,8 +1,8 @@
 """Two replicas serve the load and one is killed: `python -m benchmarks.serve.replicas ray|proxy --out FILE`.
 
 `ray` is `onestill serve --ray 2`; `proxy` two servers, PostgreSQL and nginx as `deploy/` has them. No client asks for
-anything twice: a request that is accepted must be answered. Behind Ray's front sockets stay open; nginx closes those of
-the server that died, and their typists connect anew, as the page does.
+anything twice: a request that is accepted must be answered. Behind the proxy before Ray sockets stay open; nginx
+closes those of the server that died, and their typists connect anew, as the page does.
 """
 
 from __future__ import annotations

@@ -58,10 +58,10 @@ async def ask(port: int, method: str, path: str, body: bytes = b"") -> bytes:
 async def draw(port: int, prompt: str) -> None:
     """A picture by Gradio's HTTP calls: ask, wait for the event, fetch the file."""
     event = json.loads(await ask(port, "POST", "/gradio_api/call/draw", json.dumps({"data": [prompt]}).encode()))
-    told = (await ask(port, "GET", f"/gradio_api/call/draw/{event['event_id']}")).decode()
-    if "event: complete" not in told:
-        raise RuntimeError(told[:300])
-    data = json.loads(told.rsplit("data: ", 1)[1].strip())
+    answer = (await ask(port, "GET", f"/gradio_api/call/draw/{event['event_id']}")).decode()
+    if "event: complete" not in answer:
+        raise RuntimeError(answer[:300])
+    data = json.loads(answer.rsplit("data: ", 1)[1].strip())
     path = data[0]["url"].split("/", 3)[3]
     if not (await ask(port, "GET", f"/{path}")).startswith(b"\xff\xd8"):
         raise RuntimeError("no JPEG")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onestill.errors import RecipeError
-from onestill.evaluate.drawn import slug
+from onestill.evaluate.samples import slug
 from onestill.train.recipe import Recipe, fill, option, read_recipe
 
 

@@ -8,19 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onestill.bench.machine import machine_in_words, versions
-from onestill.evaluate import Evaluation, Result, fid_ratio
+from onestill.evaluate import Evaluation, Result, frechet_ratio
 from onestill.evaluate.report import sheets
-from onestill.evaluate.report.page import About, Report, Target, Tried, write_report
+from onestill.evaluate.report.model import About, Report, Target, Tried
+from onestill.evaluate.report.page import write_report
 from recipes.ablations.block import Block, Trained
 
 CAVEATS = (
     "These runs are short and the model is small: they say what a loss does for the icons in this time, and nothing of "
     "what the paper's 4,000 iterations of 128 do for Stable Diffusion.",
-    "FID and CLIP score are by a small network that this project trained on pictures of the same kind and that no row "
-    "was trained against. They rank the rows of this page and compare with nothing else.",
+    "Fréchet distance and CLIP score are by a small network that this project trained on pictures of the same kind and "
+    "that no row was trained against. They rank the rows of this page and compare with nothing else.",
     "One seed a row: what another seed would change is not in the intervals, which are over captions alone.",
 )
-HEAD = "| | steps | FID | CLIP score | coverage |\n|---|---|---|---|---|\n"
+HEAD = "| | steps | Fréchet distance | CLIP score | coverage |\n|---|---|---|---|---|\n"
 WHAT_TRAINED = """All rows start as the teacher and see the same samples in the same order. The hinge is that of the
     last iterations logged, summed over the heads: two for each head that tells nothing apart."""
 WHAT_SHOWN = """The first captions of the shuffled held-out set, every contender from the same noise. Nothing was picked
@@ -73,16 +74,17 @@ def claims(block: Block, evaluation: Evaluation) -> list[Target]:
 
 
 def claim(mine: Result, other: Result) -> Target:
-    """Whether `mine` has the lower FID; the note says it in words, and whether the interval leaves it open."""
-    ratio = fid_ratio(mine, other)
+    """Whether `mine` has the lower Fréchet distance; the note says so, and whether the interval leaves it open."""
+    ratio = frechet_ratio(mine, other)
     low, high = ratio.low or 0.0, ratio.high or 0.0
     said = "is better than" if high < 1 else "is worse than" if low > 1 else "cannot be told from"
-    fids = [result.fid.value if result.fid else float("nan") for result in (mine, other)]
+    distances = [result.frechet_distance.value if result.frechet_distance else float("nan") for result in (mine, other)]
     note = (
-        f"'{mine.group}' {said} '{other.group}' by FID ({fids[0]:.2f} against {fids[1]:.2f}, 95 % interval of the "
-        f"ratio {low:.2f} to {high:.2f}); CLIP score {mine.clip_score.value:.2f} against {other.clip_score.value:.2f}."
+        f"'{mine.group}' {said} '{other.group}' by Fréchet distance ({distances[0]:.2f} against "
+        f"{distances[1]:.2f}, 95 % interval of the ratio {low:.2f} to {high:.2f}); "
+        f"CLIP score {mine.clip_score.value:.2f} against {other.clip_score.value:.2f}."
     )
-    what = f"FID of '{mine.group}' over that of '{other.group}'"
+    what = f"Fréchet distance of '{mine.group}' over that of '{other.group}'"
     return Target(what, f"{ratio.value:.2f}x", "below 1x", ratio.value < 1, note)
 
 
@@ -103,9 +105,9 @@ def markdown(about: About, targets: Sequence[Target], results: Sequence[Result])
     """The figures for who reads the repository and not the page."""
     lines = []
     for one in results:
-        fid = f"{one.fid.value:.2f}" if one.fid else "-"
+        distance = f"{one.frechet_distance.value:.2f}" if one.frechet_distance else "-"
         scores = f"{one.clip_score.value:.2f} | {100 * (one.coverage or 0):.0f} %"
-        lines.append(f"| {one.group} | {one.num_inference_steps} | {fid} | {scores} |\n")
+        lines.append(f"| {one.group} | {one.num_inference_steps} | {distance} | {scores} |\n")
     said = "".join(f"- {target.note}\n" for target in targets)
     facts = "".join(f"- {name}: {text}\n" for name, text in about.sets.items())
     caveats = "".join(f"- {text}\n" for text in about.caveats)

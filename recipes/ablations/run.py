@@ -18,14 +18,22 @@ from pathlib import Path
 
 import onestill
 from onestill.cli import main as onestill_main
-from onestill.errors import OnestillError, RecipeError
-from onestill.evaluate import Contender, Evaluation, Protocol, evaluate, load_network
-from onestill.evaluate.drawn import slug
+from onestill.errors import RecipeError
+from onestill.evaluate import (
+    Contender,
+    Evaluation,
+    Protocol,
+    evaluate,
+    fingerprint,
+    load_network,
+    pipeline_contender,
+)
+from onestill.evaluate.samples import slug
 from onestill.train.recipe import Recipe
 from recipes.ablations.block import Block, Row, Trained, read_block, row_base, row_recipe
 from recipes.ablations.page import write_page
 from recipes.icons import ship
-from recipes.icons.evaluate import SPLITS, Pool, Progress, contender, fingerprint
+from recipes.icons.evaluate import SPLITS, Pool, Progress, show
 
 TRAINING_SHARE = 0.8  # of the time given; the rest is for drawing and measuring
 TEACHER_SAMPLER = "ddim"
@@ -104,7 +112,7 @@ def teacher_contenders(block: Block, recipe: Recipe, folder: Path) -> list[Conte
     if not (model / "onestill.json").is_file():
         ship_unet(Path(recipe.options.teacher), recipe, model, "teacher")
     pipeline, guidance = onestill.load(model), block.teacher_guidance
-    return [contender(pipeline, "teacher", steps, guidance, TEACHER_SAMPLER) for steps in block.teacher_steps]
+    return [pipeline_contender(pipeline, "teacher", steps, guidance, TEACHER_SAMPLER) for steps in block.teacher_steps]
 
 
 def measured(block: Block, rows: Sequence[Trained], folder: Path, options: argparse.Namespace) -> Evaluation:
@@ -124,7 +132,7 @@ def measured(block: Block, rows: Sequence[Trained], folder: Path, options: argpa
     for one in rows:
         pipeline = onestill.load(one.model)
         sampler = one.row.sampler or pipeline.info.sampler
-        contenders += [contender(pipeline, one.row.name, steps, 1.0, sampler) for steps in one.row.steps]
+        contenders += [pipeline_contender(pipeline, one.row.name, steps, 1.0, sampler) for steps in one.row.steps]
     contenders += teacher_contenders(block, rows[0].recipe, folder)
     network, progress = load_network(options.network, rows[0].model, name="evaluation"), Progress()
     return evaluate(contenders, protocol, pool.pictures(samples), [network], folder / "drawn", progress=progress)
@@ -173,12 +181,7 @@ def run(options: argparse.Namespace) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    try:
-        page = run(parse(arguments))
-    except OnestillError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(error.exit_status) from None
-    print(page)
+    show(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from onestill.data import ShardReader, ShardWriter
+from onestill.networks.latents import LatentSpace
+from onestill.networks.text_encoder import open_text_encoder
 from onestill.train.batches import collate_images
 from onestill.train.cache import cache_samples
-from onestill.train.conditioning import LatentSpace, TextEncoder
 
 
 def told(samples: Iterable[Any], total: int) -> Iterator[Any]:
@@ -54,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     total = min(len(reader), options.samples or len(reader))
     with ShardWriter(options.out, 2500) as writer:
         device = torch.device(options.device)
-        space = LatentSpace(options.autoencoder)
+        space = LatentSpace.load(options.autoencoder)
         some = collate_images(list(islice(ShardReader(options.shards, seed=1, epochs=1), 512)))["images"]
         print(f"scaling factor {space.calibrate(some, options.autoencoder)}", file=sys.stderr)
-        samples, encoder = told(islice(reader, total), total), TextEncoder(options.text_encoder)
+        samples, encoder = told(islice(reader, total), total), open_text_encoder(options.text_encoder)
         cache_samples(samples, space.to(device), encoder.to(device), writer.keep, options.batch_size)
     reader.close()
     for name, why in reader.skipped.items():

@@ -3,9 +3,9 @@
     python -m recipes.icons.evaluate --data DATA --teacher FOLDER --student FOLDER --network FOLDER
 
 DATA holds the shards of `render.py`: DATA/val, DATA/style and DATA/concept are read. NETWORK is the contrastive model
-that is kept for evaluation; `--also` names others (the discriminator's), whose FID shows how far a metric flatters what
-was trained against it. What is drawn is saved contender by contender under `--work`: run again after an interruption
-and it continues. The teacher's steps take nearly all of the time.
+that is kept for evaluation; `--also` names others (the discriminator's), whose Fréchet distance shows how far a
+metric flatters what was trained against it. What is drawn is saved contender by contender under `--work`: run again
+after an interruption and it continues. The teacher's steps take nearly all of the time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,27 +27,29 @@ from onestill.bench.machine import machine_in_words, versions
 from onestill.data import ShardReader
 from onestill.errors import DataError, OnestillError
 from onestill.evaluate import (
-    Contender,
     Evaluation,
     Network,
     Protocol,
     Result,
     evaluate,
-    fid_ratio,
     fingerprint,
+    frechet_ratio,
     load_network,
+    name_at,
+    pipeline_contender,
 )
-from onestill.evaluate.protocol import Generate, Pictures
+from onestill.evaluate.protocol import Pictures
 from onestill.evaluate.report import sheets
-from onestill.evaluate.report.page import About, Report, Target, Tried, write_report
+from onestill.evaluate.report.model import About, Report, Sheet, Target, Tried
+from onestill.evaluate.report.page import write_report
 from recipes.icons.captions import style_name
 
 SPLITS = ("val", "style", "concept")
-MOST_FID_RATIO, MOST_CLIP_LOSS, LEAST_TEACHER_RATIO, LEAST_COLOUR = 1.25, 0.05, 2.0, 0.80
+MOST_DISTANCE_RATIO, MOST_CLIP_LOSS, LEAST_TEACHER_RATIO, LEAST_COLOUR = 1.25, 0.05, 2.0, 0.80
 CAVEATS = (
-    "FID and CLIP score are by a small network that this project trained on the same kind of pictures. They rank "
-    "the contenders of this page; they do not compare with figures by Inception or by OpenAI's CLIP, nor with another "
-    "number of pictures.",
+    "Fréchet distance and CLIP score are by a small network that this project trained on the same kind of pictures. "
+    "They rank the contenders of this page; they do not compare with figures by Inception or by OpenAI's CLIP, nor "
+    "with another number of pictures.",
     "The evaluation network was trained apart from everything that the student was trained against, but on the "
     "same training pictures and with the same frozen text encoder: what that cannot tell apart, no figure here sees.",
     "The real picture of a caption is one of many right answers: the real pictures' own figures are no upper limit.",
@@ -123,39 +125,10 @@ class Pool:
             yield np.stack([sample.image for sample in batch if sample is not None])
 
 
-def drawer(pipeline: onestill.Pipeline, steps: int, guidance: float, sampler: str) -> Generate:
-    """A contender's `generate`, in as few calls as the pipeline's consecutive seeds allow."""
-
-    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Pictures:
-        starts = [i for i, seed in enumerate(seeds) if i == 0 or seed != seeds[i - 1] + 1]
-        images = []
-        for start, stop in zip(starts, [*starts[1:], len(seeds)], strict=True):
-            settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
-            images += pipeline(list(prompts[start:stop]), seed=int(seeds[start]), **settings).images
-        return np.stack([np.asarray(image) for image in images])
-
-    return generate
-
-
-def contender(pipeline: onestill.Pipeline, group: str, steps: int, guidance: float, sampler: str) -> Contender:
-    """A pipeline at one number of steps; its settings name the weights: saved pictures are never another model's."""
-    settings = {
-        "weights": fingerprint(pipeline.info),
-        "engine": pipeline.engine.name,
-        "dtype": pipeline.engine.dtype,
-        "sampler": sampler,
-    }
-    return Contender(named(group, steps), drawer(pipeline, steps, guidance, sampler), steps, guidance, group, settings)
-
-
-def named(group: str, steps: int) -> str:
-    return f"{group}, {steps} step{'s' if steps > 1 else ''}"
-
-
 def sweep(
     pipeline: onestill.Pipeline, options: argparse.Namespace, pool: Pool, network: Network
 ) -> tuple[float, str, Tried]:
-    """The teacher's guidance scale and sampler of least FID at 25 steps, on samples that no other figure uses."""
+    """The teacher's guidance scale and sampler of least Fréchet distance, on samples that no other figure uses."""
     samples = pool.take(options.sweep_captions)
     protocol = Protocol(
         prompts=tuple(sample.caption for sample in samples),
@@ -168,26 +141,28 @@ def sweep(
     tried = [(sampler, guidance) for sampler in options.samplers for guidance in options.guidance]
     contenders = []
     for sampler, guidance in tried:
-        one = contender(pipeline, f"teacher, {sampler}, guidance {guidance:g}", options.sweep_steps, guidance, sampler)
+        one = pipeline_contender(
+            pipeline, f"teacher, {sampler}, guidance {guidance:g}", options.sweep_steps, guidance, sampler
+        )
         contenders.append(one)
     done = evaluate(
         contenders, protocol, pool.pictures(samples), [network], options.work / "sweep", progress=Progress()
     )
-    fids = [result.fid.value if result.fid else float("inf") for result in done.results]
-    best = int(np.argmin(fids))
+    distances = [result.frechet_distance.value if result.frechet_distance else float("inf") for result in done.results]
+    best = int(np.argmin(distances))
     rows = tuple(
         (
             f"{sampler}, guidance {guidance:g}{' (taken)' if i == best else ''}",
-            f"{fid:.4g}",
+            f"{distance:.4g}",
             f"{one.clip_score.value:.2f}",
         )
-        for i, ((sampler, guidance), fid, one) in enumerate(zip(tried, fids, done.results, strict=True))
+        for i, ((sampler, guidance), distance, one) in enumerate(zip(tried, distances, done.results, strict=True))
     )
     text = (
-        f"{options.sweep_steps} steps over {len(samples)} captions that no other figure uses; the setting of least FID "
-        "is taken for every number of steps."
+        f"{options.sweep_steps} steps over {len(samples)} captions that no other figure uses; the setting of least "
+        "Fréchet distance is taken for every number of steps."
     )
-    table = Tried("The teacher's guidance scale", text, ("teacher", "FID", "CLIP score"), rows)
+    table = Tried("The teacher's guidance scale", text, ("teacher", "Fréchet distance", "CLIP score"), rows)
     return tried[best][1], tried[best][0], table
 
 
@@ -211,30 +186,30 @@ def protocol_of(samples: Sequence[HeldOut], options: argparse.Namespace) -> Prot
     )
 
 
-def sheets_of(evaluation: Evaluation, one: str, most: str) -> dict[str, sheets.Sheet]:
-    told = {name: " ".join(text.split()) for name, text in TEXTS.items()}
+def sheets_of(evaluation: Evaluation, one: str, most: str) -> dict[str, Sheet]:
+    texts = {name: " ".join(text.split()) for name, text in TEXTS.items()}
     styles, concepts = "Things in styles they were never trained in", "Things it never saw"
     return {
-        "compare": sheets.side_by_side(evaluation, "compare", "The same prompt, the same seed", told["compare"]),
-        "styles": sheets.beside_real(evaluation, "styles", one, styles, told["styles"]),
-        "concepts": sheets.beside_real(evaluation, "concepts", one, concepts, told["concepts"]),
-        "seeds": sheets.several_seeds(evaluation, [one, most], "Four seeds a prompt", told["seeds"]),
-        "colours": sheets.colour_sheet(evaluation, one, "Colours by name", told["colours"]),
-        "failures": sheets.failures(evaluation, one, "Where it fails", told["failures"]),
+        "compare": sheets.side_by_side(evaluation, "compare", "The same prompt, the same seed", texts["compare"]),
+        "styles": sheets.beside_real(evaluation, "styles", one, styles, texts["styles"]),
+        "concepts": sheets.beside_real(evaluation, "concepts", one, concepts, texts["concepts"]),
+        "seeds": sheets.several_seeds(evaluation, [one, most], "Four seeds a prompt", texts["seeds"]),
+        "colours": sheets.colour_sheet(evaluation, one, "Colours by name", texts["colours"]),
+        "failures": sheets.failures(evaluation, one, "Where it fails", texts["failures"]),
     }
 
 
 def targets_of(evaluation: Evaluation, one: Result, most: Result, weak: Result) -> list[Target]:
     """What the student in one step was to show beside the teacher in most and in one, met or not."""
-    ratio, weak_ratio = fid_ratio(one, most), fid_ratio(weak, one)
+    ratio, weak_ratio = frechet_ratio(one, most), frechet_ratio(weak, one)
     clip = one.clip_score.value / most.clip_score.value - 1
     found = [
         Target(
-            f"one-step student's FID over that of the teacher's {most.num_inference_steps} steps",
+            f"one-step student's Fréchet distance over that of the teacher's {most.num_inference_steps} steps",
             f"{ratio.value:.2f}x",
-            f"at most {MOST_FID_RATIO}x",
-            ratio.value <= MOST_FID_RATIO,
-            f"{_fid(one):.4g} against {_fid(most):.4g}; 95 % interval {ratio.low:.2f} to {ratio.high:.2f}",
+            f"at most {MOST_DISTANCE_RATIO}x",
+            ratio.value <= MOST_DISTANCE_RATIO,
+            f"{_distance(one):.4g} against {_distance(most):.4g}; 95 % interval {ratio.low:.2f} to {ratio.high:.2f}",
         ),
         Target(
             f"one-step student's CLIP score beside the teacher's at {most.num_inference_steps} steps",
@@ -245,11 +220,11 @@ def targets_of(evaluation: Evaluation, one: Result, most: Result, weak: Result) 
             f"real pictures {evaluation.real.clip_score.value:.2f}",
         ),
         Target(
-            "the teacher's FID in one step over the student's",
+            "the teacher's Fréchet distance in one step over the student's",
             f"{weak_ratio.value:.1f}x",
             f"at least {LEAST_TEACHER_RATIO:g}x",
             weak_ratio.value >= LEAST_TEACHER_RATIO,
-            f"{_fid(weak):.4g} against {_fid(one):.4g}",
+            f"{_distance(weak):.4g} against {_distance(one):.4g}",
         ),
     ]
     if one.colour and most.colour:
@@ -267,8 +242,8 @@ def targets_of(evaluation: Evaluation, one: Result, most: Result, weak: Result) 
     return found
 
 
-def _fid(result: Result) -> float:
-    return result.fid.value if result.fid else float("nan")
+def _distance(result: Result) -> float:
+    return result.frechet_distance.value if result.frechet_distance else float("nan")
 
 
 class Progress:
@@ -281,8 +256,8 @@ class Progress:
         began = self._started.setdefault(name, time.monotonic())
         last = done == total
         if last or sys.stderr.isatty():
-            told = f"{name}: {done}/{total} pictures, {time.monotonic() - began:.0f} s"
-            print(f"\r{told}", end="\n" if last else "", file=sys.stderr, flush=True)
+            line = f"{name}: {done}/{total} pictures, {time.monotonic() - began:.0f} s"
+            print(f"\r{line}", end="\n" if last else "", file=sys.stderr, flush=True)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -291,9 +266,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, required=True, help="the teacher in diffusers' format")
     parser.add_argument("--student", type=Path, required=True, help="the student in diffusers' format")
     parser.add_argument("--network", type=Path, required=True, help="the evaluation-only contrastive model")
-    parser.add_argument("--also", type=Path, nargs="*", default=[], help="other contrastive models, for their FID")
+    parser.add_argument("--also", type=Path, nargs="*", default=[], help="other contrastive models")
     parser.add_argument("--out", type=Path, default=Path("recipes/icons/report"))
-    parser.add_argument("--work", type=Path, default=Path("runs/evaluate"), help="where drawn material is kept")
+    parser.add_argument("--work", type=Path, default=Path("runs/evaluate"), help="where samples are saved")
     parser.add_argument("--teacher-steps", type=int, nargs="+", default=[1, 2, 4, 25, 50], help="1 first, most last")
     parser.add_argument("--student-steps", type=int, nargs="+", default=[1, 2, 4], help="1 first")
     parser.add_argument("--captions", type=int, default=2001, help="held-out captions, a third from each split")
@@ -322,8 +297,10 @@ def run(options: argparse.Namespace) -> Path:
     samples = pool.take(options.captions)
     others = pool.take(options.captions)
     guidance, sampler, tried = sweep(teacher, options, pool, networks[0])
-    contenders = [contender(teacher, "teacher", steps, guidance, sampler) for steps in options.teacher_steps]
-    contenders += [contender(student, "student", steps, 1.0, student.info.sampler) for steps in options.student_steps]
+    contenders = [pipeline_contender(teacher, "teacher", steps, guidance, sampler) for steps in options.teacher_steps]
+    contenders += [
+        pipeline_contender(student, "student", steps, 1.0, student.info.sampler) for steps in options.student_steps
+    ]
     evaluation = evaluate(
         contenders,
         protocol_of(samples, options),
@@ -357,8 +334,8 @@ def run(options: argparse.Namespace) -> Path:
         versions=versions(),
         caveats=CAVEATS,
     )
-    one, most = named("student", options.student_steps[0]), named("teacher", last)
-    weak = evaluation.result(named("teacher", options.teacher_steps[0]))
+    one, most = name_at("student", options.student_steps[0]), name_at("teacher", last)
+    weak = evaluation.result(name_at("teacher", options.teacher_steps[0]))
     targets = targets_of(evaluation, evaluation.result(one), evaluation.result(most), weak)
     report = Report(about, evaluation, targets, sheets_of(evaluation, one, most), [tried, *more], hero=one)
     return write_report(report, options.out)
@@ -366,8 +343,8 @@ def run(options: argparse.Namespace) -> Path:
 
 def _decoders(*both: onestill.Pipeline) -> str:
     teacher, student = (f"{one.info.width} x {one.info.height} px" for one in both)
-    told = f" The teacher draws {teacher} by a decoder of its own, the student {student} by another"
-    return "" if teacher == student else f"{told}: what sets them apart is the decoders' as well."
+    both_sizes = f" The teacher draws {teacher} by a decoder of its own, the student {student} by another"
+    return "" if teacher == student else f"{both_sizes}: what sets them apart is the decoders' as well."
 
 
 def _tried_of(fields: dict[str, Any]) -> Tried:
@@ -385,13 +362,17 @@ def _without_folders(options: argparse.Namespace) -> list[str]:
     return words
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def show(make: Callable[[], Path]) -> None:
+    """Print the path of the page that `make` writes; a user's mistake is one line and an exit status."""
     try:
-        page = run(parse(arguments))
+        print(make())
     except OnestillError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_status) from None
-    print(page)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    show(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

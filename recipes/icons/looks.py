@@ -10,38 +10,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from onestill.evaluate.colour import PALETTE
 from recipes.icons.drawing import Pixels, rasterise
 from recipes.icons.table import Icon
 
 Floats = npt.NDArray[np.floating]
 
-_PALETTE = {
-    "black": (20, 20, 22),
-    "dark gray": (75, 75, 80),
-    "gray": (140, 142, 148),
-    "light gray": (200, 202, 206),
-    "white": (250, 250, 250),
-    "red": (218, 40, 45),
-    "dark red": (140, 25, 35),
-    "orange": (245, 135, 30),
-    "yellow": (252, 205, 45),
-    "gold": (205, 150, 35),
-    "cream": (250, 230, 190),
-    "brown": (120, 72, 45),
-    "tan": (205, 160, 115),
-    "green": (55, 165, 70),
-    "dark green": (25, 95, 50),
-    "lime": (160, 215, 50),
-    "teal": (20, 150, 145),
-    "cyan": (60, 205, 225),
-    "light blue": (140, 195, 250),
-    "blue": (45, 110, 225),
-    "navy": (30, 45, 110),
-    "purple": (125, 65, 185),
-    "lavender": (190, 165, 240),
-    "magenta": (215, 45, 150),
-    "pink": (250, 160, 190),
-}
 _SRGB_TO_XYZ = np.array([[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]])
 _SIDE = 64
 # Two pictures are near-copies when their 256 hash bits and their 8 x 8 thumbnails (0 to 255) are this close.
@@ -58,8 +32,8 @@ def _lab(rgb: npt.ArrayLike) -> Floats:
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
 
 
-_NAMES = list(_PALETTE)
-_NAMED = _lab(list(_PALETTE.values()))
+_NAMES = list(PALETTE)
+_NAMED = _lab(list(PALETTE.values()))
 
 
 def main_colours(pixels: Pixels) -> list[str]:

@@ -168,7 +168,7 @@ def tokenizer_file(text_encoder: str) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    from onestill.train.conditioning import text_folder  # imports torch, which the drawing processes do without
+    from onestill.networks.text_encoder import text_folder  # imports torch, which the drawing processes do without
 
     folder = text_folder(text_encoder)
     found = [path for path in (folder / "tokenizer" / "tokenizer.json", folder / "tokenizer.json") if path.is_file()]

@@ -19,8 +19,9 @@ from typing import Any
 from transformers import AutoTokenizer, BertModel
 
 from onestill.export.folder import export_openvino, save_folder, write_manifest
-from onestill.train.conditioning import load_autoencoder, text_folder
-from onestill.train.denoiser import load_unet, training_schedule
+from onestill.networks.denoiser import load_unet, training_schedule
+from onestill.networks.latents import load_autoencoder
+from onestill.networks.text_encoder import text_folder
 
 MAX_TOKENS = 32
 # As captions name them; the first is what `onestill models` suggests.

@@ -11,22 +11,14 @@ import numpy as np
 import pytest
 
 from onestill.bench.chart import bars
+from onestill.bench.compare import not_alike, ratios
 from onestill.bench.contenders import comparable, load_contender
-from onestill.bench.latency import (
-    MeasuringError,
-    Setting,
-    measure,
-    measure_elsewhere,
-    percentile,
-    prompts,
-    psnr,
-    with_contender,
-)
+from onestill.bench.latency import MeasuringError, measure, measure_elsewhere, percentile, prompts, psnr
 from onestill.bench.roofline import count_gflop, matrix_tflops
+from onestill.bench.setting import Setting, with_contender
 from onestill.checkpoint import describe, model_path
 from onestill.checkpoint.header import read_header
 from onestill.cli import main
-from onestill.cli.commands.bench import not_alike, ratios
 from onestill.errors import OnestillError
 from onestill.networks.random_weights import CONFIGS, meta_module, random_model
 from tests.on_cpu import load

@@ -15,7 +15,8 @@ import pytest
 
 from benchmarks import ladder
 from benchmarks.ladder import KNOWN, PLAIN, RUNGS, Floors, Ladder
-from onestill.bench.latency import MeasuringError, Setting, measure, measure_elsewhere
+from onestill.bench.latency import MeasuringError, measure, measure_elsewhere
+from onestill.bench.setting import Setting
 from onestill.errors import OnestillError
 
 BASE = Setting("onestill", "some-model", dtype="float16")

@@ -22,7 +22,7 @@ from benchmarks.quarter.record import MOST_BYTES, MOST_FILES, MOST_TOTAL, Record
 from benchmarks.quarter.steps import STUCK, Run, Step, run_steps
 from benchmarks.quarter.timetable import ENDS_S, FIRST_S, plan
 from onestill.errors import CheckpointError, OutputError
-from onestill.train.denoiser import load_unet
+from onestill.networks.denoiser import load_unet
 from onestill.train.discriminator.cnn import LITE0
 from recipes.icons.table import Icon, write_table
 from tests.recipes.icon_rows import icon_rows

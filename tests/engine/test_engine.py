@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from onestill.checkpoint import describe, list_models, model_path
-from onestill.engine.protocol import Conditioning, Engine, to_images, to_pictures
+from onestill.engine.protocol import Conditioning, Engine
 from onestill.errors import CheckpointError, MissingExtraError, ModelNotFoundError, OnestillError
 from onestill.pipeline import Pipeline
 from tests.on_cpu import load_engine
@@ -191,15 +191,6 @@ def test_weights_that_do_not_fit_their_config_are_one_sentence(tiny_folder: Path
     index.write_text(index.read_text().replace("UNet2DConditionModel", "SomethingElse"))
     with pytest.raises(CheckpointError, match="SomethingElse"):
         load_engine("torch", folder)
-
-
-def test_pictures_and_images_round_trip() -> None:
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
-    images = to_images(pictures)
-    assert (images.shape, images.min() >= -1, images.max() <= 1) == ((2, 3, 5, 7), True, True)
-    np.testing.assert_array_equal(to_pictures(images), pictures)
-    beyond = np.array([-5, 5], np.float32).reshape(1, 1, 2, 1).repeat(3, axis=1)
-    assert to_pictures(beyond).ravel().tolist() == [0, 0, 0, 255, 255, 255]
 
 
 def test_a_tokenizers_attention_mask_is_passed_only_where_the_config_asks(tiny_folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from onestill.errors import DataError, OutputError
 from onestill.evaluate import Contender, Evaluation, Protocol, evaluate
 from onestill.evaluate.report import sheets
 from onestill.evaluate.report.charts import Point, Series, line_chart
-from onestill.evaluate.report.page import About, Report, Target, Tried, write_report
+from onestill.evaluate.report.model import About, Report, Target, Tried
+from onestill.evaluate.report.page import write_report
 from tests.evaluate.shapes import KINDS, NAMES, Painter, colour_network
 
 VOID = {"meta", "link", "img", "line", "polyline", "circle", "br"}
@@ -94,7 +95,7 @@ def report(evaluation: Evaluation) -> Report:
         Target("ratio", "1.1x", "at most 1.25x", True),
         Target("colours", "70 %", "at least 80 %", False, "by 10"),
     ]
-    tried = [Tried("Guidance", "text", ("guidance", "FID"), (("1", "3.2"), ("2", "2.9")))]
+    tried = [Tried("Guidance", "text", ("guidance", "Fréchet distance"), (("1", "3.2"), ("2", "2.9")))]
     return Report(about, evaluation, targets, shown, tried, hero=one)
 
 
@@ -129,10 +130,10 @@ def test_the_json_has_every_figure(tmp_path: Path, evaluation: Evaluation) -> No
     write_report(report(evaluation), tmp_path)
     facts = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert [result["name"] for result in facts["results"]] == [result.name for result in evaluation.results]
-    assert facts["results"][0]["fid"]["value"] == evaluation.results[0].fid.value
+    assert facts["results"][0]["frechet_distance"]["value"] == evaluation.results[0].frechet_distance.value
     assert facts["targets"][1]["met"] is False
     assert facts["about"]["seed"] == 7
-    assert facts["floor_fid"] == pytest.approx(0, abs=1e-9)
+    assert facts["floor_frechet_distance"] == pytest.approx(0, abs=1e-9)
     assert facts["about"]["versions"]["numpy"] == np.__version__
     assert {"processor", "cores", "system"} <= set(facts["about"]["machine"])
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from onestill.errors import DataError
-from onestill.evaluate import Contender, Evaluation, Protocol, evaluate, fid_ratio
-from onestill.evaluate.drawn import load_drawn
+from onestill.evaluate import Contender, Evaluation, Protocol, evaluate, frechet_ratio
+from onestill.evaluate.samples import load_samples
 from tests.evaluate.shapes import KINDS, NAMES, Painter, colour_network
 
 PROMPTS = tuple(f"a {colour} {kind}, style {i % 3}" for i, colour in enumerate(NAMES) for kind in KINDS)
@@ -42,11 +42,12 @@ def run(folder: Path, good: Painter, bad: Painter, protocol: Protocol = PROTOCOL
 def test_the_better_contender_is_better_by_every_figure(tmp_path: Path) -> None:
     done = run(tmp_path, Painter(), Painter(mistakes=0.8, spread=0.0))
     good, bad = done.results
-    assert good.fid is not None
-    assert bad.fid is not None
-    assert good.fid.value < bad.fid.value
-    assert good.fid.low < good.fid.value < good.fid.high
-    assert done.floor == pytest.approx(good.fid.value, abs=5 * abs(good.fid.high - good.fid.value))
+    distance = good.frechet_distance
+    assert distance is not None
+    assert bad.frechet_distance is not None
+    assert distance.value < bad.frechet_distance.value
+    assert distance.low < distance.value < distance.high
+    assert done.floor == pytest.approx(distance.value, abs=5 * abs(distance.high - distance.value))
     assert good.clip_score.value > bad.clip_score.value
     assert good.retrieval.value > bad.retrieval.value
     assert good.colour is not None
@@ -54,11 +55,11 @@ def test_the_better_contender_is_better_by_every_figure(tmp_path: Path) -> None:
     assert len(good.colour_verdicts) == 100
     assert bad.colour is not None
     assert bad.colour.value < 0.5
-    assert good.fid_by_network["colours"] == pytest.approx(good.fid.value)
-    assert set(good.fid_by_network) == {"colours", "other"}
+    assert good.frechet_by_network["colours"] == pytest.approx(good.frechet_distance.value)
+    assert set(good.frechet_by_network) == {"colours", "other"}
     assert good.coverage is not None
     assert good.coverage > 0.6
-    ratio = fid_ratio(bad, good)
+    ratio = frechet_ratio(bad, good)
     assert ratio.value > 1
     assert ratio.low < ratio.value < ratio.high
     assert done.real.clip_score.value == pytest.approx(good.clip_score.value, abs=2)
@@ -107,7 +108,7 @@ def test_saved_material_is_used_for_the_same_question_only(tmp_path: Path) -> No
     assert good.calls == 2 * calls
     path = tmp_path / "good-1-step.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    assert load_drawn(tmp_path, "good, 1 step", "any") is None
+    assert load_samples(tmp_path, "good, 1 step", "any") is None
     run(tmp_path, good, bad, replace(PROTOCOL, seeds=tuple(range(1, len(PROMPTS) + 1))))
     assert good.calls == 3 * calls
 

@@ -31,7 +31,8 @@ def test_the_short_block_holds_the_loss_terms_apart_and_all_else_alike() -> None
     assert len({recipe.options.teacher for recipe in recipes.values()}) == 1
     assert len({(r.loop.iterations, r.loop.batch_size, r.loop.seed, r.data.seed) for r in recipes.values()}) == 1
     terms = {
-        name: (recipes[name].options.adversarial, recipes[name].options.lambda_distill) for name in list(recipes)[:3]
+        name: (recipes[name].options.adversarial.weight, recipes[name].options.distillation.lambda_distill)
+        for name in list(recipes)[:3]
     }
     (weight, lambda_distill), *_ = terms.values()
     assert weight > 0 < lambda_distill
@@ -46,7 +47,7 @@ def test_the_short_block_holds_the_loss_terms_apart_and_all_else_alike() -> None
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (("add.lambda_distill", "add.lambda"), "Did you mean 'lambda_distill'"),
+        (("add.distillation.lambda_distill", "add.distillation.lambda"), "Did you mean 'lambda_distill'"),
         (("paper =", "papre ="), "Did you mean 'paper'"),
         (('name = "LCM"', 'name = "add"'), "differ by more than punctuation"),
         (('claim = "ADD"', 'claim = "GAN"'), "a row 'GAN' that it does not have"),
@@ -101,7 +102,7 @@ def test_a_block_is_trained_and_measured(data: Path, tmp_path: Path, capsys: pyt
     assert measured == [
         ("ADD", 1), ("adversarial only", 1), ("LCM", 1), ("LCM", 2), ("LCM", 4), ("teacher", 1), ("teacher", 2),
     ]  # fmt: skip
-    assert all(one["fid"]["value"] > 0 for one in report["results"])
+    assert all(one["frechet_distance"]["value"] > 0 for one in report["results"])
     (target,) = report["targets"]
     assert "against" in target["note"]
     page, table = ((tmp_path / "report/three" / name).read_text() for name in ("index.html", "README.md"))

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from websockets.sync.client import ClientConnection, connect
@@ -17,8 +18,8 @@ from onestill.pipeline import Pipeline
 from onestill.serve.access.quota import COOKIE, Access
 from onestill.serve.gallery.store import Gallery
 from onestill.serve.run import listen, make_server
-from onestill.serve.web.realtime import unpacked
-from onestill.serve.web.state import Server, Settings
+from onestill.serve.web.messages import unpack
+from onestill.serve.web.server import Server, Settings
 
 
 @dataclass
@@ -102,7 +103,7 @@ def answer_on(socket: ClientConnection, timeout: float = 60) -> tuple[dict[str, 
     message = socket.recv(timeout=timeout)
     if isinstance(message, str):
         return json.loads(message), b""
-    header, data = unpacked(message)
+    header, data = unpack(message)
     return header, data
 
 
@@ -125,3 +126,8 @@ def serving(
         thread.join(30)
         bound.close()
         assert not thread.is_alive()
+
+
+def kept(folder: Path) -> bytes:
+    """All that is on the disk, the database's log included."""
+    return b"".join(file.read_bytes() for file in folder.iterdir())

@@ -3,13 +3,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from onestill.engine.protocol import Engine
 from onestill.pipeline import Pipeline, load
 from tests.serve.client import Served, serving
+
+if TYPE_CHECKING:
+    from onestill.serve.access.ledger import Ledger
 
 
 class Gated:
@@ -66,3 +69,18 @@ def served(tiny_pipe: Pipeline) -> Iterator[Served]:
     """A server with no limits on who may ask, shared by the tests of a module."""
     with serving(tiny_pipe) as running:
         yield running
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """A database of its own for each test."""
+    return f"sqlite:///{tmp_path / 'serve.db'}"
+
+
+@pytest.fixture
+def ledger(url: str) -> Iterator[Ledger]:
+    from onestill.serve.access.ledger import Ledger  # which needs the extra [access]
+
+    found = Ledger(url)
+    yield found
+    found.close()

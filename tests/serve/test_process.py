@@ -70,10 +70,10 @@ def test_a_thousand_idle_connections_keep_nobody_out(tiny_folder: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.mark.parametrize(("engine", "told"), [("auto", 0), ("torch", 1)])
-def test_the_first_line_says_where_it_draws(tiny_folder: Path, engine: str, told: int) -> None:
+@pytest.mark.parametrize(("engine", "notes"), [("auto", 0), ("torch", 1)])
+def test_the_first_line_says_where_it_draws(tiny_folder: Path, engine: str, notes: int) -> None:
     device = choose() if engine == "torch" else "cpu"
     with running(["--model", str(tiny_folder), "--engine", engine]) as server:
         assert server.line == f"onestill draws at {server.url}/ on {device} (Ctrl-C ends it)\n"
-        assert server.errors().count(f"note: torch computes on {'the CPU' if device == 'cpu' else device}") == told
+        assert server.errors().count(f"note: torch computes on {'the CPU' if device == 'cpu' else device}") == notes
         assert server.stop()[0] == 0

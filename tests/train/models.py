@@ -17,7 +17,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from onestill.engine.torch.eager import quiet_libraries
+from onestill.networks.libraries import quiet_libraries
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.-!?'"
 SIDE, TOKENS = 4, 16  # latents, and what prompts are padded to

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from onestill.train.conditioning import Condition, batch_condition
+from onestill.networks.condition import Condition
+from onestill.networks.contrastive import ContrastiveModel, new_backbone
+from onestill.train.batches import batch_condition
 from onestill.train.discriminator.cnn import LITE0, EfficientNetLite0
-from onestill.train.discriminator.features import Tower, new_backbone
 from onestill.train.methods.add import Method
 from onestill.train.recipe import parse_recipe
 from tests.tiny import MAX_TOKENS, WIDTH, tiny_model
@@ -26,9 +27,9 @@ def write_parts(folder: Path) -> Path:
     tiny_model(folder / "model", autoencoder="tiny", openvino=False)
     torch.manual_seed(0)
     latents = new_backbone("vit", channels=CHANNELS, size=SIZE, patch=1, width=32, depth=3)
-    Tower(latents, 16, WIDTH).save(folder / "latents", space="latents")
+    ContrastiveModel(latents, 16, WIDTH, {"space": "latents"}).save(folder / "latents")
     pixels = new_backbone("resnet", channels=3, size=32, patch=1, width=32, depth=1)
-    Tower(pixels, 16, WIDTH).save(folder / "pixels", space="pixels")
+    ContrastiveModel(pixels, 16, WIDTH, {"space": "pixels"}).save(folder / "pixels")
     save_dinov2(folder / "dinov2")
     save_cnn(folder / "lite0")
     return folder
@@ -47,12 +48,31 @@ def save_cnn(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": LITE0}))
 
 
+def nested(options: dict[str, Any]) -> dict[str, Any]:
+    """Options named as `heads__width` in the tables of a recipe: `{"heads": {"width": ...}}`."""
+    tables: dict[str, Any] = {}
+    for name, value in options.items():
+        *table, key = name.split("__")
+        (tables.setdefault(table[0], {}) if table else tables)[key] = value
+    return tables
+
+
 def add_recipe(parts: Path, **options: Any) -> Any:
     model = parts / "model"
-    given = {"teacher": str(model / "unet"), "autoencoder": str(model / "vae"), "text_encoder": str(model)}
-    given |= {"tower": str(parts / "latents"), "tower_layers": [0, 1, 3], "head_width": 16, **options}
+    given: dict[str, Any] = {
+        "teacher": str(model / "unet"),
+        "autoencoder": str(model / "vae"),
+        "text_encoder": str(model),
+    }
+    given["sheet_prompts"] = ["a red star", "a blue cat"] * 8
+    given |= {
+        "features__tower": str(parts / "latents"),
+        "features__tower_layers": [0, 1, 3],
+        "heads__width": 16,
+        **options,
+    }
     loop = {"iterations": 2, "batch_size": 4}
-    return parse_recipe({"name": "tiny", "method": "add", "out": "runs/tiny", "loop": loop, "add": given})
+    return parse_recipe({"name": "tiny", "method": "add", "out": "runs/tiny", "loop": loop, "add": nested(given)})
 
 
 def add_method(parts: Path, **options: Any) -> Method:

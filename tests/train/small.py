@@ -5,14 +5,18 @@ python -m tests.train.small OUT ITERATIONS
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
+from onestill.data import ShardWriter
 from onestill.train.loop import train
 from onestill.train.methods.autoencoder import Method
 from onestill.train.recipe import Recipe, parse_recipe
@@ -67,6 +71,16 @@ def rows(out: Path) -> list[dict[str, Any]]:
     """The run's metrics without what a clock says."""
     made = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{k: v for k, v in row.items() if k not in ("images_per_s", "data_wait")} for row in made]
+
+
+def write_noise_shards(folder: Path, count: int = 6) -> None:
+    """Shards of `count` pictures of noise, 32 px a side, with the caption "noise"."""
+    draw = np.random.default_rng(0)
+    with ShardWriter(folder) as writer:
+        for i in range(count):
+            file = io.BytesIO()
+            Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
+            writer.write(f"noise-{i}", file.getvalue(), "noise", {}, suffix="png")
 
 
 if __name__ == "__main__":

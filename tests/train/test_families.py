@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from onestill.engine.torch.eager import quiet_libraries
 from onestill.errors import CheckpointError, RecipeError
+from onestill.networks.latents import LatentSpace
+from onestill.networks.libraries import quiet_libraries
+from onestill.networks.text_encoder import open_text_encoder
 from onestill.train.batches import collate_latents
 from onestill.train.cache import cache_samples
-from onestill.train.conditioning import LatentSpace, open_text_encoder
 from onestill.train.loop import train
 from onestill.train.methods import add, ladd, lcm
 from onestill.train.noise import Draw
@@ -27,7 +28,7 @@ from onestill.train.recipe import parse_recipe
 from onestill.train.state import TrainState, trained
 from tests.tiny import tiny_autoencoder
 from tests.train.models import PREDICTION, SIDE, write_model
-from tests.train.parts import save_dinov2
+from tests.train.parts import nested, save_dinov2
 
 METHODS: dict[str, Any] = {"add": add, "ladd": ladd, "lcm": lcm}
 PROMPTS = ["a red star", "a blue cat"]
@@ -58,7 +59,7 @@ def cached(model: Path) -> dict[str, Any]:
     def write(sample: Any, arrays: Any) -> None:
         made.append(SimpleNamespace(image=np.zeros((0, 0, 3)), caption=sample.caption, arrays=dict(arrays)))
 
-    assert cache_samples(samples, LatentSpace(model / "vae"), open_text_encoder(str(model)), write, 3) == 4
+    assert cache_samples(samples, LatentSpace.load(model / "vae"), open_text_encoder(str(model)), write, 3) == 4
     return collate_latents(made)
 
 
@@ -78,15 +79,15 @@ class SameBatch:
 
 def recipe_for(model: Path, name: str, out: Path, **options: Any) -> Any:
     given: dict[str, Any] = {"teacher": str(model), "autoencoder": "", "text_encoder": "", "sheet_prompts": PROMPTS}
-    given |= {} if name == "lcm" else {"head_width": 8}
-    given |= {"feature_network": "teacher"} if name == "add" else {}
+    given |= {} if name == "lcm" else {"heads__width": 8}
+    given |= {"features__network": "teacher"} if name == "add" else {}
     loop = {"iterations": 2, "batch_size": 4, "log_every": 1, "warmup": 0, "ema_decay": 0.5}
     table = {
         "name": f"tiny-{name}",
         "method": name,
         "out": str(out),
         "loop": loop,
-        name: {"lr": 1e-2, **given, **options},
+        name: nested({"lr": 1e-2, **given, **options}),
     }
     return parse_recipe(table)
 
@@ -104,12 +105,17 @@ def moved(state: TrainState, model: Path) -> int:
     return sum(name in now and not torch.equal(now[name], value) for name, value in before.items())
 
 
-PIXELS = {"feature_network": "vit", "vit_layers": [0, 2], "vit_size": 16, "distillation_space": "pixels"}
+PIXELS = {
+    "features__network": "vit",
+    "features__vit_layers": [0, 2],
+    "features__vit_size": 16,
+    "distillation__space": "pixels",
+}
 RUNS = [
     ("sd15", "add", {"gradient_checkpointing": True}),
-    ("sd21", "add", {"weighting": "sds", "frozen_dtype": "bfloat16"}),
+    ("sd21", "add", {"distillation__weighting": "sds", "frozen_dtype": "bfloat16"}),
     ("sd21", "lcm", {}),
-    ("sdxl", "add", {**PIXELS, "weighting": "nfsd"}),
+    ("sdxl", "add", {**PIXELS, "distillation__weighting": "nfsd"}),
     ("sdxl", "ladd", {"lora_rank": 2}),
     ("sdxl", "lcm", {"target": "average"}),
 ]
@@ -120,8 +126,8 @@ def test_a_family_is_distilled_and_diffusers_draws_the_same(
     models: Path, tmp_path: Path, family: str, name: str, options: dict[str, Any]
 ) -> None:
     model = models / family
-    if options.get("feature_network") == "vit":
-        options = {**options, "vit": str(models / "dinov2"), "decoder": str(models / "tiny-vae")}
+    if options.get("features__network") == "vit":
+        options = {**options, "features__vit": str(models / "dinov2"), "decoder": str(models / "tiny-vae")}
     method, state = distil(model, name, tmp_path, **options)
     assert state.bad_steps == 0
     assert (moved(state, model) > 20) == ("lora_rank" not in options)
@@ -199,22 +205,16 @@ def test_lcm_starts_as_its_teacher_and_agrees_on_a_path_that_is_there(models: Pa
     x0, told = method.read(batch)
     t = torch.tensor([999, 499, 259, 19])
     with torch.no_grad():
-        extra = method.guidance(torch.tensor([3.0, 5.0, 8.0, 15.0]))
-        student, teacher = method.student_denoiser.x0(x0, t, told, **extra), method.teacher_denoiser.x0(x0, t, told)
+        w = torch.tensor([3.0, 5.0, 8.0, 15.0])
+        student, teacher = method.student_denoiser.x0(x0, t, told, w), method.teacher_denoiser.x0(x0, t, told)
         torch.testing.assert_close(student, teacher)
-        assert torch.equal(method.consistent(x0, torch.zeros(4, dtype=torch.long), told, extra), x0)
-
-
-def test_guidance_is_embedded_as_diffusers_does(models: Path) -> None:
-    with quiet_libraries():
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(models / "sd15")
-    w = torch.tensor([1.0, 3.5, 15.0])
-    expected = pipeline.get_guidance_scale_embedding(w - 1, embedding_dim=256)
-    torch.testing.assert_close(lcm.guidance_embedding(w), expected, rtol=1e-4, atol=2e-3)
+        assert torch.equal(method.consistent(x0, torch.zeros(4, dtype=torch.long), told, w), x0)
 
 
 def test_ladd_practises_on_little_noise_first_and_judges_at_its_own_levels(models: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(models / "sd21", "ladd", tmp_path, level_mean=-2.0, level_deviation=0.5)
+    recipe = recipe_for(
+        models / "sd21", "ladd", tmp_path, discriminator_input__logit_mean=-2.0, discriminator_input__logit_std=0.5
+    )
     method = ladd.Method(recipe.options, recipe.loop)
     state = TrainState(method.networks, method.optimizers, {}, torch.Generator().manual_seed(0))
     assert set(method.student_timesteps(200, state).tolist()) == {499, 249}
@@ -236,7 +236,7 @@ def test_ladd_practises_on_little_noise_first_and_judges_at_its_own_levels(model
         ("lcm", {"lora_rank": 2}, RecipeError, "embed_guidance = false"),
         ("lcm", {"lora_rank": 2, "embed_guidance": False}, RecipeError, "to one value"),
         ("lcm", {"guidance_low": 9.0, "guidance_high": 3.0}, RecipeError, "must not be above"),
-        ("ladd", {"warm_timestep_weights": [1.0]}, RecipeError, "one number for each"),
+        ("ladd", {"student_input__warm_weights": [1.0]}, RecipeError, "one number for each"),
     ],
 )
 def test_parts_that_do_not_fit(

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -274,6 +275,21 @@ def test_auto_takes_what_there_is_and_says_so(tmp_path: Path, capsys: pytest.Cap
     assert "loop.device is auto: torch computes on " in capsys.readouterr().err
     recipe = json.loads((tmp_path / "recipe.json").read_text(encoding="utf-8"))
     assert recipe["loop"]["device"] == "auto", "elsewhere it may be another"
+
+
+def test_optimizers_step_outside_autocast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 Muon's products are so coarse that its steps go uphill."""
+    seen = []
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW, *given: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return step(self, *given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    small_train(tmp_path, 2, precision="bf16")
+    assert seen
+    assert not any(seen)
 
 
 def test_precisions_may_change_within_a_process(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from onestill.networks.denoiser import training_schedule
 from onestill.schedule import NoiseSchedule, add_noise, scaled_linear_alphas_cumprod, to_eps, to_x0
-from onestill.train.denoiser import training_schedule
 from onestill.train.losses import (
     boundary_scalings,
     distillation,

@@ -13,13 +13,13 @@ def everything(draw: Draw, count: int) -> list[torch.Tensor]:
 
 def test_the_parts_of_any_world_are_the_rows_of_the_whole() -> None:
     whole = everything(Draw(torch.Generator().manual_seed(1)), 12)
-    for world, turns in ((2, 1), (1, 3), (2, 3), (3, 2)):
-        rows = 12 // (world * turns)
+    for world, passes in ((2, 1), (1, 3), (2, 3), (3, 2)):
+        rows = 12 // (world * passes)
         for rank in range(world):
             held = torch.arange(12)[rank::world]  # what a reader gives this process
-            for turn in range(turns):
-                mine = split({"rows": held}, turns)[turn]["rows"]
-                part = everything(Draw(torch.Generator().manual_seed(1), Part(rank, world, turn, turns)), rows)
+            for index in range(passes):
+                mine = split({"rows": held}, passes)[index]["rows"]
+                part = everything(Draw(torch.Generator().manual_seed(1), Part(rank, world, index, passes)), rows)
                 for some, every in zip(part, whole, strict=True):
                     assert torch.equal(some, every[mine])
 

@@ -17,13 +17,13 @@ from onestill.train.batches import SampleBatches, to_device
 from onestill.train.methods import add, diffusion, ladd, lcm
 from onestill.train.noise import Draw, Part, generators, restore, table
 from onestill.train.optim.muon import Muon, Together, muon_with_adamw
-from onestill.train.optim.step import Skipped, Updater, decides_itself, take_turns
+from onestill.train.optim.step import Skipped, Update, decides_itself, optimize
 from onestill.train.recipe import LoopOptions, parse_recipe
 from onestill.train.runtime import parallel
 from onestill.train.state import TrainState, start_ema
 from tests.tiny import WIDTH
 from tests.train.methods.test_add import KINDS, placed
-from tests.train.parts import CHANNELS, SIZE, latents_batch, write_parts
+from tests.train.parts import CHANNELS, SIZE, latents_batch, nested, write_parts
 from tests.train.small import NoiseBatches, rows, small_train
 
 METHODS: dict[str, Any] = {"add": add, "ladd": ladd, "lcm": lcm, "diffusion": diffusion}
@@ -96,7 +96,7 @@ def made(name: str, parts: Path, **options: Any) -> tuple[Any, Any]:
     else:
         given["teacher"] = str(model / "unet")
     recipe = parse_recipe(
-        {"name": "t", "method": name, "out": "t", "loop": {"iterations": 9, "batch_size": 4}, name: given}
+        {"name": "t", "method": name, "out": "t", "loop": {"iterations": 9, "batch_size": 4}, name: nested(given)}
     )
     method = METHODS[name].Method(recipe.options, recipe.loop)
     before = {role: dict(network.named_parameters()) for role, network in method.networks.items()}
@@ -106,10 +106,24 @@ def made(name: str, parts: Path, **options: Any) -> tuple[Any, Any]:
     return method, recipe
 
 
-CASES = [("add", options) for options in KINDS if "head_text_encoder" not in options]
-CASES += [("ladd", {"head_width": 16, "warm_iterations": 2}), ("lcm", {}), ("lcm", {"target": "average"})]
+CASES = [("add", options) for options in KINDS if "heads__text_encoder" not in options]
+CASES += [
+    ("ladd", {"heads__width": 16, "student_input__warm_iterations": 2}),
+    ("lcm", {}),
+    ("lcm", {"target": "average"}),
+]
 CASES += [("diffusion", {}), ("diffusion", {"timesteps": "log_snr", "optimizer": "muon"})]
-CASES += [("add", {"feature_network": "teacher", "misaligned": 1.0, "gamma_r1": 0.0, "teacher_guidance": 2.0})]
+CASES += [
+    (
+        "add",
+        {
+            "features__network": "teacher",
+            "adversarial__misaligned": 1.0,
+            "adversarial__gamma_r1": 0.0,
+            "distillation__teacher_guidance": 2.0,
+        },
+    )
+]
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=lambda value: value if isinstance(value, str) else "")
@@ -119,9 +133,9 @@ def test_a_step_asks_the_device_for_nothing(
     monkeypatch.setattr(torch.optim.AdamW, "step", moved_by_gradients)
     if name == "add":
         options = {
-            "tower": str(parts / "latents"),
-            "tower_layers": [0, 1, 3],
-            "head_width": 16,
+            "features__tower": str(parts / "latents"),
+            "features__tower_layers": [0, 1, 3],
+            "heads__width": 16,
             **placed(parts, options),
         }
     method, recipe = made(name, parts, **options)
@@ -133,8 +147,8 @@ def test_a_step_asks_the_device_for_nothing(
     def iteration(on: Any) -> None:
         with on:
             moved = to_device(batch, AWAY)
-            update = Updater(state, recipe.loop, on_device=True)
-            metrics = take_turns(method.step, state, moved, update, lambda: torch.autocast("cpu", enabled=False))
+            update = Update(state, recipe.loop, on_device=True)
+            metrics = optimize(method.step, state, moved, update, lambda: torch.autocast("cpu", enabled=False))
             state.iteration += 1
             state.update_ema(0.9)
             Skipped().add(update.bad)
@@ -168,9 +182,9 @@ def test_what_waits_is_seen(waits: Any) -> None:
 def test_a_gpu_may_use_its_faster_arithmetic_and_a_cpu_is_left_alone() -> None:
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
     try:
-        loop._hurry(torch.device("cpu"))
+        loop._allow_tf32(torch.device("cpu"))
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == before
-        loop._hurry(torch.device("cuda"))
+        loop._allow_tf32(torch.device("cuda"))
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", True)
     finally:
         torch.set_float32_matmul_precision(before[0])
@@ -198,7 +212,7 @@ class Gradients:
             for p in self.network.parameters():
                 gradient = torch.randn(p.shape, generator=draw)
                 loss = loss + (gradient * p).sum()
-            update = Updater(self.state, options, on_device=on_device)
+            update = Update(self.state, options, on_device=on_device)
             update("net", loss * float("nan") if turn in spoiled else loss)
             bad.append(update.bad)
         return bad

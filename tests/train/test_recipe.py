@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,38 @@ def test_what_is_wrong_is_named(wrong: dict[str, Any], sentence: str) -> None:
         parse_recipe({**table(), **wrong})
 
 
+@pytest.mark.parametrize("method", ["add", "ladd"])
+@pytest.mark.parametrize(
+    ("old", "value", "new"),
+    [
+        ("head_width", 64, "heads.width"),
+        ("discriminator_lr", 1e-3, "heads.lr"),
+        ("cnn", "folder", "features.cnn"),
+        ("adversarial", 0.05, "adversarial.weight"),
+        ("lambda_distill", 1.0, "distillation.lambda_distill"),
+        ("feature_high", 249, "discriminator_input.t_high"),
+        ("timestep_weights", [1.0], "student_input.weights"),
+    ],
+)
+def test_an_old_key_names_the_new_one(method: str, old: str, value: Any, new: str) -> None:
+    sentence = f"the key '{method}.{old}' belongs in a table: write '{method}.{new}'."
+    with pytest.raises(RecipeError, match=f"^{re.escape(sentence)}$"):
+        parse_recipe({"name": "old", "method": method, "out": "runs/old", method: {old: value}})
+
+
 def test_read_with_overrides(tmp_path: Path) -> None:
     path = tmp_path / "small.toml"
     path.write_text('name = "small"\nmethod = "add"\nout = "runs/small"\n[add]\nlr = 1e-4\n', encoding="utf-8")
-    sets = ["loop.iterations=9", "add.lr=2e-4", "out=elsewhere", 'data.shards=["a", "b"]', "add.tower_layers=[1]"]
+    sets = [
+        "loop.iterations=9",
+        "add.lr=2e-4",
+        "out=elsewhere",
+        'data.shards=["a", "b"]',
+        "add.features.tower_layers=[1]",
+    ]
     recipe = read_recipe(path, sets)
     assert (recipe.loop.iterations, recipe.options.lr, recipe.out) == (9, 2e-4, "elsewhere")
-    assert (recipe.data.shards, recipe.options.tower_layers) == (["a", "b"], [1])
+    assert (recipe.data.shards, recipe.options.features.tower_layers) == (["a", "b"], [1])
 
 
 @pytest.mark.parametrize(
@@ -112,6 +138,7 @@ def test_fingerprint_leaves_out_length_place_and_bookkeeping() -> None:
     assert fingerprint(data={"prefetch": 0}) == same
     for change in ({"iterations": 3}, {"threads": 2}, {"log_every": 1}, {"checkpoint_every": 3}, {"device": "cuda"}):
         assert fingerprint(loop=change) == same
+    assert fingerprint(diffusion={"sheet_prompts": ["a fox"]}) == same
 
 
 def test_fingerprint_keeps_what_changes_the_numbers() -> None:

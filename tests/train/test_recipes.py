@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from onestill.cli.commands.train import RecipeReader
 from onestill.data import ShardReader, sample_shards
+from onestill.data.recipe_reader import RecipeReader
 from onestill.errors import DataError
-from onestill.train.conditioning import LatentSpace, TextEncoder
-from onestill.train.denoiser import load_unet
-from onestill.train.discriminator.features import Tower
+from onestill.networks.contrastive import ContrastiveModel
+from onestill.networks.denoiser import load_unet
+from onestill.networks.latents import LatentSpace
+from onestill.networks.text_encoder import TextEncoder, open_text_encoder
 from onestill.train.lpips import LPIPS
 from onestill.train.recipe import METHODS, read_recipe
 from onestill.train.run import train_recipe
@@ -62,8 +63,9 @@ def test_both_forms_train_the_same_networks() -> None:
     )
     assert cpu.unet == gpu.unet
     assert cpu.autoencoder == gpu.autoencoder == student.autoencoder == other.autoencoder
-    for name in ("feature_network", "cnn", "latents_too", "head_width", "timestep_weights"):
-        assert getattr(student, name) == getattr(other, name)
+    assert student.features == other.features
+    assert (student.heads.width, student.heads.blocks) == (other.heads.width, other.heads.blocks)
+    assert student.student_input == other.student_input
 
 
 @pytest.mark.parametrize("form", ["cpu", "gpu"])
@@ -128,11 +130,11 @@ def test_all_stages_in_a_tiny_form(runs: Path) -> None:
     vae = runs / "1-autoencoder/export/vae"
     arguments = ["--shards", *map(str, sample_shards()), "--autoencoder", str(vae), "--out", str(runs / "cached")]
     cache.main([*arguments, "--text-encoder", str(words), "--samples", "12", "--threads", "1"])
-    check_cache(runs, LatentSpace(vae), TextEncoder(str(words)))
+    check_cache(runs, LatentSpace.load(vae), open_text_encoder(str(words)))
 
     tower = ["width=32", "depth=1", "embedding_width=16", f"text_width={WIDTH}"]
     run("2-evaluator", runs, runs / "cached", *[f"contrastive.{size}" for size in tower])
-    assert Tower.load(runs / "2-evaluator/export").embed_image(torch.zeros(1, 3, 128, 128)).shape == (1, 16)
+    assert ContrastiveModel.load(runs / "2-evaluator/export").embed_image(torch.zeros(1, 3, 128, 128)).shape == (1, 16)
 
     parts = [f'autoencoder="{vae}"', f'text_encoder="{words}"']
     teacher = [f"diffusion.{part}" for part in (*parts, "sheet_steps=2", *(f"unet.{size}" for size in UNET))]
@@ -143,9 +145,9 @@ def test_all_stages_in_a_tiny_form(runs: Path) -> None:
         for part in (
             *parts,
             f'teacher="{runs}/3-teacher/export/unet"',
-            f'cnn="{runs}/lite0"',
-            "head_width=8",
-            "heads_first=0",
+            f'features.cnn="{runs}/lite0"',
+            "heads.width=8",
+            "adversarial.heads_first=0",
         )
     ]
     run("4-student", runs, runs / "cached", *given)
@@ -157,8 +159,8 @@ def test_all_stages_in_a_tiny_form(runs: Path) -> None:
     given += ["decoder.encoder_blocks=[0, 0, 0, 1, 1, 1]", "decoder.decoder_blocks=[1, 1, 1, 0, 0, 0]"]
     given += [f'decoder.perceptual_network="{runs}/lpips.safetensors"', "decoder.perceptual_window=16"]
     run("5-decoder", runs, "sample", *given, "decoder.adversarial_from=1", "decoder.discriminator_width=4")
-    larger = LatentSpace(runs / "5-decoder/export/vae")
-    assert (larger.factor, larger.scale) == (2 * LatentSpace(vae).factor, LatentSpace(vae).scale)
+    larger = LatentSpace.load(runs / "5-decoder/export/vae")
+    assert (larger.factor, larger.scale) == (2 * LatentSpace.load(vae).factor, LatentSpace.load(vae).scale)
 
     for stage in STAGES:
         last = rows(runs, stage)[-1]
@@ -203,7 +205,8 @@ def test_a_dry_run_builds_and_trains_nothing(runs: Path) -> None:
         )
         is None
     )
-    told = json.loads(said[0])
-    assert told["method"] == "autoencoder"
-    assert told["parameters"]["autoencoder"] > 100_000
+    plan = json.loads(said[0])
+    assert plan["method"] == "autoencoder"
+    assert plan["parameters"]["autoencoder"] > 100_000
+    assert f'"decoder_blocks": {plan["autoencoder"]["decoder_blocks"]}' in said[0]  # lists on one line
     assert not (runs / "dry").exists()

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,14 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from onestill.train.conditioning import Condition
-from onestill.train.denoiser import Denoiser, training_schedule
+from onestill.networks.condition import Condition
+from onestill.networks.denoiser import Denoiser, training_schedule
 from onestill.train.discriminator.heads import Discriminator
-from onestill.train.discriminator.inputs import Views
+from onestill.train.discriminator.inputs import DiscriminatorInputs
 from onestill.train.loop import train
 from onestill.train.methods.add import Method
 from onestill.train.recipe import LoopOptions, Recipe, parse_recipe
 from onestill.train.state import TrainState
+from tests.train.parts import nested
 
 MODES = torch.stack([torch.tensor([np.cos(a), np.sin(a)]) for a in np.arange(8) * np.pi / 4]).float() * 2**0.5
 SPREAD = 0.06
@@ -43,14 +43,14 @@ class ExactTeacher(nn.Module):
 
     config: ClassVar = {"in_channels": 2, "cross_attention_dim": 1}
 
-    def forward(self, x: Tensor, timesteps: Tensor, text: Tensor) -> SimpleNamespace:
+    def forward(self, x: Tensor, timesteps: Tensor, text: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         alpha, sigma = ALPHA[timesteps].view(-1, 1), SIGMA[timesteps].view(-1, 1)
         flat = x.flatten(1)
         variance = alpha.square() * SPREAD**2 + sigma.square()  # [B, 1]
         away = flat.unsqueeze(1) - alpha.unsqueeze(1) * MODES  # [B, 8, 2]
         share = (-away.square().sum(-1) / (2 * variance)).softmax(-1).unsqueeze(-1)
         mean = (share * (MODES + (alpha * SPREAD**2 / variance).unsqueeze(1) * away)).sum(1)
-        return SimpleNamespace(sample=((alpha * flat - mean) / sigma).view_as(x))
+        return (((alpha * flat - mean) / sigma).view_as(x),)
 
 
 class PointStudent(nn.Module):
@@ -62,13 +62,13 @@ class PointStudent(nn.Module):
         hidden = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.SiLU())]
         self.layers = nn.Sequential(*hidden, nn.Linear(widths[-1], 2))
 
-    def forward(self, x: Tensor, timesteps: Tensor, text: Tensor) -> SimpleNamespace:
+    def forward(self, x: Tensor, timesteps: Tensor, text: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         signal = torch.stack([ALPHA[timesteps], SIGMA[timesteps]], 1)
-        return SimpleNamespace(sample=self.layers(torch.cat([x.flatten(1), signal], 1)).view_as(x))
+        return (self.layers(torch.cat([x.flatten(1), signal], 1)).view_as(x),)
 
 
 class FourierFeatures:
-    """Random, frozen: one tap of one token, waves of two scales."""
+    """Random, frozen: one feature of one token, waves of two scales."""
 
     widths, embedding_width = (64,), 64
 
@@ -79,21 +79,21 @@ class FourierFeatures:
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> FourierFeatures:
         return self
 
-    def taps(self, x: Tensor) -> list[Tensor]:
+    def features(self, x: Tensor) -> list[Tensor]:
         waves = x.flatten(1) @ self.frequencies
         return [torch.cat([waves.sin(), waves.cos()], 1).unsqueeze(1) * 2**0.5]
 
     def embed(self, x: Tensor) -> Tensor:
-        return self.taps(x)[0].squeeze(1)
+        return self.features(x)[0].squeeze(1)
 
 
-class FourierViews(Views):
-    """Views with these features in the place of a network from a folder."""
+class FourierInputs(DiscriminatorInputs):
+    """Inputs with these features in the place of a network from a folder."""
 
-    def __init__(self, options: Any, teacher: Denoiser, space: Any) -> None:
-        self.options, self.space = options, space
+    def __init__(self, options: Any, space: Any) -> None:
+        self.feature_options, self.options, self.space = options.features, options.discriminator_input, space
         self.networks, self.image_encoder = [FourierFeatures()], FourierFeatures()
-        self._levels = lambda count, draw: draw.integers(0, 0, count)
+        self.levels = lambda count, draw: draw.integers(0, 0, count)
 
 
 class ToyMethod(Method):
@@ -108,13 +108,13 @@ class ToyMethod(Method):
             Denoiser(self.student, SCHEDULE),
             Denoiser(self.teacher, SCHEDULE),
         )
-        self.views = FourierViews(options, self.teacher_denoiser, self.space)
-        self.words, self.native_px = None, 0
-        self.discriminator = self.heads = Discriminator((64,), options.head_width, 0, 0)
+        self.inputs = FourierInputs(options, self.space)
+        self.head_text_encoder, self.native_px = None, 0
+        self.discriminator = self.heads = Discriminator((64,), options.heads.width, 0, 0)
         self.networks = {"student": self.student, "discriminator": self.discriminator}
-        rates = {"student": options.lr, "discriminator": options.discriminator_lr}
+        rates = {"student": options.lr, "discriminator": options.heads.lr}
         self.optimizers = {
-            role: torch.optim.AdamW(network.parameters(), lr=rates[role], betas=(options.beta1, 0.99), fused=True)
+            role: torch.optim.AdamW(network.parameters(), lr=rates[role], betas=(0.0, 0.99), fused=True)
             for role, network in self.networks.items()
         }
         self.empty = self.negative = NOTHING
@@ -145,11 +145,21 @@ class PointBatches:
 
 
 def toy_recipe(out: Path, iterations: int) -> Recipe:
-    add = {"condition_on_text": False, "condition_on_image": False, "shift": 0, "head_width": 64}
-    add |= {"lr": 1e-3, "discriminator_lr": 5e-3, "timestep_weights": [3.0, 1.0, 1.0, 1.0], "lambda_distill": 2.5}
+    add = {
+        "heads__condition_on_text": False,
+        "heads__condition_on_image": False,
+        "discriminator_input__shift": 0,
+        "heads__width": 64,
+    }
+    add |= {
+        "lr": 1e-3,
+        "heads__lr": 5e-3,
+        "student_input__weights": [3.0, 1.0, 1.0, 1.0],
+        "distillation__lambda_distill": 2.5,
+    }
     loop = {"iterations": iterations, "batch_size": 128, "ema_decay": 0.99, "warmup": 0, "grad_clip": 10.0}
     loop |= {"log_every": 100, "sheet_every": 9999, "checkpoint_every": 9999}
-    return parse_recipe({"name": "toy", "method": "add", "out": str(out), "loop": loop, "add": add})
+    return parse_recipe({"name": "toy", "method": "add", "out": str(out), "loop": loop, "add": nested(add)})
 
 
 def one_step(method: ToyMethod, state: TrainState, count: int = 1000) -> Tensor:
@@ -178,6 +188,7 @@ def test_the_exact_teacher_is_exact() -> None:
     assert float((error * x_t).mean()) == pytest.approx(0, abs=0.02)
 
 
+@pytest.mark.slow
 def test_one_step_reaches_all_eight_modes(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     recipe = toy_recipe(tmp_path, 600)

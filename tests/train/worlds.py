@@ -45,7 +45,9 @@ def world_recipe(parts: Path, out: Path, **loop: Any) -> Recipe:
     often = {"log_every": 1, "sheet_every": 99, "checkpoint_every": 1, "keep_checkpoints": 9, "warmup": 0}
     # Adam makes much of a gradient that is nearly zero, and of how it was summed: this seed has none such.
     often |= {"iterations": ITERATIONS, "batch_size": BATCH, "seed": 2}
-    options = add_recipe(parts, feature_network="both", teacher_guidance=2.0, lr=1e-3, discriminator_lr=1e-3).options
+    options = add_recipe(
+        parts, features__network="both", distillation__teacher_guidance=2.0, lr=1e-3, heads__lr=1e-3
+    ).options
     table = {"name": "world", "method": "add", "out": str(out), "loop": {**often, **loop}}
     return parse_recipe({**table, "add": dataclasses.asdict(options)})
 

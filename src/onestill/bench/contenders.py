@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from onestill.bench.latency import PARTS, Loaded, Setting
+from onestill.bench.setting import PARTS, Loaded, Setting
 from onestill.checkpoint import ModelInfo, describe, read_json, resolve
 from onestill.engine.device import AUTO, choose, default_dtype, is_auto, runs_on_cpu, synchronize
 from onestill.errors import OnestillError, require
@@ -115,7 +115,7 @@ def _our_dtypes(engine: Any) -> dict[str, str]:
     networks = getattr(engine, "_networks", None)  # torch's engines alone keep parts in types of their own
     if networks is None:
         return dict.fromkeys(NETWORKS, str(engine.dtype))
-    parts = (networks.text_encoders[0], networks.unet, networks.decoder)
+    parts = (networks.text_encoder.towers[0], networks.unet, networks.latent_space.decoder)
     return {name: _dtype_of(part) for name, part in zip(NETWORKS, parts, strict=True)}
 
 

@@ -54,9 +54,9 @@ def count_gflop(info: ModelInfo, *, batch: int, height: int, width: int) -> dict
     networks = Networks(info, parts)
     factor = info.vae_scale_factor
     with torch.device("meta"), torch.no_grad():
-        ids = [torch.zeros(batch, info.max_tokens, dtype=torch.long) for _ in networks.text_encoders]
+        ids = [torch.zeros(batch, info.max_tokens, dtype=torch.long) for _ in networks.text_encoder.towers]
         latents = torch.zeros(batch, info.latent_shape[0], height // factor, width // factor)
-        states, pooled = networks.states(ids)
+        states, pooled = networks.text_encoder.states(ids)
         time_ids = torch.zeros(batch, 6) if info.is_xl else None
         # Timestep embeddings make their table from a number, which a meta tensor does not tell; it counts for nothing.
         timestep = torch.zeros(1)
@@ -67,9 +67,9 @@ def count_gflop(info: ModelInfo, *, batch: int, height: int, width: int) -> dict
             return float(counter.get_total_flops()) / 1e9
 
         return {
-            "text": count(lambda: networks.states(ids)),
+            "text": count(lambda: networks.text_encoder.states(ids)),
             "unet": count(lambda: networks.output(latents, timestep, states, pooled, time_ids)),
-            "decoder": count(lambda: networks.image(latents)),
+            "decoder": count(lambda: networks.latent_space.decode(latents)),
         }
 
 

@@ -15,16 +15,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Compile",
+    "Database",
     "Device",
     "Dtype",
     "Engine",
     "Json",
+    "KeysFile",
     "Loras",
     "Model",
     "Preset",
     "Quantize",
     "TinyVae",
     "Unet",
+    "parse_daily",
     "parse_loras",
     "parse_size",
     "torch_options",
@@ -83,6 +86,18 @@ Dtype = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 
 
+Database = Annotated[
+    str | None,
+    typer.Option(
+        "--database",
+        metavar="URL",
+        envvar="ONESTILL_DATABASE",  # a password in a command line is there for all to see
+        help="Where keys, counts and the gallery are kept. (default: SQLite in the user's data folder)",
+    ),
+]
+KeysFile = Annotated[Path | None, typer.Option("--keys", metavar="FILE", help="Hashed keys that may draw.")]
+
+
 def parse_size(text: str | None) -> tuple[int | None, int | None]:
     """(height, width) in pixels from `256x128`, which is width x height, or from `256`; (None, None) from None.
 
@@ -96,6 +111,20 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
         raise SizeError(f"The size '{text}' is not understood; write it as WIDTHxHEIGHT in pixels, such as 256x256.")
     width = int(match[1])
     return int(match[2] or width), width
+
+
+def parse_daily(text: str | None) -> int | None:
+    """Pictures a day from `50/day` or `50`; None from None.
+
+    Raises:
+        OnestillError: the text is neither.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d{1,9})\s*(/\s*day)?\s*", text)
+    if match is None:
+        raise OnestillError(f"The limit '{text}' is not understood; write it as pictures a day, such as 200/day.")
+    return int(match[1])
 
 
 def parse_loras(texts: list[str] | None) -> dict[Path, float]:

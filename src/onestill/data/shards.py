@@ -64,14 +64,20 @@ class ReaderState:
 
 
 def find_shards(source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The shards named by a folder (all its .tar files, by name), a file, or a list of either.
+    """The shards that are meant by a folder (all its .tar files, by name), a file, or a list of either.
 
-    Raises DataError if there are none or one does not exist.
+    The text `sample` means the package's own set; a folder of that name is `./sample`.
+
+    Raises:
+        DataError: there are none, or one does not exist.
     """
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     found: list[Path] = []
-    for one in map(Path, sources):
-        if one.is_dir():
+    for source in sources:
+        one = Path(source)
+        if source == "sample":
+            found += sample_shards()
+        elif one.is_dir():
             found += sorted(path for path in one.glob("*.tar") if not path.name.startswith("."))
         elif one.is_file():
             found.append(one)

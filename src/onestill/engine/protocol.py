@@ -25,8 +25,6 @@ __all__ = [
     "TorchOptions",
     "doubled",
     "first_latents",
-    "to_images",
-    "to_pictures",
 ]
 
 ENGINES = ("openvino", "torch")
@@ -215,14 +213,3 @@ def first_latents(info: ModelInfo, timestep: int, noise: Array, start: Array | N
 def doubled(most: int) -> tuple[int, ...]:
     """1, 2, 4 and so on below `most`, and `most` itself."""
     return *(2**power for power in range(most.bit_length()) if 2**power < most), most
-
-
-def to_pictures(image: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Images [B, 3, H, W] in [-1, 1] -> pictures [B, H, W, 3], rounded as diffusers rounds."""
-    unit = np.clip(image.astype(np.float32, copy=False) * 0.5 + 0.5, 0.0, 1.0)
-    return np.ascontiguousarray((unit * 255).round().astype(np.uint8).transpose(0, 2, 3, 1))
-
-
-def to_images(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Pictures [B, H, W, 3] -> images [B, 3, H, W] in [-1, 1]."""
-    return np.ascontiguousarray(pictures.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0)

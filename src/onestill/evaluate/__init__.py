@@ -10,8 +10,9 @@ from onestill.evaluate.alignment import clip_scores, feature_diversity, pixel_di
 from onestill.evaluate.colour import ColourTest, ColourVerdict, colour_accuracy, named_colour
 from onestill.evaluate.measure import Figure, Result
 from onestill.evaluate.networks import load_network
+from onestill.evaluate.pipelines import name_at, pipeline_contender
 from onestill.evaluate.protocol import Contender, Network, Protocol
-from onestill.evaluate.run import Evaluation, evaluate, fid_ratio
+from onestill.evaluate.run import Evaluation, evaluate, frechet_ratio
 from onestill.evaluate.statistics import FeatureStatistics, density_and_coverage, frechet_distance, kernel_distance
 from onestill.evaluate.weights import fingerprint
 
@@ -30,12 +31,14 @@ __all__ = [
     "density_and_coverage",
     "evaluate",
     "feature_diversity",
-    "fid_ratio",
     "fingerprint",
     "frechet_distance",
+    "frechet_ratio",
     "kernel_distance",
     "load_network",
+    "name_at",
     "named_colour",
+    "pipeline_contender",
     "pixel_diversity",
     "retrieval_hits",
     "style_hits",

@@ -1,4 +1,4 @@
-"""Every figure about one contender, from its drawn material and the reference's.
+"""Every figure of one contender, from its samples and the reference's.
 
 Shapes: N prompts, F feature width, D embedding width.
 """
@@ -6,7 +6,7 @@ Shapes: N prompts, F feature width, D embedding width.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from onestill.evaluate.alignment import clip_scores, feature_diversity, normalise_caption, retrieval_hits, style_hits
 from onestill.evaluate.colour import ColourVerdict, colour_prompts
-from onestill.evaluate.drawn import Drawn
 from onestill.evaluate.protocol import Contender, Network, Pictures, Protocol
+from onestill.evaluate.samples import PromptSamples, Samples
 from onestill.evaluate.statistics import (
     FeatureStatistics,
     bootstrap_interval,
@@ -46,10 +46,10 @@ class Result:
     """The figures of one contender; None where the protocol leaves a test out. See docs/evaluation.md for definitions.
 
     Attributes:
-        fid: Fréchet distance to the reference pictures, by the first network.
-        fid_replicates: the leave-one-block-out distances, block by block.
-        fid_by_network: the same distance by every network, first one included.
-        kid: kernel distance.
+        frechet_distance: Fréchet distance to the reference pictures, by the first network.
+        frechet_replicates: the leave-one-block-out distances, block by block.
+        frechet_by_network: the same distance by every network, first one included.
+        kernel_distance: unbiased squared maximum mean discrepancy to the reference, likewise.
         density, coverage: fidelity and variety against the reference, k = 5.
         clip_score: 100 x mean cosine with the caption.
         retrieval: top-1 accuracy among `Protocol.retrieval_among` captions.
@@ -67,21 +67,21 @@ class Result:
     num_inference_steps: int
     guidance_scale: float
     num_pictures: int
-    fid: Figure | None
-    fid_replicates: tuple[float, ...]
-    fid_by_network: dict[str, float]
-    kid: float | None
-    density: float | None
-    coverage: float | None
     clip_score: Figure
     retrieval: Figure
     style: Figure | None
-    diversity: Figure | None
-    diversity_share: float | None
-    pixel_diversity: float | None
-    colour: Figure | None
-    colour_verdicts: tuple[ColourVerdict, ...]
-    ms_per_picture: float | None
+    frechet_distance: Figure | None = None
+    frechet_replicates: tuple[float, ...] = ()
+    frechet_by_network: dict[str, float] = field(default_factory=dict)
+    kernel_distance: float | None = None
+    density: float | None = None
+    coverage: float | None = None
+    diversity: Figure | None = None
+    diversity_share: float | None = None
+    pixel_diversity: float | None = None
+    colour: Figure | None = None
+    colour_verdicts: tuple[ColourVerdict, ...] = ()
+    ms_per_picture: float | None = None
 
 
 def _blocks(features: NDArray[Any]) -> list[FeatureStatistics]:
@@ -101,9 +101,11 @@ def _merged(parts: Iterable[FeatureStatistics], dim: int) -> FeatureStatistics:
 
 
 class Measure:
-    """Figures of drawn material against one reference."""
+    """The figures of any samples against one reference."""
 
-    def __init__(self, protocol: Protocol, networks: list[Network], texts: NDArray[Any], reference: Drawn) -> None:
+    def __init__(
+        self, protocol: Protocol, networks: list[Network], texts: NDArray[Any], reference: PromptSamples
+    ) -> None:
         self.protocol, self.networks, self.texts, self.reference = protocol, networks, texts, reference
         self.network = networks[0]
         self.among = min(protocol.retrieval_among, len({normalise_caption(p) for p in protocol.prompts}))
@@ -131,7 +133,7 @@ class Measure:
             statistics.update(self.network.features(pictures))
         return frechet_distance(statistics, self.statistics[self.network.name])
 
-    def _fid(self, features: NDArray[Any]) -> tuple[Figure, tuple[float, ...]]:
+    def _frechet(self, features: NDArray[Any]) -> tuple[Figure, tuple[float, ...]]:
         parts = _blocks(features)
         real = self.statistics[self.network.name]
         value = frechet_distance(_merged(parts, real.dim), real)
@@ -153,7 +155,7 @@ class Measure:
         return Figure(float(scores.mean()), *bootstrap_interval(scores)), _share(hits), style
 
     def real(self) -> Result:
-        """The reference measured as a contender."""
+        """The figures of the reference itself; its distances to itself are left out."""
         clip_score, retrieval, style = self._alignment(self.reference.features[self.network.name])
         return Result(
             name="real pictures",
@@ -161,33 +163,21 @@ class Measure:
             num_inference_steps=0,
             guidance_scale=1.0,
             num_pictures=len(self.protocol.prompts),
-            fid=None,
-            fid_replicates=(),
-            fid_by_network={},
-            kid=None,
-            density=None,
-            coverage=None,
             clip_score=clip_score,
             retrieval=retrieval,
             style=style,
-            diversity=None,
-            diversity_share=None,
-            pixel_diversity=None,
-            colour=None,
-            colour_verdicts=(),
-            ms_per_picture=None,
         )
 
-    def result(self, contender: Contender, drawn: Drawn) -> Result:
+    def result(self, contender: Contender, samples: Samples) -> Result:
         """All figures of one contender."""
         name = self.network.name
-        features, real = drawn.features[name], self.reference.features[name]
-        fid, replicates = self._fid(features)
+        features, real = samples.features[name], self.reference.features[name]
+        distance, replicates = self._frechet(features)
         clip_score, retrieval, style = self._alignment(features)
         enough = len(real) > _NEIGHBOURS
         density, coverage = density_and_coverage(real, features, _NEIGHBOURS) if enough else (None, None)
-        diversity = feature_diversity(drawn.diversity_features) if len(drawn.diversity_features) else None
-        verdicts = self._verdicts(drawn)
+        diversity = feature_diversity(samples.diversity_features) if len(samples.diversity_features) else None
+        verdicts = self._verdicts(samples)
         hits = sum(verdict.hit for verdict in verdicts)
         return Result(
             name=contender.name,
@@ -195,12 +185,13 @@ class Measure:
             num_inference_steps=contender.num_inference_steps,
             guidance_scale=contender.guidance_scale,
             num_pictures=len(features),
-            fid=fid,
-            fid_replicates=replicates,
-            fid_by_network={
-                key: frechet_distance(self._whole(value), self.statistics[key]) for key, value in drawn.features.items()
+            frechet_distance=distance,
+            frechet_replicates=replicates,
+            frechet_by_network={
+                key: frechet_distance(self._whole(value), self.statistics[key])
+                for key, value in samples.features.items()
             },
-            kid=kernel_distance(features, real),
+            kernel_distance=kernel_distance(features, real),
             density=density,
             coverage=coverage,
             clip_score=clip_score,
@@ -208,18 +199,18 @@ class Measure:
             style=style,
             diversity=None if diversity is None else Figure(float(diversity.mean()), *bootstrap_interval(diversity)),
             diversity_share=None if diversity is None else float(diversity.mean()) / max(self.spacing, 1e-12),
-            pixel_diversity=float(drawn.pixel_diversity.mean()) if len(drawn.pixel_diversity) else None,
+            pixel_diversity=float(samples.pixel_diversity.mean()) if len(samples.pixel_diversity) else None,
             colour=Figure(hits / len(verdicts), *wilson_interval(hits, len(verdicts))) if verdicts else None,
             colour_verdicts=verdicts,
-            ms_per_picture=1000 * drawn.seconds / len(features),
+            ms_per_picture=1000 * samples.seconds / len(features),
         )
 
-    def _verdicts(self, drawn: Drawn) -> tuple[ColourVerdict, ...]:
+    def _verdicts(self, samples: Samples) -> tuple[ColourVerdict, ...]:
         pairs = colour_prompts(self.protocol.colour_test) if self.protocol.colour_test else []
         rows = [(prompt, seed, colour) for prompt, colour in pairs for seed in self.protocol.colour_seeds]
         return tuple(
             ColourVerdict(prompt, seed, asked, seen or None)
-            for (prompt, seed, asked), seen in zip(rows, drawn.colours_seen, strict=True)
+            for (prompt, seed, asked), seen in zip(rows, samples.colours_seen, strict=True)
         )
 
 

@@ -1,34 +1,29 @@
-"""A contrastive model's folder as the plain callables that an evaluation takes. Needs torch and transformers.
+"""A contrastive model as the plain callables that an evaluation takes. Needs torch and transformers.
 
-The folder holds `contrastive.json`, `image_tower/` (a transformers vision model) and `projections.safetensors`
-(`image_projection.weight` [D, F], `text_projection.weight` [D, E]). Its text side is a frozen sentence encoder that
-lies in a model's folder, `tokenizer/` and `text_encoder/`.
-
-Shapes: B batch, H W pixels, N tokens, F width of the image tower, K text tokens, E text width, D embedding width.
+Shapes: B batch, H W pixels, F width of the image tower, D width of the embeddings that images and texts share.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from onestill.checkpoint import describe, resolve
 from onestill.engine.device import choose
 from onestill.errors import CheckpointError, require
 from onestill.evaluate.protocol import Network, Pictures
-from onestill.text.tokenize import PromptTokenizer
+from onestill.pixels import to_images
 
 if TYPE_CHECKING:
     import torch
+
+    from onestill.networks.contrastive import ContrastiveModel
 
 __all__ = ["load_network"]
 
@@ -43,53 +38,84 @@ def load_network(
     device: str | None = "cpu",
     batch_size: int = 64,
 ) -> Network:
-    """Open a contrastive model for an evaluation; torch loads on its first use.
+    """Open a contrastive model for an evaluation.
 
     Its `features` are the image tower's mean-pooled last tokens (a class token left out), [B, F], before the
     projection: what the Fréchet distance is measured in. `project` is the linear map from there to the space shared
-    with text. `texts` are the encoder's last states, averaged where the mask is 1, and projected.
+    with text. `texts` are the text encoder's last states, averaged where the mask is 1, and projected.
 
     Args:
         folder: the contrastive model.
-        text_model: a model's name or folder whose text encoder the contrastive model was trained with.
+        text_model: the name or folder of the model whose text encoder the contrastive model was trained with.
         name: how reports call it; default: the folder's name.
         device: where torch computes; None and "auto" are a GPU where it has one.
-        batch_size: pictures or captions a call of a network.
+        batch_size: pictures or captions in one call of a network.
 
     Raises:
         CheckpointError: the folder is something else, or was trained on latents.
-        OnestillError: the device cannot be had; the sentence says why.
+        OnestillError: the device is not available; the sentence says why.
         MissingExtraError: torch or transformers is not installed.
     """
     for package in ("torch", "transformers"):
         require(package, "torch")
-    path = Path(folder)
-    facts, image_projection, text_projection = _read(path)
-    where = choose(device)
-    tower = _ImageTower(path / "image_tower", int(facts["image_size"]), where, batch_size)
-    sentences = _Sentences(resolve(text_model), text_projection, where, batch_size)
+    from onestill.networks.contrastive import ContrastiveModel
+    from onestill.networks.text_encoder import open_text_encoder
+
+    path, where = Path(folder), choose(device)
+    model = ContrastiveModel.load(path)
+    if model.space != "pixels":
+        raise CheckpointError(
+            f"'{folder}' was trained on {model.space} and cannot see pictures; use one trained on pixels"
+        )
+    if "image_size" not in model.facts:
+        raise CheckpointError(f"'{folder}' holds no contrastive model for pictures: contrastive.json has no image_size")
+    image_projection, text_projection = (
+        layer.weight.numpy() for layer in (model.image_projection, model.text_projection)
+    )
+    text = describe(resolve(text_model))
+    encoder = open_text_encoder(str(text.path), text.max_tokens, ("",), text.use_attention_mask).to(where)
+
+    def encode(captions: Sequence[str]) -> Float:
+        embedding: Float = encoder(captions).embedding.cpu().numpy()
+        return np.asarray(embedding @ text_projection.T, np.float32)
+
+    def texts(captions: Sequence[str]) -> Float:
+        distinct = list(dict.fromkeys(captions))  # equal captions are encoded once
+        parts = [encode(some) for some in _batches(distinct, batch_size)]
+        rows = dict(zip(distinct, np.concatenate(parts), strict=True))
+        return np.stack([rows[caption] for caption in captions])
 
     def project(features: NDArray[Any]) -> Float:
         return np.asarray(features @ image_projection.T, np.float32)
 
-    return Network(name or path.name, tower, sentences, project, _fingerprint(path))
+    return Network(name or path.name, _features(model, where, batch_size), texts, project, _fingerprint(path))
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], Float, Float]:
-    """contrastive.json, the image projection [D, F] and the text projection [D, E]."""
-    try:
-        facts: dict[str, Any] = json.loads((folder / "contrastive.json").read_text(encoding="utf-8"))
-        space = facts.get("space", "pixels")
-        heads = load_file(folder / "projections.safetensors")
-        image, text = (heads[f"{side}_projection.weight"].astype(np.float32) for side in ("image", "text"))
-        int(facts["image_size"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"'{folder}' holds no contrastive model ({error}); train one with a 'contrastive' recipe"
-        ) from error
-    if space != "pixels":
-        raise CheckpointError(f"'{folder}' was trained on {space} and cannot see pictures; use one trained on pixels")
-    return facts, image, text
+def _features(model: ContrastiveModel, device: str, batch_size: int) -> Callable[[Pictures], Float]:
+    """A function of uint8 pictures [B, H, W, 3] that gives their pooled features [B, F]."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    size = (int(model.facts["image_size"]),) * 2
+    model.to(device)
+
+    def pooled(images: torch.Tensor) -> Float:
+        if images.shape[-2:] != size:
+            images = interpolate(images, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+        found: Float = model.features(images).cpu().numpy()
+        return found
+
+    @torch.inference_mode()
+    def features(pictures: Pictures) -> Float:
+        parts = [np.zeros((0, 1), np.float32)] if len(pictures) == 0 else []
+        parts += [pooled(torch.from_numpy(to_images(some)).to(device)) for some in _batches(pictures, batch_size)]
+        return np.concatenate(parts)
+
+    return features
+
+
+def _batches(rows: Any, size: int) -> Iterator[Any]:
+    return (rows[i : i + size] for i in range(0, len(rows), size))
 
 
 def _fingerprint(folder: Path) -> str:
@@ -97,75 +123,3 @@ def _fingerprint(folder: Path) -> str:
     for path in sorted([folder / "projections.safetensors", *(folder / "image_tower").glob("*")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-class _ImageTower:
-    """uint8 pictures [B, H, W, 3] -> pooled features [B, F]."""
-
-    def __init__(self, folder: Path, size_px: int, device: str, batch_size: int) -> None:
-        self.folder, self.size_px, self.device, self.batch_size = folder, size_px, device, batch_size
-        self._model: Any = None
-
-    def __call__(self, pictures: Pictures) -> Float:
-        import torch
-
-        if self._model is None:
-            self._model = _load(self.folder, self.device)
-        parts = [np.zeros((0, 1), np.float32)] if len(pictures) == 0 else []
-        for i in range(0, len(pictures), self.batch_size):
-            with torch.inference_mode():
-                parts.append(self._pooled(torch.from_numpy(pictures[i : i + self.batch_size])).cpu().numpy())
-        return np.concatenate(parts)
-
-    def _pooled(self, pictures: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        image = pictures.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, 3, H, W] in [-1, 1]
-        if image.shape[-2:] != (self.size_px, self.size_px):
-            size = (self.size_px, self.size_px)
-            image = torch.nn.functional.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
-        state: torch.Tensor = self._model(pixel_values=image).last_hidden_state
-        if state.ndim == 4:
-            return state.mean((2, 3))  # a map [B, F, h, w]
-        side = int(state.shape[1] ** 0.5)
-        return state[:, state.shape[1] - side * side :].mean(1)  # tokens [B, N, F]; class tokens come first
-
-
-class _Sentences:
-    """Captions -> projected sentence embeddings [B, D]. Equal captions are encoded once."""
-
-    def __init__(self, folder: Path, projection: Float, device: str, batch_size: int) -> None:
-        self.folder, self.projection, self.device, self.batch_size = folder, projection, device, batch_size
-        self._model: Any = None
-        info = describe(folder)
-        self._tokenizer = PromptTokenizer(info)
-        self._tell_mask = info.use_attention_mask
-
-    def __call__(self, captions: Sequence[str]) -> Float:
-        distinct = list(dict.fromkeys(captions))
-        parts = [self._encode(distinct[i : i + self.batch_size]) for i in range(0, len(distinct), self.batch_size)]
-        rows = dict(zip(distinct, np.concatenate(parts), strict=True))
-        return np.stack([rows[caption] for caption in captions])
-
-    def _encode(self, captions: list[str]) -> Float:
-        import torch
-
-        if self._model is None:
-            self._model = _load(self.folder / "text_encoder", self.device)
-        tokens = self._tokenizer(captions)
-        ids, mask = (torch.from_numpy(part).to(self.device) for part in (tokens.ids, tokens.mask))
-        with torch.inference_mode():
-            states = self._model(input_ids=ids, attention_mask=mask if self._tell_mask else None).last_hidden_state
-            weight = mask.unsqueeze(-1).float()  # [B, K, 1]
-            pooled = (states.float() * weight).sum(1) / weight.sum(1).clamp(min=1)
-        return np.asarray(pooled.cpu().numpy() @ self.projection.T, np.float32)
-
-
-def _load(folder: Path, device: str) -> Any:
-    from transformers import AutoModel
-
-    try:
-        model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"'{folder}' cannot be opened ({error}); copy or train it again") from error
-    return model.float().eval().requires_grad_(False).to(device)

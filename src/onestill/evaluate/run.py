@@ -8,19 +8,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from onestill.errors import DataError
-from onestill.evaluate.drawn import Drawn, draw, load_drawn, observe, save_drawn, slug
 from onestill.evaluate.measure import Figure, Measure, Result
 from onestill.evaluate.protocol import Contender, Network, Pictures, Protocol
+from onestill.evaluate.samples import PromptSamples, Samples, draw_samples, load_samples, observe, save_samples, slug
 from onestill.evaluate.statistics import jackknife_error
 
-__all__ = ["Evaluation", "evaluate", "fid_ratio"]
+__all__ = ["Evaluation", "evaluate", "frechet_ratio"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -31,11 +30,11 @@ class Evaluation:
 
     Attributes:
         protocol: the prompts, seeds and sets.
-        network: name of the first feature network; all figures but `fid_by_network` are by it.
+        network: name of the first feature network; all figures but `frechet_by_network` are by it.
         real: the figures of the reference pictures themselves, as if a contender had drawn them (no distances).
         results: one a contender, in the order given.
-        drawn: their pictures, in the same order.
-        reference: the reference's pictures.
+        drawn: their samples, in the same order.
+        reference: the reference's samples.
         floor: distance between the reference and other real pictures, as many, or None.
         retrieval_among: the number really used.
     """
@@ -44,8 +43,8 @@ class Evaluation:
     network: str
     real: Result
     results: tuple[Result, ...]
-    drawn: tuple[Drawn, ...]
-    reference: Drawn
+    drawn: tuple[Samples, ...]
+    reference: PromptSamples
     floor: float | None
     retrieval_among: int
 
@@ -56,8 +55,8 @@ class Evaluation:
                 return result
         raise DataError(f"no contender is called '{name}': there are {', '.join(r.name for r in self.results)}")
 
-    def pictures(self, name: str) -> Drawn:
-        """The pictures of the contender called `name`."""
+    def pictures(self, name: str) -> Samples:
+        """The samples of the contender called `name`."""
         return self.drawn[self.results.index(self.result(name))]
 
 
@@ -73,8 +72,8 @@ def evaluate(
 ) -> Evaluation:
     """Draw and measure every contender on the same prompts, seeds and sets.
 
-    Each contender's material is saved as soon as it is drawn; running again with the same arguments reads it, so that a
-    killed evaluation loses the contender it was in and no other.
+    Each contender's samples are saved as soon as they are drawn. Running again with the same arguments reads
+    them, so that a killed evaluation loses the contender it was in and no other.
 
     Args:
         contenders: names must differ by more than punctuation.
@@ -82,10 +81,10 @@ def evaluate(
         reference: batches of the real pictures of `protocol.prompts`, in that order.
         networks: the first one decides the figures; the others only add their Fréchet distance. The first should
             have had no part in training any contender.
-        folder: where material is kept.
+        folder: where samples are saved.
         floor: batches of other real pictures, as many as there are prompts: their distance to the reference is what a
             perfect contender would score.
-        progress: told (contender, pictures done, pictures in all).
+        progress: called with (contender, pictures done, pictures in all).
 
     Raises:
         DataError: pictures of a wrong shape or number, or contenders that share a name.
@@ -98,49 +97,27 @@ def evaluate(
         raise DataError(f"contenders need names that differ by more than punctuation, unlike {alike}; give each once")
     nets = list(networks)
     texts = np.asarray(nets[0].texts(protocol.prompts), np.float32)
-    real_drawn = _observed(reference, protocol, nets, texts, "the reference")
-    measure = Measure(protocol, nets, texts, real_drawn)
+    real = observe(reference, protocol, nets, texts, "the reference")
+    measure = Measure(protocol, nets, texts, real)
     results, drawn = [], []
     for contender in contenders:
         fingerprint = protocol.fingerprint(contender, nets)
-        material = load_drawn(Path(folder), contender.name, fingerprint)
-        if material is None:
-            told = _told(progress, contender.name)
-            material = draw(contender, protocol, nets, texts, told)
-            save_drawn(material, Path(folder), contender.name, fingerprint)
-        results.append(measure.result(contender, material))
-        drawn.append(material)
+        samples = load_samples(Path(folder), contender.name, fingerprint)
+        if samples is None:
+            report = None if progress is None else partial(progress, contender.name)
+            samples = draw_samples(contender, protocol, nets, texts, report)
+            save_samples(samples, Path(folder), contender.name, fingerprint)
+        results.append(measure.result(contender, samples))
+        drawn.append(samples)
     other = None if floor is None else measure.distance_of(floor)
-    return Evaluation(
-        protocol, nets[0].name, measure.real(), tuple(results), tuple(drawn), real_drawn, other, measure.among
-    )
+    return Evaluation(protocol, nets[0].name, measure.real(), tuple(results), tuple(drawn), real, other, measure.among)
 
 
-def fid_ratio(first: Result, second: Result) -> Figure:
+def frechet_ratio(first: Result, second: Result) -> Figure:
     """First's Fréchet distance over second's, with a 95 % interval by the paired jackknife over prompts."""
-    if first.fid is None or second.fid is None:
+    if first.frechet_distance is None or second.frechet_distance is None:
         raise DataError("a ratio needs two contenders that were measured against a reference")
-    ratio = first.fid.value / second.fid.value
-    replicates = [a / b for a, b in zip(first.fid_replicates, second.fid_replicates, strict=True)]
+    ratio = first.frechet_distance.value / second.frechet_distance.value
+    replicates = [a / b for a, b in zip(first.frechet_replicates, second.frechet_replicates, strict=True)]
     half = 1.96 * jackknife_error(replicates)
     return Figure(ratio, ratio - half, ratio + half)
-
-
-def _told(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(name, done, total)
-
-
-def _observed(
-    batches: Iterable[Pictures], protocol: Protocol, networks: list[Network], texts: NDArray[Any], who: str
-) -> Drawn:
-    observed = observe(batches, protocol, networks, texts, who)
-    nothing = np.zeros((0, 1, 1, 3), np.uint8)
-    return Drawn(
-        **observed._asdict(),
-        diversity_features=np.zeros((0, 2, 1), np.float32),
-        diversity_pictures=nothing[None],
-        pixel_diversity=np.zeros(0),
-        colours_seen=(),
-        colour_pictures=nothing,
-        seconds=0.0,
-    )

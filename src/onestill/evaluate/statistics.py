@@ -117,7 +117,9 @@ class FeatureStatistics:
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """Squared Fréchet distance between the Gaussians fitted to two sets: the FID of their feature network.
+    """Squared Fréchet distance between the Gaussians fitted to two sets of features.
+
+    Only with the features of InceptionV3 is it what the literature calls FID.
 
     |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2). The last trace is taken from the symmetric matrix
     C1^(1/2) C2 C1^(1/2), which has the same eigenvalues as C1 C2 (Heusel et al. 2017, eq. 6): two symmetric
@@ -137,7 +139,7 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
 
 
 def kernel_distance(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Unbiased squared MMD with the kernel (x.y / D + 1)^3: the KID (Bińkowski et al. 2018), on whole sets.
+    """Unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 (Bińkowski et al. 2018), on whole sets.
 
     Unlike the Fréchet distance its expectation does not depend on the number of pictures, so it can be slightly
     negative for two sets from one source.

@@ -34,9 +34,12 @@ from onestill import __version__
 from onestill.checkpoint import MANIFEST, ModelInfo, describe, read_json, sha256, verify, weights_file, written_whole
 from onestill.engine.openvino.icons import OpenVinoEngine
 from onestill.engine.openvino.ir import FOLDER, PARTS, point_into_weights, write_index
-from onestill.engine.torch.eager import TorchEngine, load_components, most_likely_latents, quiet_libraries
+from onestill.engine.torch.eager import TorchEngine
 from onestill.errors import CheckpointError, OutputError
 from onestill.export.calibrate import write_int8
+from onestill.networks.latents import most_likely_latents
+from onestill.networks.libraries import quiet_libraries
+from onestill.networks.load import load_components
 from onestill.schedule import NoiseSchedule
 
 __all__ = ["export_openvino", "save_folder", "write_manifest"]

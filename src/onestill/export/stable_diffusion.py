@@ -30,7 +30,8 @@ from onestill import __version__
 from onestill.checkpoint import MANIFEST, ModelInfo, read_json
 from onestill.engine.openvino.stable_diffusion import FOLDER, FORM
 from onestill.errors import OnestillError
-from onestill.networks.load import load_components, quiet_libraries
+from onestill.networks.libraries import quiet_libraries
+from onestill.networks.load import load_components
 from onestill.text.tokenize import write_clip_vocabulary
 
 __all__ = ["WEIGHTS", "export_sd"]

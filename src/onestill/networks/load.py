@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import diffusers
@@ -21,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from onestill.checkpoint import ModelInfo, Network, weights_file
 from onestill.checkpoint.single_file import UNET_PREFIX
 from onestill.errors import CheckpointError
+from onestill.networks.libraries import quiet_libraries
 from onestill.networks.lora import add_loras
 
-__all__ = ["DTYPES", "load_components", "quiet_libraries"]
+__all__ = ["DTYPES", "load_components"]
 
 # Only these are ever made from a name in a file, each by its own class; nothing in a model's folder is run.
 CLIP = {
@@ -186,28 +185,6 @@ def _counted(names: list[str]) -> str:
     shown = ", ".join(f"'{name}'" for name in names[:MOST_NAMED])
     more = len(names) - MOST_NAMED
     return f"{len(names)} tensors ({shown}{f' and {more} more' if more > 0 else ''})"
-
-
-# --- helpers --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Run the body without the advice and progress bars of diffusers and transformers. Their errors still raise."""
-    loggings = (diffusers.utils.logging, transformers.utils.logging)
-    before = [(one.get_verbosity(), one.is_progress_bar_enabled()) for one in loggings]
-    try:
-        for one in loggings:
-            one.set_verbosity_error()
-            one.disable_progress_bar()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for one, (verbosity, bars) in zip(loggings, before, strict=True):
-            one.set_verbosity(verbosity)
-            if bars:
-                one.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ import transformers
 
 from onestill.checkpoint import MANIFEST
 from onestill.errors import OnestillError, near
-from onestill.networks.load import quiet_libraries
+from onestill.networks.libraries import quiet_libraries
 from onestill.text.tokenize import write_clip_vocabulary
 
 __all__ = ["CLASSES", "CONFIGS", "meta_module", "random_model", "weight_scale"]

@@ -1,1 +1,1 @@
-"""A server for people and programs: the page that draws while one types, the socket under it, the images API."""
+"""A server for people and programs: a page that draws while one types, its socket, and the images API."""

@@ -1,4 +1,4 @@
-"""How a server's process shares two cores between drawing and answering, so that neither waits long for the other."""
+"""Settings of a server's process, so that drawing and answering share few cores without waiting long for each other."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ import os
 import sys
 import threading
 
-__all__ = ["settle", "step_back"]
+__all__ = ["lower_priority", "tune_interpreter"]
 
-BEHIND = 5  # of niceness: the event loop, which needs little, has it when it wakes, not a slice of 3 ms later
-SWITCH_S = 0.001  # after that a thread is asked for the interpreter; Python's own 5 ms are five live answers
+# Added to a thread's niceness. The event loop needs little time; so it gets a core at once when it wakes, and does not
+# wait for the end of a time slice of 3 ms.
+NICENESS = 5
+SWITCH_S = (
+    0.001  # a thread gives the interpreter up after that; Python's default of 5 ms delays a live answer five times
+)
 
 
-def step_back() -> None:
-    """Let the calling thread, and those it will start, compute after the others of this process. On Linux only."""
+def lower_priority() -> None:
+    """Lower the priority of the calling thread, and of those that it will start. Does nothing where it is not Linux."""
     if sys.platform != "linux":
         return
     thread = threading.get_native_id()
     nice = os.getpriority(os.PRIO_PROCESS, thread)
-    os.setpriority(os.PRIO_PROCESS, thread, min(19, nice + BEHIND))
+    os.setpriority(os.PRIO_PROCESS, thread, min(19, nice + NICENESS))
 
 
-def settle() -> None:
-    """When all is loaded: hand the interpreter over sooner, and have the collector leave alone what stays anyway."""
+def tune_interpreter() -> None:
+    """Shorten the interval in which threads switch, and exempt all that is loaded by now from garbage collection."""
     sys.setswitchinterval(SWITCH_S)
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""Running a server: uvicorn with bounds on what it would wait for without end, and an orderly way out."""
+"""Runs a server in uvicorn, with time limits that uvicorn lacks, and shuts it down in order."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from onestill.errors import OnestillError
-from onestill.serve.process import settle
+from onestill.serve.process import tune_interpreter
 from onestill.serve.web.app import create_app
-from onestill.serve.web.state import Server
+from onestill.serve.web.server import Server
 
-__all__ = ["listen", "make_front", "make_server", "run"]
+__all__ = ["listen", "make_proxy_server", "make_server", "run"]
 
-HEADERS_S = 10.0  # a connection that has not asked anything by then is closed
-KEEP_ALIVE_S = 30  # one that was answered may be silent for so long, and then has the time above
+HEADERS_S = 10.0  # a new connection is closed where no whole request has begun by then
+KEEP_ALIVE_S = 30  # after an answer a connection may be silent for so long, and then has HEADERS_S for its next request
 UNREAD_S = 20.0  # a client that reads nothing of its answer for so long is cut off
 CONNECTIONS = 2000
-DRAIN_S = 5.0  # for what was accepted; with what follows, exit comes within ten seconds
+# At shutdown: seconds for the queue to drain, then for uvicorn's connections. The process ends within ten seconds.
+DRAIN_S = 5.0
 GRACE_S = 7
 
 
@@ -51,33 +52,33 @@ def listen(host: str, port: int) -> socket.socket:
 def run(
     server: Server, bound: socket.socket, *, trusted_proxies: str | None = None, ready: Callable[[], None] | None = None
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C; then finish what runs, answer or close the rest, and return within ten seconds.
+    """Serve until SIGTERM or Ctrl-C. Then finish what runs, answer or close the rest, and return within ten seconds.
 
     Args:
-        server: what is served; closed at the end.
-        bound: from `listen`.
-        trusted_proxies: addresses, with commas, whose word on who the client is counts.
-        ready: called when connections are accepted.
+        server: closed at the end.
+        bound: a socket from `listen`.
+        trusted_proxies: addresses, separated by commas, whose X-Forwarded-For is believed; None believes nobody.
+        ready: called when the server accepts connections.
     """
     _allow_connections()
-    settle()
+    tune_interpreter()
     make_server(server, trusted_proxies=trusted_proxies, ready=ready).run(sockets=[bound])
 
 
 def make_server(
     server: Server, *, trusted_proxies: str | None = None, ready: Callable[[], None] | None = None
 ) -> uvicorn.Server:
-    """What `run` runs; setting its `should_exit` ends it from another thread."""
+    """The uvicorn server that `run` runs. Another thread ends it by setting `should_exit`."""
     config = _config(create_app(server), server.bounds.message, trusted_proxies, lifespan="on")
-    return _Running(config, lambda: server.scheduler.close(DRAIN_S), ready)
+    return _DrainingServer(config, lambda: server.scheduler.close(DRAIN_S), ready)
 
 
-def make_front(
+def make_proxy_server(
     app: ASGIApp, message_bytes: int, *, trusted_proxies: str | None = None, ready: Callable[[], None] | None = None
 ) -> uvicorn.Server:
-    """As `make_server`, for an application that stands before servers: nothing of its own is drained."""
+    """As `make_server`, for a proxy before servers. It has no scheduler to drain."""
     _allow_connections()
-    return _Running(_config(app, message_bytes, trusted_proxies, lifespan="off"), lambda: None, ready)
+    return _DrainingServer(_config(app, message_bytes, trusted_proxies, lifespan="off"), lambda: None, ready)
 
 
 def _config(
@@ -90,10 +91,10 @@ def _config(
         ws="websockets-sansio",
         ws_max_size=message_bytes + 1024,
         ws_max_queue=32,
-        ws_per_message_deflate=False,  # pictures do not shrink, and each would cost time
+        ws_per_message_deflate=False,  # pictures are compressed already
         lifespan=lifespan,
-        log_level="error",  # what strangers send wrong is answered, not logged
-        access_log=False,  # addresses and what they asked are nobody's business by default
+        log_level="error",  # a client's mistakes are answered, not logged
+        access_log=False,  # addresses and their requests are private by default
         server_header=False,
         proxy_headers=trusted_proxies is not None,
         forwarded_allow_ips=trusted_proxies,
@@ -104,8 +105,8 @@ def _config(
 
 
 def _allow_connections() -> None:
-    """Raise the number of open files to what the bound on connections needs, as far as the system lets."""
-    if sys.platform == "win32":  # which has no such limit
+    """Raise the limit of open files to what CONNECTIONS needs, as far as the system allows."""
+    if sys.platform == "win32":  # Windows has no such limit
         return
     import resource
 
@@ -118,7 +119,7 @@ def _allow_connections() -> None:
 
 
 class _BoundedHttp(H11Protocol):
-    """uvicorn's protocol, which would wait for ever for a request's headers, and for its answer to be read."""
+    """uvicorn's protocol with two time limits that it lacks: for a request's headers, and for reading its answer."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -135,13 +136,13 @@ class _BoundedHttp(H11Protocol):
         super().on_response_complete()
 
     def _close_if_silent(self, answered: RequestResponseCycle | None) -> None:
-        """Close the connection if the request after `answered`, or its first, is not there yet."""
+        """Close the connection if its next request after `answered`, or its first, has not come."""
         is_ours = not self.transport.is_closing() and self.transport.get_protocol() is self
         if is_ours and self.cycle is answered:
             self.transport.close()
 
     def pause_writing(self) -> None:
-        """As uvicorn's: more waits to be read than the system takes."""
+        """As uvicorn's: called when the client reads more slowly than the server writes."""
         super().pause_writing()
         self.loop.call_later(UNREAD_S, self._close_if_unread, self.transport.get_write_buffer_size())
 
@@ -153,8 +154,8 @@ class _BoundedHttp(H11Protocol):
             self.loop.call_later(UNREAD_S, self._close_if_unread, left)
 
 
-class _Running(uvicorn.Server):
-    """uvicorn's server, which drains what is behind it first and ends with status 0 on SIGTERM."""
+class _DrainingServer(uvicorn.Server):
+    """uvicorn's server that drains the queue first, and ends with status 0 on SIGTERM."""
 
     def __init__(self, config: uvicorn.Config, drain: Callable[[], None], ready: Callable[[], None] | None) -> None:
         super().__init__(config)
@@ -163,7 +164,7 @@ class _Running(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but a signal that was obeyed is not raised once more."""
+        """As uvicorn's, but does not raise the signal again after the shutdown, so the exit status is 0."""
         names = (signal.SIGINT, signal.SIGTERM)
         try:
             before = {name: signal.signal(name, self.handle_exit) for name in names}

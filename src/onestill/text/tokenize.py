@@ -45,23 +45,30 @@ class PromptTokenizer:
     BERT's WordPiece is read by the base install, other kinds by the `tokenizers` library.
 
     Args:
-        info: the model.
+        source: the model; or the folder of a tokenizer by itself.
         component: "tokenizer", or "tokenizer_2" for SDXL's second text encoder, which pads differently.
+        max_tokens: K; None is the model's own.
 
     Raises:
         CheckpointError: there is no tokenizer, or it is not understood.
         MissingExtraError: it is of another kind, and the `tokenizers` library is not installed.
     """
 
-    def __init__(self, info: ModelInfo, component: str = "tokenizer") -> None:
-        self._max_tokens = info.max_tokens
-        if info.path.is_file():
-            self._cutter: _Cutter = _OtherPieces(*clip_vocabulary(), info.max_tokens)
+    def __init__(
+        self, source: ModelInfo | Path, component: str = "tokenizer", *, max_tokens: int | None = None
+    ) -> None:
+        if isinstance(source, ModelInfo):
+            self._max_tokens = max_tokens or source.max_tokens
+            folder = source.path / component
+        else:
+            assert max_tokens is not None
+            self._max_tokens, folder = max_tokens, source
+        if isinstance(source, ModelInfo) and source.path.is_file():
+            self._cutter: _Cutter = _OtherPieces(*clip_vocabulary(), self._max_tokens)
             self._pad_id = 0 if component == "tokenizer_2" else self._cutter.number(CLIP_END) or 0
             return
-        folder = info.path / component
-        config = read_json(info.path, f"{component}/tokenizer_config.json")
-        self._cutter = _cutter(folder, info.max_tokens)
+        config = read_json(folder, "tokenizer_config.json")
+        self._cutter = _cutter(folder, self._max_tokens)
         pad = _pad_token(folder, config)
         pad_id = self._cutter.number(pad)
         if pad_id is None:

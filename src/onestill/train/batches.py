@@ -9,10 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from onestill.errors import DataError
+from onestill.networks.condition import Condition, native_sizes
+from onestill.pixels import to_images
 
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
 
@@ -93,8 +94,7 @@ def collate_images(samples: Sequence[Any]) -> dict[str, Any]:
         )
     # NumPy and not torch: a torch operation in the reading thread would start a second team of threads, which then
     # fights the training's for the cores (measured on two cores: 48 images a second instead of 60).
-    pictures = np.stack([np.asarray(sample.image) for sample in samples]).transpose(0, 3, 1, 2)
-    images = np.ascontiguousarray(pictures, np.float32) / np.float32(127.5) - 1
+    images = to_images(np.stack([np.asarray(sample.image) for sample in samples]))
     return {"images": torch.from_numpy(images), "captions": [sample.caption for sample in samples]}
 
 
@@ -122,12 +122,20 @@ def collate_latents(samples: Sequence[Any]) -> dict[str, Any]:
 
 
 def _added(samples: Sequence[Any]) -> dict[str, Tensor]:
-    """What models of two text encoders are told besides: pooled float32 [B, P], sizes float32 [B, 6]; or nothing."""
+    """What models of two text encoders take besides: pooled float32 [B, P], sizes float32 [B, 6]; or nothing."""
     there = [name for name in ("pooled", "sizes") if name in samples[0].arrays]
     if any(name not in sample.arrays for sample in samples for name in there):
         raise DataError("some shards hold 'pooled' and others do not: they were cached for different models.")
     stacked = {name: np.stack([sample.arrays[name] for sample in samples]) for name in there}
     return {name: torch.from_numpy(value.astype(np.float32)) for name, value in stacked.items()}
+
+
+def batch_condition(batch: Mapping[str, Any], device: torch.device, native_px: int = 0) -> Condition:
+    """The condition of a batch of cached samples; sizes default to an uncropped image of `native_px`."""
+    pooled, sizes = batch.get("pooled"), batch.get("sizes")
+    if pooled is not None and sizes is None:
+        sizes = native_sizes(len(pooled), native_px)
+    return Condition(batch["text"], batch["mask"], pooled, sizes).to(device)
 
 
 COLLATE: dict[str, Collate] = {"images": collate_images, "latents": collate_latents}
@@ -138,10 +146,3 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
     }
-
-
-def to_pictures(images: Tensor) -> NDArray[np.uint8]:
-    """[B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]."""
-    scaled = (images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
-    pictures: NDArray[np.uint8] = scaled.round().permute(0, 2, 3, 1).byte().numpy()
-    return pictures

@@ -1,4 +1,4 @@
-"""Latents and text states computed once: what teachers and students train on, instead of pictures and words."""
+"""Latents and text states computed once: what teachers and students train on, instead of pictures and captions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from onestill.engine.device import choose
-from onestill.engine.torch.eager import quiet_libraries
+from onestill.networks.latents import LatentSpace
+from onestill.networks.libraries import quiet_libraries
+from onestill.networks.text_encoder import TextEncoder, open_text_encoder
 from onestill.train.batches import collate_images
-from onestill.train.conditioning import LatentSpace, TextEncoder, TwoTextEncoders, open_text_encoder
 
 
 class ImageSample(Protocol):
@@ -32,7 +33,7 @@ Write = Callable[[Any, Mapping[str, NDArray[Any]]], None]
 def cache_samples(
     samples: Iterable[ImageSample],
     space: LatentSpace,
-    encoder: TextEncoder | TwoTextEncoders,
+    encoder: TextEncoder,
     write: Write,
     batch_size: int = 64,
 ) -> int:
@@ -47,14 +48,14 @@ def cache_samples(
     for chunk in _chunks(samples, batch_size):
         batch = collate_images(chunk)
         images = batch["images"].to(device, memory_format=torch.channels_last)
-        told = encoder(batch["captions"])
-        arrays = {"latents": space.encode(images).half(), "text": told.text.half(), "mask": told.mask}
-        if told.pooled is not None:
-            arrays["pooled"] = told.pooled.half()
+        conditioning = encoder(batch["captions"])
+        arrays = {"latents": space.encode(images).half(), "text": conditioning.text.half(), "mask": conditioning.mask}
+        if conditioning.pooled is not None:
+            arrays["pooled"] = conditioning.pooled.half()
         stacked = {name: value.contiguous().cpu().numpy() for name, value in arrays.items()}
         for i, sample in enumerate(chunk):
             mine = {name: value[i] for name, value in stacked.items()}
-            write(sample, mine | ({"sizes": _sizes(sample)} if told.pooled is not None else {}))
+            write(sample, mine | ({"sizes": _sizes(sample)} if conditioning.pooled is not None else {}))
         count += len(chunk)
     return count
 
@@ -69,7 +70,7 @@ def cache_for_model(
     """
     where = torch.device(choose(device))
     with quiet_libraries():
-        space, encoder = LatentSpace(model / "vae").to(where), open_text_encoder(str(model)).to(where)
+        space, encoder = LatentSpace.load(model / "vae").to(where), open_text_encoder(str(model)).to(where)
     return cache_samples(samples, space, encoder, write, batch_size)
 
 
@@ -80,10 +81,10 @@ def _sizes(sample: Any) -> NDArray[np.int32]:
     return np.array([*_pair(meta.get("original_size"), now), *_pair(meta.get("crop"), [0, 0]), *now], np.int32)
 
 
-def _pair(told: Any, default: list[int]) -> list[int]:
+def _pair(found: Any, default: list[int]) -> list[int]:
     """Two whole numbers from a sample's JSON, which others wrote; the default where it says something else."""
-    is_pair = isinstance(told, list) and len(told) == 2 and all(type(one) is int for one in told)
-    return told if is_pair else default
+    is_pair = isinstance(found, list) and len(found) == 2 and all(type(one) is int for one in found)
+    return found if is_pair else default
 
 
 def _chunks(samples: Iterable[ImageSample], size: int) -> Iterator[Sequence[ImageSample]]:

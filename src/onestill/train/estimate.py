@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 
-from onestill.engine.torch.eager import quiet_libraries
 from onestill.errors import CheckpointError
-from onestill.train.conditioning import Condition
-from onestill.train.denoiser import unet_folder
+from onestill.networks.condition import Condition
+from onestill.networks.denoiser import unet_folder
+from onestill.networks.libraries import quiet_libraries
 from onestill.train.discriminator.cnn import CNNFeatures
 from onestill.train.discriminator.features import TeacherFeatures, tower_widths
 from onestill.train.discriminator.heads import Discriminator
-from onestill.train.discriminator.inputs import IN_PIXELS, NOISED, THROUGH_CNN
+from onestill.train.discriminator.inputs import IN_PIXELS, NOISED, THROUGH_CNN, FeatureOptions
 from onestill.train.export import add_lora
 from onestill.train.methods.distiller import RANDOM
 from onestill.train.recipe import Recipe
@@ -59,12 +59,13 @@ def estimate(recipe: Recipe, beside: Path, world: int = 1) -> dict[str, Any]:
             own folders are not on this machine. A tower that is not there is left out, and `left_out` says so.
     """
     options = recipe.options
-    towers = getattr(options, "feature_network", "") not in ("tower", "both") or _tower_config(options)
+    features: FeatureOptions | None = getattr(options, "features", None)  # consistency distillation has none
+    towers = features is None or features.network not in ("tower", "both") or _tower_config(features)
     with quiet_libraries(), torch.device("meta"):
         uses, trained = _uses(options, beside)
     batch = recipe.loop.batch_size
     rows = batch / (world * recipe.loop.accumulate)
-    # With accumulation each turn has a pass of its own; two players, so nearly all forwards come twice.
+    # With accumulation each optimizer has passes of its own; there are two, so nearly all forwards come twice.
     again = 2 if recipe.loop.accumulate > 1 and recipe.method != "lcm" else 1
     flops = batch * sum(use.operations * (use.forwards * again + use.backwards) for use in uses)
     memory = _memory(recipe, uses, trained, rows, world)
@@ -75,57 +76,59 @@ def estimate(recipe: Recipe, beside: Path, world: int = 1) -> dict[str, Any]:
         "gigabytes_per_device": {key: float(f"{value / 1e9:.3g}") for key, value in memory.items()},
         "assumed": {"devices": world, "tflops": H200_TFLOPS, "utilisation": UTILISATION},
         "steps_per_s": float(f"{tflops * 1e12 / flops:.3g}"),
-        **({} if towers else {"left_out": f"the tower and its heads, as {options.tower} holds none yet"}),
+        **({} if towers else {"left_out": f"the tower and its heads, as {options.features.tower} holds none yet"}),
     }
 
 
 def _uses(options: Any, beside: Path) -> tuple[list[Use], dict[str, int]]:
-    """What one sample of a step costs in each network; and how many weights of each player train."""
+    """What one sample of a step costs in each network; and how many weights of each role train."""
     unet = _unet(_config(unet_folder(options.teacher), beside / "unet"))
     same = options.student in ("", RANDOM)
     student = _unet(unet.config if same else _config(unet_folder(options.student), beside / "student"))
-    x, told = _inputs(unet, options.sample_size or student.config["sample_size"])
+    x, conditioning = _inputs(unet, options.sample_size or student.config["sample_size"])
     t = torch.zeros(1, dtype=torch.long)
-    forward = _operations(lambda: unet.requires_grad_(False)(x, t, told.text, **told.added))
-    once = forward if same else _operations(lambda: student(x, t, told.text, **told.added))
+    forward = _operations(lambda: unet.requires_grad_(False)(x, t, conditioning.text, **conditioning.added))
+    once = forward if same else _operations(lambda: student(x, t, conditioning.text, **conditioning.added))
     size, own = _size(unet), _size(student)
     student = add_lora(student, options.lora_rank) if options.lora_rank else student
     if options.gradient_checkpointing:
         student.train().enable_gradient_checkpointing()
-    kept = _kept(lambda: student(x, t, told.text, **told.added).sample, student)
+    kept = _kept(lambda: student(x, t, conditioning.text, **conditioning.added).sample, student)
     trained = {"student": sum(p.numel() for p in student.parameters() if p.requires_grad)}
     recompute = 1.0 if options.gradient_checkpointing else 0.0
     uses = [Use("student", own, 1, (1 if options.lora_rank else 2) + recompute, once, kept)]
-    if not hasattr(options, "head_width"):  # consistency distillation: a guided teacher step, and f further down
+    if not hasattr(options, "features"):  # consistency distillation: a guided teacher step, and f further down
         return [*uses, Use("teacher", size, 2, 0, forward), Use("target", 0, 1, 0, once)], trained
-    asks = {"nfsd": 3.0}.get(options.weighting, options.teacher_steps * (2.0 if options.teacher_guidance > 1 else 1.0))
-    uses.append(Use("teacher", size, asks if options.lambda_distill else 0, 0, forward))
-    seen, widths = _features(options, unet, x, told, beside, recompute)
-    heads = Discriminator(widths, options.head_width, unet.config["cross_attention_dim"], 0, blocks=options.head_blocks)
-    trained["discriminator"] = _size(heads)
-    return [*uses, *seen, Use("discriminator", _size(heads), 0, 0, 0)], trained
+    distil, heads = options.distillation, options.heads
+    asks = {"nfsd": 3.0}.get(distil.weighting, distil.teacher_steps * (2.0 if distil.teacher_guidance > 1 else 1.0))
+    uses.append(Use("teacher", size, asks if distil.lambda_distill else 0, 0, forward))
+    seen, widths = _features(options, unet, x, conditioning, beside, recompute)
+    discriminator = Discriminator(widths, heads.width, unet.config["cross_attention_dim"], 0, blocks=heads.blocks)
+    trained["discriminator"] = _size(discriminator)
+    return [*uses, *seen, Use("discriminator", _size(discriminator), 0, 0, 0)], trained
 
 
 def _features(
-    options: Any, unet: Any, x: Tensor, told: Condition, beside: Path, recompute: float
+    options: Any, unet: Any, x: Tensor, conditioning: Condition, beside: Path, recompute: float
 ) -> tuple[list[Use], list[int]]:
     """What the heads look through, real and made, and back from the made one."""
     uses, widths = list[Use](), list[int]()
+    features, seen = options.features, options.discriminator_input
     t = torch.zeros(1, dtype=torch.long)
-    if options.feature_network in NOISED:
-        features = TeacherFeatures(SimpleNamespace(unet=unet))
+    if features.network in NOISED:
+        teacher = TeacherFeatures(SimpleNamespace(unet=unet))
 
         def look() -> Any:
-            return features.encode(x.detach().requires_grad_(), t, told)
+            return teacher.encode(x.detach().requires_grad_(), t, conditioning)
 
         uses.append(Use("teacher features", 0, 2, 1 + recompute, _operations(look), _kept(look, unet)))
-        widths += features.widths
-    if options.latents_too:
+        widths += teacher.widths
+    if features.latents_too:
         widths.append(x.shape[1])
-    pixels = options.feature_network in IN_PIXELS or "pixels" in (options.adversarial_space, options.distillation_space)
-    window = min(options.crop or x.shape[-1], x.shape[-1])
+    in_pixels = seen.space == "pixels" or features.network in IN_PIXELS
+    window = min(seen.crop or x.shape[-1], x.shape[-1])
     shown = z = torch.empty(1, x.shape[1], window, window, dtype=torch.bfloat16).requires_grad_()
-    if pixels:
+    if in_pixels or options.distillation.space == "pixels":
         vae = _vae(
             _config(Path(options.decoder or options.autoencoder or Path(options.teacher) / "vae"), beside / "vae")
         )
@@ -135,27 +138,26 @@ def _features(
         def decode() -> Any:
             return vae.decode(z).sample
 
-        times = 3 if options.distillation_space == "pixels" else 2
+        times = 3 if options.distillation.space == "pixels" else 2
         uses.append(Use("decoder", _size(vae), times, 1 + recompute, _operations(decode), _kept(decode, vae)))
-        seen_decoded = options.adversarial_space == "pixels" or options.feature_network in IN_PIXELS
-        shown = decode() if seen_decoded else z
-    if options.feature_network == "vit":
-        config = AutoConfig.for_model(**_config(Path(options.vit), beside / Path(options.vit).name))
+        shown = decode() if in_pixels else z
+    if features.network == "vit":
+        config = AutoConfig.for_model(**_config(Path(features.vit), beside / Path(features.vit).name))
         vit = AutoModel.from_config(config).to(torch.bfloat16).requires_grad_(False).eval()
-        uses.append(_seen(vit, (1, 3, options.vit_size, options.vit_size), options))
-        widths += [config.hidden_size] * len(options.vit_layers)
-    if options.feature_network in THROUGH_CNN:
+        uses.append(_seen(vit, (1, 3, features.vit_size, features.vit_size), options))
+        widths += [config.hidden_size] * len(features.vit_layers)
+    if features.network in THROUGH_CNN:
         with torch.device("cpu"):  # its widths are found by running it once
-            cnn = CNNFeatures(options.cnn, options.cnn_stages, options.cnn_size)
-        side = options.cnn_size or shown.shape[-1]
+            cnn = CNNFeatures(features.cnn, features.cnn_stages, features.cnn_size)
+        side = features.cnn_size or shown.shape[-1]
         uses.append(_seen(cnn.network.to("meta", torch.bfloat16), (1, 3, side, side), options))
         widths += cnn.widths
-    if options.feature_network in ("tower", "both") and (found := _tower_config(options)):
+    if features.network in ("tower", "both") and (found := _tower_config(features)):
         config = AutoConfig.for_model(**found)
         tower = AutoModel.from_config(config).to(torch.bfloat16).requires_grad_(False).eval()
         side = getattr(config, "image_size", shown.shape[-1])
         uses.append(_seen(tower, (1, config.num_channels, side, side), options))
-        widths += tower_widths(config, options.tower_layers, options.tower)
+        widths += tower_widths(config, features.tower_layers, features.tower)
     return uses, widths
 
 
@@ -167,13 +169,13 @@ def _seen(network: Any, shape: tuple[int, ...], options: Any) -> Use:
         output = network(picture)
         return getattr(output, "last_hidden_state", output)
 
-    forwards = 2 + options.condition_on_image
+    forwards = 2 + options.heads.condition_on_image
     return Use("feature network", _size(network), forwards, 1, _operations(see), _kept(see, network))
 
 
-def _tower_config(options: Any) -> dict[str, Any]:
+def _tower_config(features: FeatureOptions) -> dict[str, Any]:
     """The config of the recipe's image tower; nothing where there is none yet."""
-    folder = Path(options.tower) / "image_tower"
+    folder = Path(features.tower) / "image_tower"
     return _config(folder, folder) if (folder / "config.json").is_file() else {}
 
 
@@ -206,11 +208,11 @@ def _inputs(unet: Any, side: int) -> tuple[Tensor, Condition]:
     """One sample's latents and condition for a UNet."""
     config = unet.config
     text, mask = torch.empty(1, TOKENS, config["cross_attention_dim"]), torch.ones(1, TOKENS, dtype=torch.bool)
-    told = Condition(text, mask).cast(torch.bfloat16)
+    conditioning = Condition(text, mask).cast(torch.bfloat16)
     if config.get("addition_embed_type") == "text_time":
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        told = Condition(text, mask, torch.empty(1, pooled), torch.empty(1, 6)).cast(torch.bfloat16)
-    return torch.empty(1, config["in_channels"], side, side, dtype=torch.bfloat16), told
+        conditioning = Condition(text, mask, torch.empty(1, pooled), torch.empty(1, 6)).cast(torch.bfloat16)
+    return torch.empty(1, config["in_channels"], side, side, dtype=torch.bfloat16), conditioning
 
 
 def _operations(run: Callable[[], Any]) -> float:

@@ -13,9 +13,9 @@ import torch
 from peft import LoraConfig
 
 from onestill import __version__
-from onestill.engine.torch.eager import quiet_libraries
+from onestill.networks.denoiser import copy_with_weights, unet_folder
+from onestill.networks.libraries import quiet_libraries
 from onestill.schedule import NoiseSchedule
-from onestill.train.denoiser import build_like, unet_folder
 from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
 
@@ -65,6 +65,13 @@ def add_lora(unet: Any, rank: int) -> Any:
     return unet
 
 
+def save_averaged(state: TrainState, role: str, folder: Path) -> None:
+    """Write the averaged network of that role, a diffusers model, into `folder`; every process calls it."""
+    averaged = copy_with_weights(state.networks[role], state.shipped(role), torch.device("cpu"))
+    if is_main():
+        averaged.save_pretrained(folder)
+
+
 def export_student(distiller: Any, state: TrainState, folder: Path) -> None:
     """Write the averaged student of a `Distiller` into `folder`.
 
@@ -84,7 +91,7 @@ def export_student(distiller: Any, state: TrainState, folder: Path) -> None:
             # Named here and not at the top: importing pipelines costs seconds, and transformers speaks of torchvision.
             diffusers.StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
     else:
-        student = build_like(distiller.student, weights, torch.device("cpu"))
+        student = copy_with_weights(distiller.student, weights, torch.device("cpu"))
         student.register_to_config(sample_size=distiller.side)
         student.save_pretrained(folder / "unet")
         if index.is_file():
@@ -135,10 +142,10 @@ def _card(distiller: Any, state: TrainState, folder: Path) -> str:
         teacher=options.teacher,
         nimg=state.nimg,
         iteration=state.iteration,
-        guidance=distiller.guidance_told,
+        guidance=distiller.guidance_note,
         bad_steps=state.bad_steps,
         use=use,
-        data=options.data_note or ", ".join(made.get("data", {}).get("shards", [])) or "not told",
+        data=options.data_note or ", ".join(made.get("data", {}).get("shards", [])) or "not stated",
         numbers=json.dumps(json.loads(last[0]), indent=1) if last else "{}",
         recipe=json.dumps(made, indent=1),
     )

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from onestill.checkpoint import written_whole
 from onestill.engine.device import choose, explained, is_auto
@@ -29,7 +29,7 @@ from onestill.errors import OnestillError, RecipeError
 from onestill.train.batches import to_device
 from onestill.train.monitor.log import Log
 from onestill.train.noise import generators
-from onestill.train.optim.step import Batch, Skipped, Update, Updater, decides_itself, rows_at_once, take_turns
+from onestill.train.optim.step import Batch, Objectives, Skipped, Update, decides_itself, optimize, rows_at_once
 from onestill.train.recipe import LoopOptions, Recipe
 from onestill.train.runtime import parallel
 from onestill.train.runtime.compiling import next_iteration
@@ -62,10 +62,12 @@ class Method(Protocol):
 
     `networks` are trained; `averaged` names those with an EMA; `batch` names what the batches hold, a key of
     `batches.COLLATE`; `splits` says that the networks are called by their `forward` alone, as FSDP2 needs.
-    `step` computes losses from one batch and calls `update(name, loss)` once for each optimizer's turn; all its noise
-    comes from `state.draw`. `sheet` draws what a person looks at: uint8 [N, H, W, 3], N captions and, if it likes,
-    numbers for the log. `export` writes the finished networks into a folder. Among several processes, all of them call
-    all of these, and the main one writes.
+    `step` computes losses from one batch. It yields each loss, at most one an optimizer, with the name of the optimizer
+    and what the log shows. What follows the `yield` sees the weights after that optimizer's step. All its noise comes
+    from `state.draw`.
+    `sheet` draws what a person looks at: uint8 [N, H, W, 3], N captions and, if it likes, numbers for the log.
+    `export` writes the finished networks into a folder. Among several processes, all of them call all of these, and
+    the main one writes.
     """
 
     networks: dict[str, nn.Module]
@@ -76,7 +78,7 @@ class Method(Protocol):
 
     def to(self, device: torch.device) -> None: ...
 
-    def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]: ...
+    def step(self, state: TrainState, batch: Batch) -> Objectives: ...
 
     def sheet(
         self, state: TrainState
@@ -105,26 +107,34 @@ def train(recipe: Recipe, method: Method, batches: Batches, *, resume: bool = Fa
     parallel.start(options.device)
     rows_at_once(options, parallel.world())
     device = _device(options)
-    _hurry(device)
-    state = _start(recipe, method, device)
-    _open(recipe, state, batches, resume)
+    _allow_tf32(device)
+    state = _initial_state(recipe, method, device)
+    _resume(recipe, state, batches, resume)
     if is_auto(options.device) and parallel.is_main():
         print(f"loop.device is auto: {explained(str(device))}", file=sys.stderr)
-    iteration = partial(
-        _iteration, method, state, options, _autocast(device, options), _on_device(device, state, options)
-    )
+    autocast, on_device = _autocast(device, options), _on_device(device, state, options)
     skipped = Skipped()
     saved = state.iteration  # what is resumed from is there already
     with Log(out, recipe.name, state, options.iterations) as log, Interrupt() as interrupt:
         while state.iteration < options.iterations and not interrupt.asked(state.iteration):
+            # Take a batch.
             started = time.perf_counter()
             batch = to_device(batches.next(), device)
             waited_s = time.perf_counter() - started
+
+            # Step every optimizer, then move the averages.
             next_iteration(options, device)
-            metrics, bad = iteration(batch)
+            update = Update(state, options, on_device=on_device)
+            metrics = optimize(method.step, state, batch, update, autocast)
+            state.iteration += 1
+            state.nimg += options.batch_size
             state.data = batches.state()
-            skipped.add(bad)
-            log.step(state, metrics, time.perf_counter() - started, waited_s)
+            if update.bad is not True:  # a GPU that skipped a step moves its averages to where the weights still are
+                state.update_ema(options.ema_decay)
+
+            # Report, draw and save, each when it is due.
+            skipped.add(update.bad)
+            log.step(state, {**metrics, **update.norms}, time.perf_counter() - started, waited_s)
             last, in_a_row = state.iteration == options.iterations, 0
             logs, saves = (last or state.iteration % n == 0 for n in (options.log_every, options.checkpoint_every))
             if logs or saves or skipped.known:
@@ -150,26 +160,8 @@ def train(recipe: Recipe, method: Method, batches: Batches, *, resume: bool = Fa
     return state
 
 
-def _iteration(
-    method: Method,
-    state: TrainState,
-    options: LoopOptions,
-    autocast: Callable[[], AbstractContextManager[Any]],
-    on_device: bool,
-    batch: Batch,
-) -> tuple[dict[str, Tensor], bool | Tensor]:
-    """One iteration's metrics, and whether a step of it was skipped; `on_device` leaves that to a tensor."""
-    update = Updater(state, options, on_device=on_device)
-    metrics = take_turns(method.step, state, batch, update, autocast)
-    state.iteration += 1
-    state.nimg += options.batch_size
-    if update.bad is not True:  # a GPU that skipped a step moves its averages to where the weights still are
-        state.update_ema(options.ema_decay)
-    return {**metrics, **update.norms}, update.bad
-
-
 def _autocast(device: torch.device, options: LoopOptions) -> Callable[[], AbstractContextManager[Any]]:
-    # Without the cache of casts, which would hand a network's weights of before its turn to the next turn.
+    # Without the cache of casts, which would hand a network's weights of before its step to the next loss.
     return partial(torch.autocast, device.type, torch.bfloat16, options.precision == "bf16", cache_enabled=False)
 
 
@@ -179,8 +171,8 @@ def _on_device(device: torch.device, state: TrainState, options: LoopOptions) ->
     return device.type == "cuda" and options.parallel != "fsdp" and able
 
 
-def _open(recipe: Recipe, state: TrainState, batches: Batches, resume: bool) -> None:
-    """Go to the run's last checkpoint, where it is to be resumed, and write down its recipe."""
+def _resume(recipe: Recipe, state: TrainState, batches: Batches, resume: bool) -> None:
+    """Load the run's last checkpoint, where it is to be resumed, and write down its recipe."""
     out = Path(recipe.out)
     if parallel.is_main():
         sweep(out / "checkpoints")
@@ -215,14 +207,14 @@ def _device(options: LoopOptions) -> torch.device:
     return torch.device(device)
 
 
-def _hurry(device: torch.device) -> None:
-    """Let a GPU multiply float32 in TF32, of ten bits after the point, and try which convolution is fastest."""
+def _allow_tf32(device: torch.device) -> None:
+    """Let a GPU multiply float32 in TF32, of ten bits after the point, and measure which convolution is fastest."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
 
 
-def _start(recipe: Recipe, method: Method, device: torch.device) -> TrainState:
+def _initial_state(recipe: Recipe, method: Method, device: torch.device) -> TrainState:
     """The state at iteration 0, with networks on their device and shared among the processes."""
     if recipe.loop.parallel == "fsdp" and not method.splits:
         raise RecipeError(f"the method {recipe.method} does not split its networks: set loop.parallel to ddp.")

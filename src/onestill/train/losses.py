@@ -18,7 +18,8 @@ def hinge_discriminator(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tenso
     """Eq. 3 without R1: for each head max(0, 1 - D(x0)) + max(0, 1 + D(x_theta)), the heads' means summed.
 
     Args:
-        real, fake: one tensor of logits for each head, any shape.
+        real: one tensor of logits for each head, any shape.
+        fake: likewise.
     """
     return sum((F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake, strict=True)), torch.zeros(()))
 
@@ -83,13 +84,15 @@ def sds_weight(alpha: Tensor, sigma: Tensor, w: Tensor | float = 1.0) -> Tensor:
 def nfsd_direction(eps_text: Tensor, eps_empty: Tensor, eps_negative: Tensor, t: Tensor, scale: float) -> Tensor:
     """Noise-free score distillation's direction, delta_D + s delta_C (Katzir et al. 2023, arXiv 2310.17590, Eq. 6).
 
-    delta_C = eps(text) - eps(empty) is where the words point; delta_D is what is left of the score when its noise is
+    delta_C = eps(text) - eps(empty) is where the prompt points; delta_D is what is left of the score when its noise is
     taken out: eps(empty) itself while there is little noise, t < 200, and eps(empty) - eps(negative) above.
 
     Args:
-        eps_text, eps_empty, eps_negative: the teacher's noise under the prompt, none, and a prompt of bad quality;
-            [B, ...] each.
-        t: timesteps [B]. scale: s, a usual guidance scale.
+        eps_text: the teacher's noise under the prompt, [B, ...].
+        eps_empty: under the empty prompt.
+        eps_negative: under a prompt of bad quality.
+        t: timesteps [B].
+        scale: s, a usual guidance scale.
     """
     early = (t < 200).view(-1, *[1] * (eps_text.ndim - 1))
     delta_d = torch.where(early, eps_empty, eps_empty - eps_negative)
@@ -172,7 +175,9 @@ def info_nce(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> Tensor
     """Symmetric contrastive loss; pairs with the same caption are no negatives of each other.
 
     Args:
-        image, text: unit embeddings [B, E]. scale: the inverse temperature, a scalar.
+        image: unit embeddings [B, E].
+        text: likewise.
+        scale: the inverse temperature, a scalar.
         same: bool [B, B], true off the diagonal where two captions are equal.
     """
     logits = (scale * image @ text.T).masked_fill(same, float("-inf"))

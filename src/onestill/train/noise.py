@@ -14,24 +14,24 @@ from torch import Tensor
 
 
 class Part:
-    """Which rows of a batch a process holds in one pass: rank, rank + world, ... of the pass's stretch.
+    """Which rows of a batch a process holds in pass `index` of `passes`: rank, rank + world, ... of its stretch.
 
     Readers give rank r the places r, r + world, ... of the data's order, so these rows are the single process's.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1, turn: int = 0, turns: int = 1) -> None:
-        self.rank, self.world, self.turn, self.turns = rank, world, turn, turns
+    def __init__(self, rank: int = 0, world: int = 1, index: int = 0, passes: int = 1) -> None:
+        self.rank, self.world, self.index, self.passes = rank, world, index, passes
 
     @property
     def parts(self) -> int:
         """How many such parts make the batch."""
-        return self.world * self.turns
+        return self.world * self.passes
 
     def of(self, whole: Tensor, count: int) -> Tensor:
         """The `count` rows of this part, of all [parts * count, ...]."""
         if self.parts == 1:
             return whole
-        start = self.turn * count * self.world
+        start = self.index * count * self.world
         return whole[start + self.rank : start + count * self.world : self.world]
 
 
@@ -62,9 +62,9 @@ class Draw:
 
     Args:
         generator: in the same state everywhere; tensors are drawn on its device.
-        part: which rows this process keeps; all of them, unless told.
-        host: on the CPU, for the numbers that Python needs, which no GPU is then asked for; `generator` itself, unless
-            told.
+        part: which rows this process keeps; the default is all of them.
+        host: on the CPU, for the numbers that Python needs, which no GPU is then asked for; the default is
+            `generator` itself.
         device: where tensors are drawn, if not on the generator's device.
     """
 

@@ -25,7 +25,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,12 +34,26 @@ from onestill.errors import RecipeError, near
 METHODS = ("autoencoder", "contrastive", "diffusion", "add", "ladd", "lcm", "decoder")
 COMPILED = ("diffusion", "add", "ladd", "lcm", "decoder")  # others are work enough for a GPU as they are
 
+# What sheets show where the recipe names no prompts: common things, for a model of anything.
+SHEET_PROMPTS = ["a red apple", "a cat", "a house by the sea", "a blue car"]
+
 T = TypeVar("T")
 
 
-def option(default: Any, *, low: float | None = None, high: float | None = None, choices: Sequence[str] = ()) -> Any:
-    """A dataclass field with its allowed range (both ends included) or choices, checked when a recipe is read."""
-    limits = {"low": low, "high": high, "choices": tuple(choices)}
+def option(
+    default: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Sequence[str] = (),
+    was: str = "",
+) -> Any:
+    """A dataclass field with its allowed range (both ends included) or choices, checked when a recipe is read.
+
+    Args:
+        was: another key that it had in the table around its own; the error for that key names the new one.
+    """
+    limits = {"low": low, "high": high, "choices": tuple(choices), "was": was}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=limits)
     return dataclasses.field(default=default, metadata=limits)
@@ -106,20 +120,30 @@ class Recipe:
         return plain
 
     def fingerprint(self) -> str:
-        """What a checkpoint must share with the recipe that resumes it: all but length, place and bookkeeping."""
-        plain = self.resolved()
-        plain.pop("out")
-        free = ("iterations", "device", "log_every", "sheet_every", "checkpoint_every", "keep_checkpoints", "threads")
-        for key in (*free, "max_bad_steps", "compile", "parallel", "accumulate"):
-            plain["loop"].pop(key)
-        for key in ("prefetch", "workers"):
-            plain["data"].pop(key)
-        return json.dumps(plain, sort_keys=True)
+        """What a checkpoint must share with the recipe that resumes it, as JSON."""
+        return json.dumps(binding(self.resolved()), sort_keys=True)
 
     def default_fingerprint(self) -> str:
         """The same with every setting at its default, for checkpoints that are older than a setting."""
         kind = type(self.options)
         return dataclasses.replace(self, data=DataOptions(), loop=LoopOptions(), options=kind()).fingerprint()
+
+
+def binding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a recipe's settings, those that a run keeps for life: all but length, place and bookkeeping."""
+    free = {
+        "loop": ("iterations", "device", "log_every", "sheet_every", "checkpoint_every", "keep_checkpoints", "threads",
+                 "max_bad_steps", "compile", "parallel", "accumulate"),
+        "data": ("prefetch", "workers"),
+        settings.get("method"): ("sheet_prompts",),
+    }  # fmt: skip
+    return {
+        key: {name: one for name, one in value.items() if name not in free.get(key, ())}
+        if isinstance(value, Mapping)
+        else value
+        for key, value in settings.items()
+        if key != "out"
+    }
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -177,7 +201,9 @@ def fill(kind: type[T], values: Any, where: str) -> T:
         raise RecipeError(f"'{where}' must be a table: write [{where}] on a line of its own.")
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(kind)
-    for key in values:
+    for key, value in values.items():
+        if (inner := _inner_key(kind, key, fields)) and not isinstance(value, Mapping):
+            raise RecipeError(f"the key '{where}.{key}' belongs in a table: write '{where}.{inner}'.")
         if key not in fields:
             raise RecipeError(f"unknown key '{where}.{key}'.{near(key, fields)} It may be one of {', '.join(fields)}.")
     made = {key: _checked(f"{where}.{key}", value, hints[key], fields[key].metadata) for key, value in values.items()}
@@ -186,6 +212,15 @@ def fill(kind: type[T], values: Any, where: str) -> T:
     except TypeError as error:
         missing = [n for n, f in fields.items() if n not in made and _required(f)]
         raise RecipeError(f"'{where}' lacks {', '.join(missing) or error}.") from error
+
+
+def _inner_key(kind: Any, key: str, own: Collection[str]) -> str:
+    """Where in a table of `kind` a key stands that is not, or no longer, one of its `own`: "table.key", or ""."""
+    for table, hint in typing.get_type_hints(kind).items():
+        for field in dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ():
+            if field.metadata.get("was") == key or (field.name == key and key not in own):
+                return f"{table}.{field.name}"
+    return ""
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:

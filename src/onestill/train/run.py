@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import transformers
 
 from onestill.engine.device import checked_name
 from onestill.errors import DataError
+from onestill.networks.denoiser import unet_folder
 from onestill.train.batches import COLLATE, Reader, SampleBatches
-from onestill.train.denoiser import unet_folder
 from onestill.train.estimate import estimate
 from onestill.train.loop import train
 from onestill.train.methods.distiller import DistilOptions
@@ -60,7 +61,7 @@ def train_recipe(
             reader(recipe.data, (rank, world))
         except DataError as error:  # a plan may be older than its data
             plan["missing"] = str(error)
-        say(json.dumps(plan, indent=1))
+        say(printed(plan))
         return None
     module = importlib.import_module(f"onestill.train.methods.{recipe.method}")
     method = module.Method(recipe.options, recipe.loop)
@@ -68,6 +69,17 @@ def train_recipe(
     pin = recipe.loop.device.startswith("cuda")
     batches = SampleBatches(samples, COLLATE[method.batch], rows, recipe.data.prefetch, pin=pin)
     return train(recipe, method, batches, resume=resume)
+
+
+def printed(plan: Mapping[str, Any]) -> str:
+    """A plan as JSON whose lists stand on one line each where they fit."""
+    text = json.dumps(plan, indent=2)
+
+    def on_one_line(found: re.Match[str]) -> str:
+        line = "[" + re.sub(r",\n\s*", ", ", found[1].strip()) + "]"
+        return line if len(line) <= 100 else found[0]
+
+    return re.sub(r"\[\n([^\[\]{}]*?)\n\s*\]", on_one_line, text)
 
 
 def _plan(recipe: Recipe, folder: Path, devices: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from onestill.errors import CheckpointError, OutputError, RecipeError
 from onestill.train.noise import Draw, Part, restore
+from onestill.train.recipe import binding
 from onestill.train.runtime.parallel import gathered, is_main, like, local, wait, whole
 
 STATE_FILE = "state.json"
@@ -191,7 +192,8 @@ def load_checkpoint(state: TrainState, folder: Path, fingerprint: str, defaults:
     """
     try:
         saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        changed = list(_changed(_filled(json.loads(saved["recipe"]), json.loads(defaults)), json.loads(fingerprint)))
+        settings = _filled(binding(json.loads(saved["recipe"])), json.loads(defaults))
+        changed = list(_changed(settings, json.loads(fingerprint)))
         if changed:
             raise RecipeError(
                 f"the checkpoint {folder} comes from another recipe ({', '.join(changed)} differ): "

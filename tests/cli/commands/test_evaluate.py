@@ -40,7 +40,10 @@ def exported(tiny_folder: Path, folder: Path) -> Path:
 
 
 def figures() -> dict[str, float]:
-    return {one["name"]: one["fid"]["value"] for one in json.loads(Path("out/report.json").read_text())["results"]}
+    return {
+        one["name"]: one["frechet_distance"]["value"]
+        for one in json.loads(Path("out/report.json").read_text())["results"]
+    }
 
 
 def test_a_model_trained_on_is_drawn_again(asked: list[str], tiny_folder: Path) -> None:

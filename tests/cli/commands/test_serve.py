@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from onestill.cli.commands.serve import Hooks, built, is_loopback, opened_access, parse_daily
+from onestill.cli.commands.serve import Hooks, built, is_loopback, opened_access
+from onestill.cli.options import parse_daily
 from onestill.errors import OnestillError
 from onestill.serve.queue.scheduler import Limits
-from onestill.serve.web.state import Settings
+from onestill.serve.web.server import Settings
 
 Refused = Callable[..., str]
 

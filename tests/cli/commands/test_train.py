@@ -1,17 +1,14 @@
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from onestill.cli import main
-from onestill.data import ShardWriter
+from tests.train.small import write_noise_shards
 
 Refused = Callable[..., str]
 
@@ -43,12 +40,7 @@ discriminator_width = 8
 @pytest.fixture
 def recipe(here: Path) -> Path:
     """A recipe of four iterations, and shards of noise for it."""
-    draw = np.random.default_rng(0)
-    with ShardWriter(here / "shards") as writer:
-        for i in range(6):
-            file = io.BytesIO()
-            Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
-            writer.write(f"noise-{i}", file.getvalue(), "noise", {}, suffix="png")
+    write_noise_shards(here / "shards")
     path = here / "tiny.toml"
     path.write_text(RECIPE)
     return path

@@ -40,8 +40,12 @@ batch_size = 2
 teacher = "parts/model"
 autoencoder = ""
 text_encoder = ""
-feature_network = "teacher"
-head_width = 8
+
+[add.features]
+network = "teacher"
+
+[add.heads]
+width = 8
 """
 
 
@@ -178,15 +182,17 @@ def test_parts_that_do_not_fit(refused: Refused, distil: Path, here: Path) -> No
     def said(*sets: str) -> str:
         return refused("train", distil, "--dry-run", *[part for one in sets for part in ("--set", f"add.{one}")])
 
-    tower = ("feature_network=tower", "tower_layers=[0]")
-    assert "trained on latents of 4 channels" in said(*tower, "tower=parts/latents", "adversarial_space=pixels")
-    assert "trained on pixels of 3 channels" in said(*tower, "tower=parts/pixels")
-    assert "head_width must be a multiple of 8" in said("head_width=100")
+    tower = ("features.network=tower", "features.tower_layers=[0]")
+    assert "trained on latents of 4 channels" in said(
+        *tower, "features.tower=parts/latents", "discriminator_input.space=pixels"
+    )
+    assert "trained on pixels of 3 channels" in said(*tower, "features.tower=parts/pixels")
+    assert "heads.width must be a multiple of 8" in said("heads.width=100")
     shutil.copytree("parts/model/text_encoder", "words")
     assert "holds no whole tokenizer" in said("text_encoder=words")
-    distil.write_text(DISTIL.replace('method = "add"', 'method = "ladd"').replace("[add]", "[ladd]"))
-    zeros = ("--set", "ladd.warm_timestep_weights=[0,0,0,0]")
-    assert "warm_timestep_weights are all zero" in refused("train", distil, *zeros)
+    distil.write_text(DISTIL.replace('method = "add"', 'method = "ladd"').replace("[add", "[ladd"))
+    zeros = ("--set", "ladd.student_input.warm_weights=[0,0,0,0]")
+    assert "warm_weights are all zero" in refused("train", distil, *zeros)
 
 
 def test_autoencoders_that_do_not_fit_together(refused: Refused, small: Path) -> None:

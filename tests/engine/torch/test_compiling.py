@@ -64,7 +64,7 @@ def test_a_gpu_has_channels_last_where_all_is_compiled(xl: Path, options: TorchO
     info = describe(xl)
     networks = Networks(info, load_components(info))
     prepared(networks, options, on_gpu=True)
-    for weight in (networks.unet.conv_in.weight, networks.decoder.decoder.conv_in.weight):
+    for weight in (networks.unet.conv_in.weight, networks.latent_space.decoder.decoder.conv_in.weight):
         assert weight.is_contiguous(memory_format=torch.channels_last) == expected
 
 
@@ -73,7 +73,7 @@ def test_cudnn_measures_while_it_draws_and_not_after(xl: Path) -> None:
     for wanted in (True, False):
         pipe = load(xl, engine="torch", options=TorchOptions(cudnn_benchmark=wanted))
         engine: Any = pipe.engine
-        for module in (engine._networks.unet.conv_in, engine._networks.decoder.decoder.conv_in):
+        for module in (engine._networks.unet.conv_in, engine._networks.latent_space.decoder.decoder.conv_in):
             module.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.benchmark))
         pipe("a red apple", seed=1)
         assert not torch.backends.cudnn.benchmark

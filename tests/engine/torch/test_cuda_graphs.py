@@ -233,8 +233,8 @@ def test_an_overflow_is_decoded_again_from_latents_that_are_whole(xl: Path) -> N
     graphed, slow = Graphed(xl), load(xl, engine="torch")
     for pipe in (graphed.pipe, slow):
         engine: Any = pipe.engine
-        engine._networks.decoder.to(torch.float16)
-        engine._networks.decoder.decoder.conv_in.weight *= 1e4
+        engine._networks.latent_space.decoder.to(torch.float16)
+        engine._networks.latent_space.decoder.decoder.conv_in.weight *= 1e4
     pictures = []
     for pipe in (slow, graphed.pipe, graphed.pipe):  # the second time by graphs
         with pytest.warns(RuntimeWarning, match=r"decoded in float32"):
@@ -251,7 +251,7 @@ def test_out_of_memory_gives_all_graphs_back_and_the_engine_works_on(xl: Path, m
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(graphed.engine._networks, "image", image)
+        patch.setattr(graphed.engine._networks.latent_space, "decode", image)
         with pytest.raises(NotEnoughMemoryError, match="draw 2 pictures of 64x64"):
             levels(graphed.pipe, ["a red apple", "a star"])
     assert graphed.graphs == (0, 0, 0)

@@ -50,7 +50,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     networks = engine._networks
     prepared(networks, TorchOptions(), on_gpu=True)
     with pytest.MonkeyPatch.context() as patch, pretended_gpu(patch):
-        for module in (networks.unet, networks.vae, *networks.text_encoders):
+        for module in (networks.unet, networks.latent_space.autoencoder, *networks.text_encoder.towers):
             moved(module)
     pooled = None if found.pooled is None else found.pooled.shape[1:]
     return Pretended(engine.info, networks, found.states.shape[1:], pooled)
@@ -117,7 +117,11 @@ def test_latents_are_decoded_on_the_device_alone(model: Pretended, size: int, mo
 
 def test_a_tiny_decoder_is_captured_too(model: Pretended, monkeypatch: pytest.MonkeyPatch) -> None:
     with pretended_gpu(monkeypatch):
-        parts = {"unet": model.networks.unet, "vae": model.networks.vae, "tiny_vae": moved(tiny_autoencoder())}
+        parts = {
+            "unet": model.networks.unet,
+            "vae": model.networks.latent_space.autoencoder,
+            "tiny_vae": moved(tiny_autoencoder()),
+        }
         latents = random(1, *model.info.latent_shape)
         with Recording():
             pictures, is_whole = decode_latents(Networks(model.info, parts), latents)
@@ -133,7 +137,7 @@ def test_a_network_that_embeds_guidance_is_given_it_on_the_device(
     assert unet.config.time_cond_proj_dim == 32
     info, dtype = model.info, torch.float16
     with pretended_gpu(monkeypatch):
-        networks = Networks(info, {"unet": moved(unet), "vae": model.networks.vae})
+        networks = Networks(info, {"unet": moved(unet), "vae": model.networks.latent_space.autoencoder})
         inputs = (
             random(1, 5),
             random(),
@@ -194,8 +198,9 @@ def test_a_fault_in_a_network_is_found(model: Pretended, monkeypatch: pytest.Mon
     def reads_back(latents: Tensor) -> Tensor:
         return latents / latents.abs().max().item()
 
-    image = model.networks.image
-    monkeypatch.setattr(model.networks, "image", lambda latents: image(reads_back(latents)))
+    space = model.networks.latent_space
+    decode = space.decode
+    monkeypatch.setattr(space, "decode", lambda latents: decode(reads_back(latents)))
     with pretended_gpu(monkeypatch):
         latents = random(1, *model.info.latent_shape)
         with Recording(), pytest.raises(Unrecordable, match="reads numbers back"):

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +8,18 @@ import pytest
 from fastapi.routing import APIRoute, APIWebSocketRoute
 from websockets.exceptions import ConnectionClosed
 
-from onestill.errors import OnestillError
 from onestill.pipeline import Pipeline
 from onestill.serve.access import quota as access_module
+from onestill.serve.access.keys import new_key
 from onestill.serve.access.ledger import Ledger
-from onestill.serve.access.quota import COOKIE, Access, Key, hash_of, new_key, read_keys
+from onestill.serve.access.quota import COOKIE, Access
 from onestill.serve.web.app import create_app
-from onestill.serve.web.state import Server, Settings
+from onestill.serve.web.server import Server, Settings
 from tests.serve.client import Answer, Served, answer_on, cookie_of, serving
-from tests.serve.web.test_images import png
+from tests.serve.pictures import png
 
 OPEN = {"/", "/web/{name}", "/v1/models", "/v1/models/{name}", "/healthz", "/readyz", "/metrics", "/openapi.json"}
 DAY = "2026-11-24"
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'serve.db'}"
-
-
-@pytest.fixture
-def ledger(url: str) -> Iterator[Ledger]:
-    found = Ledger(url)
-    yield found
-    found.close()
 
 
 # --- every route, from the route table --------------------------------------------------------------------------------
@@ -132,7 +118,7 @@ def test_every_drawing_route_over_its_limit(tiny_pipe: Pipeline, ledger: Ledger)
 def test_a_key_that_is_revoked_ends_its_live_connection(
     tiny_pipe: Pipeline, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access_module, "KEY_REMEMBERED_S", 0.0)
+    monkeypatch.setattr(access_module, "KEY_CACHE_S", 0.0)
     key_id, key = ledger.add_key("me", None)
     headers = {"authorization": f"Bearer {key}"}
     access = Access(ledger=ledger, trial=0)
@@ -231,102 +217,3 @@ def test_addresses_are_not_kept(tiny_pipe: Pipeline, url: str, tmp_path: Path) -
 )
 def test_a_household_of_ipv6_is_one_address(one: str, other: str, same: bool) -> None:
     assert (access_module.network(one) == access_module.network(other)) is same
-
-
-# --- the ledger -------------------------------------------------------------------------------------------------------
-
-
-def test_what_is_counted_survives_a_restart(url: str) -> None:
-    ledger = Ledger(url)
-    key_id, key = ledger.add_key("me", 5)
-    secret = ledger.secret()
-    assert ledger.spend([(f"key:{key_id}", 5)], 4, DAY)
-    ledger.close()
-    again = Ledger(url)
-    found = again.find_key(key_id)
-    assert found == Key(key_id, "me", hash_of(key), 5)
-    assert again.used([f"key:{key_id}"], DAY) == {f"key:{key_id}": 4}
-    assert again.secret() == secret
-    assert not again.spend([(f"key:{key_id}", 5)], 2, DAY)
-    assert again.spend([(f"key:{key_id}", 5)], 1, DAY)
-    again.close()
-
-
-def test_all_accounts_are_counted_or_none(ledger: Ledger) -> None:
-    assert ledger.spend([("a", 9), ("b", 2)], 2, DAY)
-    assert not ledger.spend([("a", 9), ("b", 2)], 1, DAY)
-    assert not ledger.spend([("c", 1)], 2, DAY)
-    assert ledger.used(["a", "b", "c"], DAY) == {"a": 2, "b": 2}
-
-
-def test_two_servers_on_one_database_never_take_the_last_twice(url: str) -> None:
-    ledgers = [Ledger(url), Ledger(url)]
-    taken: list[bool] = []
-
-    def take(ledger: Ledger) -> None:
-        for _ in range(30):
-            taken.append(ledger.spend([("a", 40)], 1, DAY))
-
-    threads = [threading.Thread(target=take, args=(ledger,)) for ledger in ledgers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sum(taken) == 40
-    assert ledgers[0].used(["a"], DAY) == {"a": 40}
-    for ledger in ledgers:
-        ledger.close()
-
-
-def test_keys_are_hashed_at_rest_and_the_file_is_its_owners(url: str, tmp_path: Path) -> None:
-    ledger = Ledger(url)
-    key = ledger.add_key("me", None)[1]
-    ledger.close()
-    assert key.rsplit("-", 1)[1].encode() not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
-    assert (tmp_path / "serve.db").stat().st_mode & 0o077 == 0
-
-
-def test_a_database_that_breaks_is_503(tiny_pipe: Pipeline, url: str, tmp_path: Path) -> None:
-    ledger = Ledger(url)
-    with serving(tiny_pipe, access=Access(ledger=ledger, trial=5)) as served:
-        assert served.draw().status == 200
-        ledger.close()
-        for file in tmp_path.iterdir():
-            file.unlink()
-        (tmp_path / "serve.db").write_bytes(b"not a database at all" * 100)
-        answer = served.draw()
-        assert (answer.status, answer.error["code"]) == (503, "ledger_unavailable")
-        assert "retry-after" in answer.headers
-        headers = {"authorization": f"Bearer {new_key()[1]}"}
-        with served.live(ready=False, additional_headers=headers) as socket:
-            assert answer_on(socket)[0]["error"]["code"] == "ledger_unavailable"
-            with pytest.raises(ConnectionClosed) as closed:
-                socket.recv(timeout=20)
-            assert closed.value.rcvd is not None
-            assert closed.value.rcvd.code == 1013
-
-
-@pytest.mark.parametrize("wrong", ["nonsense", "mysql://a@b/c", "sqlite:////no/such/folder/x.db", "://"])
-def test_a_database_that_is_none(wrong: str) -> None:
-    with pytest.raises(OnestillError, match=r"database|supported"):
-        Ledger(wrong)
-
-
-# --- keys in a file ---------------------------------------------------------------------------------------------------
-
-
-def test_keys_in_a_file_need_no_database(tiny_pipe: Pipeline, tmp_path: Path, capsys: Any) -> None:
-    from onestill.cli import main
-
-    path = tmp_path / "keys.txt"
-    assert main(["keys", "new", "Ada Lovelace", "--keys", str(path)]) == 0
-    key = capsys.readouterr().out.strip()
-    assert key not in path.read_text()
-    assert path.stat().st_mode & 0o077 == 0
-    with serving(tiny_pipe, access=Access(read_keys(path), trial=0)) as served:
-        assert served.draw().status == 401
-        body = {"prompt": "a"}
-        assert served.ask("POST", "/v1/images/generations", body, {"authorization": f"Bearer {key}"}).status == 200
-    (tmp_path / "bad.txt").write_text("os-12345678-nothashed\n")
-    with pytest.raises(OnestillError, match="Line 1"):
-        read_keys(tmp_path / "bad.txt")

@@ -1,126 +1,172 @@
-"""Two servers, one PostgreSQL and the real proxy, as in `deploy/compose.yaml`; one of the servers is killed."""
+"""The proxy: a server behind it is killed, another comes in its place, and no client loses anything."""
 
 from __future__ import annotations
 
 import http.client
 import json
 import signal
+import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from benchmarks.serve.server import Process, running
-from onestill.serve.access.ledger import Ledger
-from tests.serve.nginx import nginx
-from tests.serve.postgres import postgres
+from benchmarks.serve.server import running
+from onestill.pipeline import Pipeline
+from onestill.serve.cluster.proxy import Proxy
+from onestill.serve.cluster.upstream import Upstream
+from onestill.serve.run import listen, make_proxy_server
+from onestill.serve.web.guard import Guard
+from onestill.serve.web.requests import Bounds
+from onestill.serve.web.server import Settings
+from tests.serve.client import Served, answer_on, serving
+from tests.serve.pictures import png
 
-pytest.importorskip("psycopg", reason="the extra [postgres] is not installed")
-pytestmark = pytest.mark.slow
-CLIENTS = 10  # so many that both servers have some
-
-
-def until(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+PROOF = "proof"
 
 
-class Stack:
-    """What compose would start; see the module."""
-
-    def __init__(self, stack: ExitStack, model: Path) -> None:
-        url = stack.enter_context(postgres())
-        self.ledger = Ledger(url)
-        stack.callback(self.ledger.close)
-        self.key_id, self.key = self.ledger.add_key("load", 10_000)
-        options = ["--model", str(model), "--threads", "1", "--database", url, "--trust-proxy", "127.0.0.1"]
-        self.servers = [stack.enter_context(running(options)) for _ in range(2)]
-        self.port = stack.enter_context(nginx(*(f"{one.host}:{one.port}" for one in self.servers)))
-
-    def ask(self, method: str, path: str, body: Any = None, source: int = 2, **headers: str) -> tuple[int, bytes]:
-        """One request from an address of its own, tried once."""
-        connection = http.client.HTTPConnection(
-            "127.0.0.1", self.port, timeout=120, source_address=(f"127.0.0.{source}", 0)
-        )
+@contextmanager
+def proxied(port: int, patience_s: float = 60.0) -> Iterator[Served]:
+    """A proxy before whatever listens at a port."""
+    bounds = Bounds()
+    proxy = Proxy(Upstream("127.0.0.1", port, PROOF, bounds.message, patience_s))
+    with listen("127.0.0.1", 0) as bound:
+        started = threading.Event()
+        server = make_proxy_server(Guard(proxy, (), (), bounds.body), bounds.message, ready=started.set)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        assert started.wait(20)
+        found = Served.__new__(Served)
+        found.port = bound.getsockname()[1]
         try:
-            data = None if body is None else json.dumps(body).encode()
-            more = {"authorization": f"Bearer {self.key}", "content-type": "application/json"}
-            connection.request(method, path, data, {**more, **headers})
-            answer = connection.getresponse()
-            return answer.status, answer.read()
+            yield found
         finally:
-            connection.close()
-
-    def draw(self, source: int) -> int:
-        return self.ask("POST", "/v1/images/generations", {"prompt": "a", "num_inference_steps": 4}, source)[0]
-
-    def drawn(self, server: Process) -> float:
-        return server.metrics().get('onestill_scheduler_total{event="drawn"}', 0.0)
+            server.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive()
 
 
-def test_a_server_is_killed_behind_the_proxy_and_nothing_is_lost(tiny_folder: Path) -> None:
-    with ExitStack() as opened:
-        stack = Stack(opened, tiny_folder)
-        first, second = stack.servers
-        before = [stack.drawn(one) for one in stack.servers]
-        for _ in range(3):
-            assert stack.draw(2) == 200
-        assert sorted(stack.drawn(one) - old for one, old in zip(stack.servers, before, strict=True)) == [
-            0,
-            3,
-        ]  # sticky
-        statuses: Counter[int] = Counter()
-        ended = threading.Event()
-
-        def draw(source: int) -> None:
-            while not ended.is_set():
-                statuses[stack.draw(source)] += 1
-
-        threads = [threading.Thread(target=draw, args=(source,)) for source in range(2, 2 + CLIENTS)]
-        for thread in threads:
-            thread.start()
-        until(lambda: min(map(stack.drawn, stack.servers)) >= 4)
-        first.stop(signal.SIGKILL)
-        enough = sum(statuses.values()) + 4 * CLIENTS
-        until(lambda: sum(statuses.values()) >= enough)
-        assert stack.ask("GET", "/")[0] == 200  # the page stays up
-        ended.set()
-        for thread in threads:
-            thread.join(120)
-        assert set(statuses) == {200}
-        counted = {row["id"]: row for row in stack.ledger.list_keys()}[stack.key_id]["today"]
-        # What was under way may have been counted by the one that died, and was again by the one that drew it.
-        assert 0 <= counted - statuses[200] - 3 <= CLIENTS
-        assert second.stop(signal.SIGTERM)[0] == 0
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
 
 
-def test_a_socket_goes_to_the_other_server(tiny_folder: Path) -> None:
-    with ExitStack() as opened:
-        stack = Stack(opened, tiny_folder)
-        headers = {"authorization": f"Bearer {stack.key}"}
-        place = f"ws://127.0.0.1:{stack.port}/v1/realtime"
+def test_what_goes_through_is_what_would_have_come(tiny_pipe: Pipeline) -> None:
+    with serving(tiny_pipe) as served, proxied(served.port) as proxy:
+        for path in ("/", "/web/page.js", "/v1/models", "/healthz", "/openapi.json", "/nowhere", "/v1/models/x"):
+            alone, through = served.ask("GET", path), proxy.ask("GET", path)
+            assert (through.status, through.body) == (alone.status, alone.body), path
+            assert through.headers["content-security-policy"] == alone.headers["content-security-policy"]
+        drawn, again = proxy.draw(seed=3), served.draw(seed=3)
+        assert drawn.json["data"] == again.json["data"]
+        assert proxy.edit(png(), seed="3").status == 200
+        assert proxy.draw(n=11).error["code"] == "invalid_value"
+        events = proxy.draw(n=3, seed=1, stream=True)
+        assert events.headers["content-type"].startswith("text/event-stream")
+        assert events.body.count(b"event: image_generation.completed") == 3
+        assert events.body.endswith(b"data: [DONE]\n\n")
+        evil = {"origin": "https://evil.example"}
+        assert proxy.ask("POST", "/v1/images/generations", {"prompt": "a"}, evil).status == 403
+        assert proxy.ask("GET", "/", headers={"host": "evil.example"}).status == 403
+        with proxy.live(subprotocols=["onestill.v1"]) as live:
+            assert live.subprotocol == "onestill.v1"
+            for name in range(3):
+                live.send(json.dumps({"id": name, "prompt": "a", "seed": name}))
+                header, data = answer_on(live)
+                assert (header["type"], header["id"], header["seed"]) == ("image", name, name)
+                assert data.startswith(b"\xff\xd8")
+            live.send("{")
+            assert answer_on(live)[0]["error"]["code"] == "invalid_body"
+        with (
+            pytest.raises((ConnectionClosed, InvalidStatus)),
+            connect(f"ws://127.0.0.1:{proxy.port}/v1/nothing", proxy=None) as live,
+        ):
+            live.recv(timeout=20)
 
-        def draw() -> None:
-            socket.send('{"id": 1, "prompt": "a"}')
-            assert isinstance(socket.recv(timeout=60), bytes)
 
-        with connect(place, additional_headers=headers, compression=None, proxy=None) as socket:
-            assert json.loads(socket.recv(timeout=60))["type"] == "ready"
-            draw()
-            holder = next(one for one in stack.servers if one.metrics()["onestill_live_connections"])
-            holder.stop(signal.SIGKILL)
-            with pytest.raises(ConnectionClosed):
-                socket.recv(timeout=60)
-        # As the page does, which then asks for its newest words again.
-        with connect(place, additional_headers=headers, compression=None, proxy=None) as socket:
-            assert json.loads(socket.recv(timeout=60))["type"] == "ready"
-            draw()
+def test_one_request_is_one_picture_however_often_it_is_asked(served: Served) -> None:
+    headers = {"x-request-id": "abc"}
+    one, two = (served.ask("POST", "/v1/images/generations", {"prompt": "a"}, headers).json["data"] for _ in range(2))
+    assert one == two
+    assert served.draw().json["data"] != one
+    assert served.ask("POST", "/v1/images/generations", {"prompt": "a", "seed": 1}, headers).json["data"] != one
+
+
+def test_a_request_that_fails_is_asked_once(tiny_pipe: Pipeline) -> None:
+    asked: list[int] = []
+
+    def broken(images: Any) -> list[bool]:
+        asked.append(len(images))
+        raise RuntimeError
+
+    with serving(tiny_pipe, Settings(image_filter=broken)) as served, proxied(served.port, patience_s=2) as proxy:
+        answer = proxy.draw()
+        assert (answer.status, answer.error["code"]) == (500, "server_fault")
+        assert asked == [1]
+
+
+def test_nobody_answers(tiny_pipe: Pipeline) -> None:
+    with proxied(free_port(), patience_s=0.3) as proxy:
+        answer = proxy.draw()
+        assert (answer.status, answer.error["code"]) == (503, "closing")
+        assert "retry-after" in answer.headers
+        with pytest.raises((ConnectionClosed, InvalidStatus)), proxy.live():
+            pass
+
+
+@pytest.mark.slow
+def test_a_server_is_killed_and_nothing_accepted_is_lost(tiny_folder: Path) -> None:
+    port = free_port()
+    options = ["--model", str(tiny_folder), "--threads", "1", "--port", str(port)]
+    statuses: Counter[int] = Counter()
+    ended = threading.Event()
+
+    def draw(proxy: Served) -> None:
+        """No client tries anything twice."""
+        while not ended.is_set():
+            statuses[proxy.draw(num_inference_steps=4).status] += 1
+
+    def stream(proxy: Served, found: list[Any], seen: threading.Event) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=120)
+        body = json.dumps({"prompt": "a", "n": 10, "num_inference_steps": 50, "stream": True})
+        connection.request("POST", "/v1/images/generations", body, {"content-type": "application/json"})
+        for line in connection.getresponse():
+            if line.startswith(b"data: {"):
+                found.append(json.loads(line[6:]))
+                seen.set()
+            elif line.startswith(b"data: [DONE]"):
+                found.append("done")
+        connection.close()
+
+    with proxied(port) as proxy, running(options) as first:
+        threads = [threading.Thread(target=draw, args=(proxy,)) for _ in range(3)]
+        found: list[Any] = []
+        seen = threading.Event()
+        threads.append(threading.Thread(target=stream, args=(proxy, found, seen)))
+        with proxy.live() as live:
+            for name in range(3):
+                live.send(json.dumps({"id": name, "prompt": "a", "num_inference_steps": 50}))
+            for thread in threads:
+                thread.start()
+            assert seen.wait(60)
+            first.stop(signal.SIGKILL)
+            live.send(json.dumps({"id": 3, "prompt": "the last words", "seed": 5}))
+            with running(options):
+                answers = [answer_on(live)[0] for _ in range(4)]
+                time.sleep(1)
+                ended.set()
+                for thread in threads:
+                    thread.join(120)
+    assert sorted(answer["id"] for answer in answers) == [0, 1, 2, 3]
+    assert (answers[-1]["id"], answers[-1]["type"], answers[-1]["seed"]) == (3, "image", 5)
+    assert set(statuses) == {200}
+    assert found[-1] == "done"
+    seeds = [event["seed"] for event in found[:-1]]
+    assert sorted(seeds) == list(range(min(seeds), min(seeds) + 10))  # each once, the killed server's too

@@ -8,7 +8,6 @@ import threading
 import urllib.error
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -63,24 +62,3 @@ def test_two_replicas_share_keys_and_counts_and_one_may_die(tiny_folder: Path) -
             assert counted - statuses[200] <= len(threads)
             assert ledger.revoke_key(key_id)
         ledger.close()
-
-
-def test_the_ledger_on_postgresql(tmp_path: Path) -> None:
-    with postgres() as url:
-        ledgers = [Ledger(url), Ledger(url)]
-        taken: list[Any] = []
-
-        def take(ledger: Ledger) -> None:
-            for _ in range(30):
-                taken.append(ledger.spend([("a", 40), ("b", 1000)], 1, "2026-11-24"))
-
-        threads = [threading.Thread(target=take, args=(ledger,)) for ledger in ledgers]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert sum(taken) == 40
-        assert ledgers[0].used(["a", "b"], "2026-11-24") == {"a": 40, "b": 40}
-        assert ledgers[0].secret() == ledgers[1].secret()
-        for ledger in ledgers:
-            ledger.close()

@@ -13,7 +13,8 @@ import pytest
 
 from onestill.errors import StepsError
 from onestill.pipeline import Pipeline
-from onestill.serve.queue.jobs import Busy, Closing, EngineFault, Job, Superseded, TooLate
+from onestill.serve.errors import Busy, Closing, EngineFault, Superseded, TooLate
+from onestill.serve.queue.jobs import Job
 from onestill.serve.queue.scheduler import Limits, Scheduler
 from tests.serve.conftest import Gated
 

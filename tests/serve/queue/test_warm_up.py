@@ -31,8 +31,10 @@ def test_torch_draws_every_number_that_a_call_may_have(tiny_folder: Path, most: 
     engine: Any = pipe.engine
     encoded: list[int] = []
     decoded: list[int] = []
-    engine._networks.text_encoders[0].register_forward_hook(lambda _, inputs, output: encoded.append(len(inputs[0])))
-    engine._networks.decoder.post_quant_conv.register_forward_hook(
+    engine._networks.text_encoder.towers[0].register_forward_hook(
+        lambda _, inputs, output: encoded.append(len(inputs[0]))
+    )
+    engine._networks.latent_space.decoder.post_quant_conv.register_forward_hook(
         lambda _, inputs, out: decoded.append(len(inputs[0]))
     )
     warm_up(pipe, most, said.append)
@@ -44,7 +46,7 @@ def test_a_scheduler_calls_for_no_more_than_was_warmed(tiny_folder: Path) -> Non
     pipe = load(tiny_folder, engine="torch")
     engine: Any = pipe.engine
     decoded: list[int] = []
-    engine._networks.decoder.post_quant_conv.register_forward_hook(
+    engine._networks.latent_space.decoder.post_quant_conv.register_forward_hook(
         lambda _, inputs, out: decoded.append(len(inputs[0]))
     )
     scheduler = Scheduler(pipe, Limits(batch=4))

@@ -20,7 +20,7 @@ from onestill.serve.access.ledger import Ledger
 from onestill.serve.access.quota import Access
 from onestill.serve.gallery.store import Gallery, Rules
 from tests.serve.client import Served, serving
-from tests.serve.web.test_images import png
+from tests.serve.pictures import png
 
 PATHS = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
 

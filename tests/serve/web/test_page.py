@@ -180,7 +180,7 @@ def test_a_picture_that_takes_longer_than_the_pause_is_kept_too(browser: Any, ga
 
 
 def test_a_key_is_asked_for_and_kept(browser: Any, tiny_pipe: Pipeline) -> None:
-    from onestill.serve.access.quota import Key, hash_of, new_key
+    from onestill.serve.access.keys import Key, hash_of, new_key
 
     key_id, key = new_key()
     with serving(tiny_pipe, access=Access({key_id: Key(key_id, "me", hash_of(key))}, trial=0)) as served:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from onestill.pipeline import Pipeline
+from onestill.serve.access.keys import Key, hash_of, new_key
 from onestill.serve.access.ledger import Ledger
-from onestill.serve.access.quota import Access, Key, hash_of, new_key
+from onestill.serve.access.quota import Access
 from onestill.serve.web.requests import Bounds
-from onestill.serve.web.state import Settings
+from onestill.serve.web.server import Settings
 from tests.serve.client import serving
 from tests.serve.conftest import Gated
 from tests.serve.web import test_page

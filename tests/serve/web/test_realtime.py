@@ -14,14 +14,15 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from onestill.pipeline import Pipeline
 from onestill.serve.access.quota import Access
+from onestill.serve.errors import ApiError
 from onestill.serve.queue.scheduler import Limits
-from onestill.serve.web.errors import ApiError
-from onestill.serve.web.realtime import converse, packed, unpacked
+from onestill.serve.web.messages import pack
+from onestill.serve.web.realtime import converse
 from onestill.serve.web.requests import Bounds
-from onestill.serve.web.state import Server, Settings
+from onestill.serve.web.server import Server, Settings
 from tests.serve.client import Served, answer_on, serving
 from tests.serve.conftest import Gated
-from tests.serve.web.test_images import bomb, png
+from tests.serve.pictures import bomb, png
 
 
 def ask(socket: Any, name: int, prompt: str = "a red apple", **fields: Any) -> None:
@@ -65,13 +66,13 @@ def test_a_binary_message_brings_the_picture_to_start_from(served: Served) -> No
         answers = []
         for name, colour in enumerate(("red", "blue")):
             socket.send(
-                packed({"id": name, "prompt": "a", "seed": 1, "strength": 0.2, "format": "png"}, png(colour=colour))
+                pack({"id": name, "prompt": "a", "seed": 1, "strength": 0.2, "format": "png"}, png(colour=colour))
             )
             header, data = answer_on(socket)
             assert (header["type"], header["id"]) == ("image", name)
             answers.append(data)
         assert answers[0] != answers[1]
-        socket.send(packed({"id": 9, "prompt": "a"}, bomb()))
+        socket.send(pack({"id": 9, "prompt": "a"}, bomb()))
         assert answer_on(socket)[0]["error"]["code"] == "image_too_large"
 
 
@@ -265,9 +266,3 @@ def test_a_client_that_never_reads_harms_nobody(tiny_pipe: Pipeline) -> None:
         stop.set()
         deaf.socket.close()
         shouting.join(20)
-
-
-def test_packing_is_its_own_inverse() -> None:
-    assert unpacked(packed({"a": 1}, b"xyz")) == ({"a": 1}, b"xyz")
-    with pytest.raises(ValueError, match="length"):
-        unpacked(b"\0\0\0\x09{}")

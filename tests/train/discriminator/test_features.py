@@ -8,18 +8,16 @@ import torch
 from transformers import CLIPConfig, CLIPModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from onestill.errors import CheckpointError
-from onestill.train.conditioning import Condition, pool
-from onestill.train.denoiser import Denoiser, load_unet, training_schedule
+from onestill.networks.condition import Condition
+from onestill.networks.contrastive import tokens
+from onestill.networks.denoiser import Denoiser, load_unet, training_schedule
 from onestill.train.discriminator.cnn import CNNFeatures
 from onestill.train.discriminator.features import (
     FeatureNetwork,
     LatentFeatures,
     TeacherFeatures,
-    Tower,
     TowerFeatures,
     ViTFeatures,
-    new_backbone,
-    tokens,
 )
 from tests.tiny import WIDTH
 from tests.train.parts import CHANNELS, SIZE, write_parts
@@ -64,13 +62,13 @@ def networks(parts: Path) -> list[tuple[FeatureNetwork, torch.Tensor]]:
     ]
 
 
-def test_taps_are_tokens_on_a_square_grid_of_the_widths_told(parts: Path) -> None:
+def test_features_are_tokens_on_a_square_grid_of_the_widths_told(parts: Path) -> None:
     for network, x in networks(parts):
-        taps = network.taps(x)
-        assert [tap.shape[-1] for tap in taps] == list(network.widths)
-        for tap in taps:
-            assert tap.shape[0] == 3
-            assert int(tap.shape[1] ** 0.5) ** 2 == tap.shape[1]
+        found = network.features(x)
+        assert [one.shape[-1] for one in found] == list(network.widths)
+        for one in found:
+            assert one.shape[0] == 3
+            assert int(one.shape[1] ** 0.5) ** 2 == one.shape[1]
         assert network.embed(x).shape == (3, network.embedding_width)
 
 
@@ -84,7 +82,7 @@ def test_gradients_flow_through_to_the_input_and_stay_out_of_the_weights(parts: 
         inner = getattr(inner, "unet", inner)
         before = {name: value.clone() for name, value in inner.state_dict().items()}
         x = x.clone().requires_grad_()
-        sum(tap.square().sum() for tap in network.taps(x)).backward()  # type: ignore[union-attr]
+        sum(one.square().sum() for one in network.features(x)).backward()  # type: ignore[union-attr]
         assert x.grad is not None
         assert x.grad.abs().sum() > 0
         assert not inner.training
@@ -95,20 +93,20 @@ def test_gradients_flow_through_to_the_input_and_stay_out_of_the_weights(parts: 
 
 def test_a_sample_does_not_see_its_batch(parts: Path) -> None:
     for network, x in networks(parts):
-        alone = network.taps(x[:1])
-        for together, single in zip(network.taps(x), alone, strict=True):
+        alone = network.features(x[:1])
+        for together, single in zip(network.features(x), alone, strict=True):
             torch.testing.assert_close(together[:1], single, rtol=1e-4, atol=1e-4)
 
 
-def test_the_teachers_taps_follow_noise_and_words(parts: Path) -> None:
+def test_the_teachers_features_follow_noise_and_words(parts: Path) -> None:
     features, latents = teacher_features(parts), torch.randn(2, CHANNELS, SIZE, SIZE)
     noise, text = torch.randn_like(latents), said()
     at = torch.tensor([100, 100])
-    base = features.noised_taps(latents, at, noise, text)[-1]
-    assert not torch.allclose(base, features.noised_taps(latents, at + 300, noise, text)[-1])
-    assert not torch.allclose(base, features.noised_taps(latents, at, noise, said(1))[-1])
+    base = features.noised_features(latents, at, noise, text)[-1]
+    assert not torch.allclose(base, features.noised_features(latents, at + 300, noise, text)[-1])
+    assert not torch.allclose(base, features.noised_features(latents, at, noise, said(1))[-1])
     pure = torch.tensor([999, 999])  # zero terminal SNR: nothing of the latents is left
-    one, other = (features.noised_taps(x, pure, noise, text)[-1] for x in (latents, latents + 1))
+    one, other = (features.noised_features(x, pure, noise, text)[-1] for x in (latents, latents + 1))
     assert torch.equal(one, other)
 
 
@@ -118,63 +116,27 @@ def test_the_teachers_encoder_is_the_unets_own(parts: Path) -> None:
     hook = unet.mid_block.register_forward_hook(lambda _m, _i, output: seen.append(output))
     latents, text = torch.randn(2, CHANNELS, SIZE, SIZE), said()
     at = torch.tensor([10, 400])
-    taps = features.noised_taps(latents, at, torch.zeros_like(latents), text)
+    found = features.noised_features(latents, at, torch.zeros_like(latents), text)
     alpha, _ = features.denoiser.signal(at)
     unet(alpha * latents, at, text.text)
     hook.remove()
-    torch.testing.assert_close(tokens(seen[1]), taps[-1])
-
-
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
-def test_a_tower_is_saved_whole(tmp_path: Path, kind: str) -> None:
-    x = torch.randn(2, 3, 32, 32)
-    tower = Tower(new_backbone(kind, channels=3, size=32, patch=8, width=32, depth=1), 16, WIDTH)
-    tower.embed_image(x)  # moves the statistics that a ResNet keeps
-    tower.eval().save(tmp_path / "tower", space="pixels", image_size=32)
-    loaded = Tower.load(tmp_path / "tower")
-    assert torch.equal(loaded.embed_image(x), tower.embed_image(x))
-    text, mask = torch.randn(2, 5, WIDTH), torch.ones(2, 5, dtype=torch.bool)
-    assert torch.equal(loaded.embed_text(text, mask), tower.embed_text(text, mask))
-    torch.testing.assert_close(loaded.embed_image(x).norm(dim=-1), torch.ones(2))
-    assert loaded.logit_scale == tower.logit_scale
-
-
-def test_what_is_no_tower(parts: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no contrastive model"):
-        Tower.load(tmp_path)
-    for name in ("projections.safetensors", "image_tower/model.safetensors", "contrastive.json"):
-        folder = tmp_path / name.replace("/", "-")
-        shutil.copytree(parts / "pixels", folder)
-        (folder / name).write_bytes((folder / name).read_bytes()[:40])
-        with pytest.raises(CheckpointError, match="holds no contrastive model"):
-            Tower.load(folder)
+    torch.testing.assert_close(tokens(seen[1]), found[-1])
 
 
 def test_layers_that_are_not_there(parts: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has taps 0 to 3, not \[4\]"):
+    with pytest.raises(CheckpointError, match=r"has layers 0 to 3, not \[4\]"):
         TowerFeatures(parts / "latents", (4,))
 
 
-def test_pooling_leaves_padding_out() -> None:
-    text = torch.tensor([[[1.0], [3.0], [50.0]], [[7.0], [9.0], [9.0]]])
-    mask = torch.tensor([[True, True, False], [False, False, False]])
-    assert pool(text, mask).tolist() == [[2.0], [0.0]]
-
-
-def test_a_class_token_is_no_place_on_the_grid() -> None:
-    assert tokens(torch.arange(5.0).view(1, 5, 1)).flatten().tolist() == [1, 2, 3, 4]
-    assert tokens(torch.arange(4.0).view(1, 1, 2, 2)).flatten().tolist() == [0, 1, 2, 3]
-
-
 def test_a_vit_sees_what_transformers_shows_it(parts: Path) -> None:
-    """Pictures in [-1, 1] are normalised as the folder says; taps are its hidden states without the class token."""
+    """Pictures in [-1, 1] are normalised as the folder says; features are its hidden states without the class token."""
     clip = ViTFeatures(parts / "clip", (2,), 16, add_class_token=False)
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     pixels = torch.cat([x[:, :2], x[:, 2:] / 2], 1)  # ((x + 1) / 2 - 0.5) / (0.5, 0.5, 1)
     with torch.no_grad():
         output = clip.model(pixel_values=pixels, output_hidden_states=True)
-        torch.testing.assert_close(clip.taps(x)[0], output.hidden_states[2][:, 1:])
-        added = ViTFeatures(parts / "clip", (2,), 16).taps(x)[0]
+        torch.testing.assert_close(clip.features(x)[0], output.hidden_states[2][:, 1:])
+        added = ViTFeatures(parts / "clip", (2,), 16).features(x)[0]
         torch.testing.assert_close(added, output.hidden_states[2][:, 1:] + output.hidden_states[2][:, :1])
         torch.testing.assert_close(clip.embed(x), output.pooler_output)
         dinov2 = ViTFeatures(parts / "dinov2", (), 16)
@@ -185,7 +147,7 @@ def test_a_vit_sees_what_transformers_shows_it(parts: Path) -> None:
 def test_what_is_no_vit(parts: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no vision transformer"):
         ViTFeatures(parts / "model/unet", (0,), 16)
-    with pytest.raises(CheckpointError, match=r"has taps 0 to 2, not \[5\]"):
+    with pytest.raises(CheckpointError, match=r"has layers 0 to 2, not \[5\]"):
         ViTFeatures(parts / "dinov2", (5,), 16)
     with pytest.raises(CheckpointError, match="is no multiple"):
         ViTFeatures(parts / "dinov2", (0,), 18)
@@ -195,7 +157,7 @@ def test_each_of_the_teachers_levels_is_tapped_before_the_grid_is_halved(parts: 
     network = teacher_features(parts)
     blocks = network.denoiser.unet.down_blocks
     fine = [SIZE // 2 ** sum(block.downsamplers is not None for block in blocks[:k]) for k in range(len(blocks))]
-    counts = [tap.shape[1] for tap in network.taps(torch.randn(1, CHANNELS, SIZE, SIZE))]
+    counts = [one.shape[1] for one in network.features(torch.randn(1, CHANNELS, SIZE, SIZE))]
     assert counts == [side * side for side in (*fine, fine[-1])]
     assert counts[0] == SIZE * SIZE > counts[-1]
 
@@ -218,6 +180,6 @@ def test_a_folder_without_a_cnn_is_one_sentence(parts: Path, tmp_path: Path) -> 
 
 def test_a_smaller_view_is_the_mean_of_the_pixels(parts: Path) -> None:
     x = torch.rand(2, 3, 64, 64) * 2 - 1
-    whole = CNNFeatures(parts / "lite0", ("stages.2",), 32).taps(x)
-    halved = CNNFeatures(parts / "lite0", ("stages.2",)).taps(torch.nn.functional.avg_pool2d(x, 2))
+    whole = CNNFeatures(parts / "lite0", ("stages.2",), 32).features(x)
+    halved = CNNFeatures(parts / "lite0", ("stages.2",)).features(torch.nn.functional.avg_pool2d(x, 2))
     assert torch.allclose(whole[0], halved[0], atol=1e-5)

@@ -9,7 +9,7 @@ from onestill.train.losses import hinge_discriminator, r1
 WIDTHS, TEXT, IMAGE = (6, 10), 5, 7
 
 
-def taps(seed: int = 0) -> list[torch.Tensor]:
+def features(seed: int = 0) -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
     return [torch.randn(3, count, width, generator=draw) for count, width in zip((16, 4), WIDTHS, strict=True)]
 
@@ -24,8 +24,8 @@ def new(text: int = TEXT, image: int = IMAGE, seed: int = 0) -> Discriminator:
     return Discriminator(WIDTHS, 16, text, image)
 
 
-def test_a_logit_for_each_token_of_each_tap() -> None:
-    logits = new()(taps(), HeadCondition(*conditions()))
+def test_a_logit_for_each_token_of_each_feature() -> None:
+    logits = new()(features(), HeadCondition(*conditions()))
     assert [tuple(logit.shape) for logit in logits] == [(3, 16), (3, 4)]
     assert all(logit.dtype == torch.float32 for logit in logits)
 
@@ -33,11 +33,11 @@ def test_a_logit_for_each_token_of_each_tap() -> None:
 def test_each_condition_matters() -> None:
     network = new().eval()
     text, image = conditions()
-    base = network(taps(), HeadCondition(text, image))
+    base = network(features(), HeadCondition(text, image))
     for other in (
-        network(taps(), HeadCondition(text + 1, image)),
-        network(taps(), HeadCondition(text, image + 1)),
-        network(taps(), HeadCondition(None, image)),
+        network(features(), HeadCondition(text + 1, image)),
+        network(features(), HeadCondition(text, image + 1)),
+        network(features(), HeadCondition(None, image)),
     ):
         assert all(not torch.allclose(a, b) for a, b in zip(base, other, strict=True))
 
@@ -48,8 +48,8 @@ def test_a_zero_image_condition_counts_for_nothing_but_its_bias() -> None:
         torch.nn.init.zeros_(head.image.bias)  # type: ignore[union-attr, arg-type]
     text, image = conditions()
     blind, without = (
-        network(taps(), HeadCondition(text, torch.zeros_like(image))),
-        network(taps(), HeadCondition(text, None)),
+        network(features(), HeadCondition(text, torch.zeros_like(image))),
+        network(features(), HeadCondition(text, None)),
     )
     assert all(torch.allclose(a, b) for a, b in zip(blind, without, strict=True))
 
@@ -61,7 +61,9 @@ def test_conditions_left_out_have_no_weights() -> None:
     text, image = conditions()
     assert all(
         torch.equal(a, b)
-        for a, b in zip(bare(taps(), HeadCondition(None, None)), bare(taps(), HeadCondition(text, image)), strict=True)
+        for a, b in zip(
+            bare(features(), HeadCondition(None, None)), bare(features(), HeadCondition(text, image)), strict=True
+        )
     )
 
 
@@ -70,10 +72,10 @@ def test_the_right_caption_is_told_from_a_wrong_one() -> None:
     network = new(image=0).eval()
     text, _ = conditions()
     with torch.no_grad():
-        without = network(taps(), HeadCondition(None, None))
-        once = network(taps(), HeadCondition(text, None))
-        twice = network(taps(), HeadCondition(2 * text, None))
-        bias = network(taps(), HeadCondition(torch.zeros_like(text), None))
+        without = network(features(), HeadCondition(None, None))
+        once = network(features(), HeadCondition(text, None))
+        twice = network(features(), HeadCondition(2 * text, None))
+        bias = network(features(), HeadCondition(torch.zeros_like(text), None))
     for none, one, two, zero in zip(without, once, twice, bias, strict=True):
         torch.testing.assert_close(two - zero, 2 * (one - zero), rtol=1e-3, atol=1e-4)
         assert not torch.allclose(zero, none)
@@ -85,7 +87,9 @@ def test_two_instances_share_nothing() -> None:
     before = [p.clone() for p in other.parameters()]
     optimizer = torch.optim.SGD(one.parameters(), lr=1.0)
     text, image = conditions()
-    hinge_discriminator(one(taps(), HeadCondition(text, image)), one(taps(1), HeadCondition(text, image))).backward()
+    hinge_discriminator(
+        one(features(), HeadCondition(text, image)), one(features(1), HeadCondition(text, image))
+    ).backward()
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
 
@@ -97,7 +101,7 @@ def test_spectral_norm_holds_every_layer() -> None:
             if name.endswith("original"):
                 parameter.mul_(100)
     for _ in range(30):
-        network(taps(), HeadCondition(*conditions()))  # power iterations
+        network(features(), HeadCondition(*conditions()))  # power iterations
     for head in network.heads:
         for layer in (head.enter, *head.mix, head.judge, head.text, head.image):
             norm = torch.linalg.matrix_norm(layer.weight.flatten(1), 2)  # type: ignore[union-attr, operator]
@@ -106,7 +110,7 @@ def test_spectral_norm_holds_every_layer() -> None:
 
 def test_r1_reaches_every_weight() -> None:
     network = new()
-    real = [tap.requires_grad_() for tap in taps()]
+    real = [one.requires_grad_() for one in features()]
     text, image = conditions()
     r1(real, network(real, HeadCondition(text, image))).backward()
     weights = [p for name, p in network.named_parameters() if "weight" in name]  # a bias may leave the slope as it is
@@ -117,7 +121,9 @@ def test_the_noise_level_is_a_condition_of_its_own() -> None:
     torch.manual_seed(0)
     network = Discriminator(WIDTHS, 16, 0, 0, LEVEL_WIDTH).eval()
     low, high = (HeadCondition(level=level_embedding(torch.full((3,), t))) for t in (10, 900))
-    assert all(not torch.allclose(a, b) for a, b in zip(network(taps(), low), network(taps(), high), strict=True))
+    assert all(
+        not torch.allclose(a, b) for a, b in zip(network(features(), low), network(features(), high), strict=True)
+    )
     embedded = level_embedding(torch.tensor([0, 999]))
     assert embedded.shape == (2, LEVEL_WIDTH)
     torch.testing.assert_close(embedded[0], torch.cat([torch.ones(32), torch.zeros(32)]))

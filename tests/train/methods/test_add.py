@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from onestill.errors import CheckpointError, RecipeError
+from onestill.networks.denoiser import Denoiser
 from onestill.sampling import sample_ddim
 from onestill.schedule import NoiseSchedule, add_noise, scaled_linear_alphas_cumprod
-from onestill.train.denoiser import Denoiser
 from onestill.train.discriminator.features import LatentFeatures
 from onestill.train.discriminator.heads import HeadCondition
 from onestill.train.loop import train
@@ -36,20 +36,19 @@ def new_state(method: Method, seed: int = 0) -> TrainState:
     return TrainState(method.networks, method.optimizers, ema, generator)
 
 
-class Turns:
-    """An `update` that looks and does not touch: the losses, and which networks each turn gives gradients."""
+class Seen:
+    """What one step of `method` yields: the losses, and which networks each gives gradients. Nothing is stepped."""
 
-    def __init__(self, method: Method) -> None:
-        self.method, self.losses, self.reached = method, dict[str, float](), dict[str, set[str]]()
-
-    def __call__(self, name: str, loss: Tensor) -> Tensor:
-        everything = {**self.method.networks, "teacher": self.method.teacher, "decoder": self.method.space.autoencoder}
-        loss.backward(retain_graph=True)
-        self.losses[name] = loss.item()
-        self.reached[name] = {role for role, network in everything.items() if _has_gradient(network)}
-        for network in everything.values():
-            network.zero_grad(set_to_none=True)
-        return torch.zeros(())
+    def __init__(self, method: Method, state: TrainState | None = None, batch: dict[str, Any] | None = None) -> None:
+        self.losses, self.metrics, self.reached = dict[str, float](), dict[str, Tensor](), dict[str, set[str]]()
+        everything = {**method.networks, "teacher": method.teacher, "decoder": method.space.autoencoder}
+        for name, loss, shown in method.step(state or new_state(method), batch or latents_batch()):
+            loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+            self.losses[name] = loss.item()
+            self.metrics |= {key: value.detach() for key, value in shown.items()}
+            self.reached[name] = {role for role, network in everything.items() if _has_gradient(network)}
+            for network in everything.values():
+                network.zero_grad(set_to_none=True)
 
 
 def _has_gradient(network: nn.Module) -> bool:
@@ -57,36 +56,47 @@ def _has_gradient(network: nn.Module) -> bool:
 
 
 KINDS: list[dict[str, Any]] = [
-    {"feature_network": "both"},
-    {"feature_network": "tower", "weighting": "sds", "teacher_guidance": 3.0},
-    {"feature_network": "teacher", "condition_on_text": False, "condition_on_image": False},
-    {"feature_network": "teacher", "latents_too": True, "head_blocks": 2},
-    {"feature_network": "tower", "adversarial_space": "pixels", "tower": "pixels", "distillation_space": "pixels"},
-    {"feature_network": "vit", "distillation_space": "pixels", "crop": 2, "weighting": "nfsd", "misaligned": 1.0,
-     "augment": ["colour", "translation", "cutout"], "condition_on_image": True, "vit_size": 8},
-    {"feature_network": "cnn+teacher", "cnn": "lite0", "latents_too": True, "condition_on_level": True},
-    {"feature_network": "teacher", "teacher_steps": 3, "condition_on_level": True, "gradient_checkpointing": True},
-    {"feature_network": "teacher", "lora_rank": 2, "frozen_dtype": "bfloat16", "score_weight": "sigma_squared",
-     "weighting": "sds", "head_text_encoder": "model"},
+    {"features__network": "both"},
+    {"features__network": "tower", "distillation__weighting": "sds", "distillation__teacher_guidance": 3.0},
+    {"features__network": "teacher", "heads__condition_on_text": False, "heads__condition_on_image": False},
+    {"features__network": "teacher", "features__latents_too": True, "heads__blocks": 2},
+    {"features__network": "tower", "discriminator_input__space": "pixels", "features__tower": "pixels",
+     "distillation__space": "pixels"},
+    {"features__network": "vit", "features__vit_size": 8, "discriminator_input__crop": 2,
+     "discriminator_input__augment": ["colour", "translation", "cutout"], "distillation__weighting": "nfsd",
+     "distillation__space": "pixels", "adversarial__misaligned": 1.0, "heads__condition_on_image": True},
+    {"features__network": "cnn+teacher", "features__cnn": "lite0", "features__latents_too": True,
+     "heads__condition_on_level": True},
+    {"features__network": "teacher", "distillation__teacher_steps": 3, "heads__condition_on_level": True,
+     "gradient_checkpointing": True},
+    {"features__network": "teacher", "lora_rank": 2, "frozen_dtype": "bfloat16", "distillation__weighting": "sds",
+     "distillation__score_weight": "sigma_squared", "heads__text_encoder": "model"},
 ]  # fmt: skip
 
 
 def placed(parts: Path, options: dict[str, Any]) -> dict[str, Any]:
-    here = {key: str(parts / options[key]) for key in ("tower", "cnn", "head_text_encoder") if key in options}
-    if options["feature_network"] == "vit":
-        here |= {"vit": str(parts / "dinov2"), "vit_layers": [0, 2], "image_encoder": str(parts / "dinov2")}
-        here |= {"image_encoder_size": 12}
+    here = {
+        key: str(parts / options[key])
+        for key in ("features__tower", "features__cnn", "heads__text_encoder")
+        if key in options
+    }
+    if options["features__network"] == "vit":
+        here |= {
+            "features__vit": str(parts / "dinov2"),
+            "features__vit_layers": [0, 2],
+            "features__image_encoder": str(parts / "dinov2"),
+        }
+        here |= {"features__image_encoder_size": 12}
     return {**options, **here}
 
 
 @pytest.mark.parametrize("options", KINDS)
-def test_each_turn_reaches_its_own_network_alone(parts: Path, options: dict[str, Any]) -> None:
+def test_each_loss_reaches_its_own_network_alone(parts: Path, options: dict[str, Any]) -> None:
     method = add_method(parts, **placed(parts, options))
-    turns = Turns(method)
-    metrics = method.step(new_state(method), latents_batch(), turns)
-    assert turns.reached == {"discriminator": {"discriminator"}, "student": {"student"}}
-    assert all(torch.isfinite(torch.as_tensor(value)) for value in metrics.values())
-    for features in method.views.networks:
+    seen = Seen(method)
+    assert seen.reached == {"discriminator": {"discriminator"}, "student": {"student"}}
+    assert all(torch.isfinite(torch.as_tensor(value)) for value in seen.metrics.values())
+    for features in method.inputs.networks:
         if isinstance(features, LatentFeatures):
             continue  # it has no weights
         inner: Any = next(
@@ -98,35 +108,31 @@ def test_each_turn_reaches_its_own_network_alone(parts: Path, options: dict[str,
     assert all(p.requires_grad for p in method.discriminator.parameters())
 
 
-@pytest.mark.parametrize("turn", ["student", "discriminator"])
-def test_a_turn_leaves_the_other_network_untouched(parts: Path, turn: str) -> None:
-    method = add_method(parts, feature_network="both")
+@pytest.mark.parametrize("stepped", ["student", "discriminator"])
+def test_a_step_leaves_the_other_network_untouched(parts: Path, stepped: str) -> None:
+    method = add_method(parts, features__network="both")
     before = {role: [p.clone() for p in net.parameters()] for role, net in method.networks.items()}
     teacher = [p.clone() for p in method.teacher.parameters()]
-
-    def update(name: str, loss: Tensor) -> Tensor:
-        if name == turn:
+    for name, loss, _ in method.step(new_state(method), latents_batch()):
+        if name == stepped:
             method.optimizers[name].zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             method.optimizers[name].step()
-        return torch.zeros(())
-
-    method.step(new_state(method), latents_batch(), update)
     for role, network in method.networks.items():
         moved = any(not torch.equal(a, b) for a, b in zip(before[role], network.parameters(), strict=True))
-        assert moved == (role == turn)
+        assert moved == (role == stepped)
     assert all(torch.equal(a, b) for a, b in zip(teacher, method.teacher.parameters(), strict=True))
 
 
 def test_student_and_teacher_share_no_memory(parts: Path) -> None:
-    method = add_method(parts, feature_network="teacher")
+    method = add_method(parts, features__network="teacher")
     mine = {p.data_ptr() for p in method.student.parameters()}
     assert not mine & {p.data_ptr() for p in method.teacher.parameters()}
     assert all(torch.equal(a, b) for a, b in zip(method.student.parameters(), method.teacher.parameters(), strict=True))
 
 
 def test_at_zero_snr_x0_is_minus_v_and_the_image_is_gone(parts: Path) -> None:
-    method = add_method(parts, feature_network="teacher")
+    method = add_method(parts, features__network="teacher")
     denoiser = method.student_denoiser
     s = torch.full((2,), 999)
     alpha, sigma = denoiser.signal(s)
@@ -138,44 +144,45 @@ def test_at_zero_snr_x0_is_minus_v_and_the_image_is_gone(parts: Path) -> None:
 
 
 def test_the_image_condition_is_dropped_where_the_student_saw_nothing(parts: Path) -> None:
-    method = add_method(parts, feature_network="both")
+    method = add_method(parts, features__network="both")
     batch, s = latents_batch(2), torch.tensor([999, 749])
 
     def image(method: Method) -> Tensor | None:
-        view = method.views.draw(batch["latents"], Draw(torch.Generator()))
-        return method.head_condition(batch["latents"], s, view, condition(batch), batch).image
+        transform = method.inputs.draw(batch["latents"], Draw(torch.Generator()))
+        return method.head_condition(batch["latents"], s, transform, condition(batch), batch).image
 
     dropped = image(method)
     assert dropped is not None
     assert dropped[0].abs().sum() == 0
     assert dropped[1].abs().sum() > 0
-    kept = image(add_method(parts, feature_network="both", drop_image_at_terminal=False))
+    kept = image(add_method(parts, features__network="both", heads__drop_image_at_terminal=False))
     assert kept is not None
     assert kept[0].abs().sum() > 0
-    assert image(add_method(parts, condition_on_image=False)) is None
+    assert image(add_method(parts, heads__condition_on_image=False)) is None
 
 
 def test_distillation_is_zero_where_the_teacher_agrees(parts: Path) -> None:
     """A teacher that sees x_theta noised next to nothing returns it: at t = 0 the loss all but vanishes."""
-    near = add_method(parts, teacher_low=0, teacher_high=0)
-    far = add_method(parts, teacher_low=900, teacher_high=900)
+    near = add_method(parts, distillation__t_low=0, distillation__t_high=0)
+    far = add_method(parts, distillation__t_low=900, distillation__t_high=900)
     batch = latents_batch()
     losses = []
     for method in (near, far):
         draw = Draw(torch.Generator().manual_seed(0))
-        view = method.views.draw(batch["latents"], draw)
-        loss = method.distill(batch["latents"], condition(batch), view, draw)
-        losses.append(float(loss / method.student_denoiser.signal(torch.tensor([method.options.teacher_low]))[0]))
+        transform = method.inputs.draw(batch["latents"], draw)
+        loss = method.distill(batch["latents"], condition(batch), transform, draw)
+        losses.append(
+            float(loss / method.student_denoiser.signal(torch.tensor([method.options.distillation.t_low]))[0])
+        )
     assert losses[0] < 0.01 * losses[1]
 
 
 def test_lambda_scales_the_distillation_alone(parts: Path) -> None:
     made = {}
     for scale in (1e-9, 1.0, 2.5):
-        method = add_method(parts, lambda_distill=scale)
-        turns = Turns(method)
-        metrics = method.step(new_state(method), latents_batch(), turns)
-        made[scale] = (turns.losses["student"], float(metrics["distill"].detach()))
+        method = add_method(parts, distillation__lambda_distill=scale)
+        seen = Seen(method)
+        made[scale] = (seen.losses["student"], float(seen.metrics["distill"]))
     assert made[1e-9][1] == made[2.5][1]
     assert made[2.5][0] - made[1e-9][0] == pytest.approx(2.5 * made[2.5][1], rel=1e-3)
     assert made[1.0][0] - made[1e-9][0] == pytest.approx(made[2.5][1], rel=1e-3)
@@ -184,16 +191,15 @@ def test_lambda_scales_the_distillation_alone(parts: Path) -> None:
 def test_gamma_weighs_r1(parts: Path) -> None:
     losses = {}
     for gamma in (0.0, 3.0):
-        method = add_method(parts, gamma_r1=gamma)
-        turns = Turns(method)
-        metrics = method.step(new_state(method), latents_batch(), turns)
-        losses[gamma] = turns.losses["discriminator"]
-    assert losses[3.0] - losses[0.0] == pytest.approx(3 * float(metrics["r1"].detach()), rel=1e-3)
+        method = add_method(parts, adversarial__gamma_r1=gamma)
+        seen = Seen(method)
+        losses[gamma] = seen.losses["discriminator"]
+    assert losses[3.0] - losses[0.0] == pytest.approx(3 * float(seen.metrics["r1"]), rel=1e-3)
 
 
 def test_several_teacher_steps_walk_down_the_teachers_path(parts: Path) -> None:
     """From t in equal steps: the same as the sampler's DDIM over those timesteps."""
-    method = add_method(parts, teacher_steps=4, teacher_guidance=2.0)
+    method = add_method(parts, distillation__teacher_steps=4, distillation__teacher_guidance=2.0)
     batch, t = latents_batch(2), torch.tensor([800, 800])
     told, eps = condition(batch), torch.randn(2, CHANNELS, SIZE, SIZE)
     teacher = method.teacher_denoiser
@@ -209,7 +215,12 @@ def test_several_teacher_steps_walk_down_the_teachers_path(parts: Path) -> None:
 
 def test_nfsd_has_the_gradient_of_its_definition(parts: Path) -> None:
     """d loss / d x_theta = w (delta_D + s delta_C), with both forms of delta_D, from the teacher's own predictions."""
-    method = add_method(parts, weighting="nfsd", nfsd_guidance=5.0, score_weight="sigma_squared")
+    method = add_method(
+        parts,
+        distillation__weighting="nfsd",
+        distillation__nfsd_guidance=5.0,
+        distillation__score_weight="sigma_squared",
+    )
     batch, t = latents_batch(4), torch.tensor([100, 199, 200, 700])
     told, eps = condition(batch), torch.randn(4, CHANNELS, SIZE, SIZE)
     teacher, x_theta = method.teacher_denoiser, batch["latents"].clone().requires_grad_()
@@ -228,11 +239,11 @@ def test_nfsd_has_the_gradient_of_its_definition(parts: Path) -> None:
     torch.testing.assert_close(x_theta.grad * x_theta.numel(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_students_input_is_pure_noise_at_the_end_and_eq_1_before(parts: Path) -> None:
+def test_the_students_input_is_pure_noise_at_the_end_and_a_noised_image_before(parts: Path) -> None:
     x0, s = latents_batch(2)["latents"], torch.tensor([999, 499])
     made = {}
     for kind in ("pure", "schedule"):
-        method = add_method(parts, terminal_noise=kind)
+        method = add_method(parts, student_input__terminal_noise=kind)
         # A schedule that ends before zero SNR, as Stable Diffusion's does: there the two differ.
         method.student_denoiser = Denoiser(method.student, NoiseSchedule(scaled_linear_alphas_cumprod()))
         made[kind] = method.noised(x0, s, Draw(torch.Generator().manual_seed(3)))
@@ -245,10 +256,10 @@ def test_the_students_input_is_pure_noise_at_the_end_and_eq_1_before(parts: Path
 
 
 def test_misaligned_captions_are_fakes_and_equal_ones_are_not(parts: Path) -> None:
-    method = add_method(parts, misaligned=1.0)
+    method = add_method(parts, adversarial__misaligned=1.0)
     batch = latents_batch()
-    real = method.views.draw(batch["latents"], Draw(torch.Generator()))(batch["latents"], condition(batch))
-    c = HeadCondition(condition(batch).embedding, method.views.embed(batch["latents"]))
+    real = method.inputs.draw(batch["latents"], Draw(torch.Generator())).features(batch["latents"], condition(batch))
+    c = HeadCondition(condition(batch).embedding, method.inputs.embed(batch["latents"]))
     assert float(method.misaligned(real, c, batch).detach()) == 0  # one caption for all
     batch["captions"] = ["a", "a", "b", "b"]  # rows 0 and 2 follow a row with another caption
     method.discriminator.eval()
@@ -257,39 +268,36 @@ def test_misaligned_captions_are_fakes_and_equal_ones_are_not(parts: Path) -> No
     torch.testing.assert_close(method.misaligned(real, c, batch), expected)
 
 
-@pytest.mark.parametrize(("options", "plays"), [({"student_every": 2}, [1, 0, 1]), ({"heads_first": 2}, [0, 0, 1])])
-def test_the_student_takes_the_turns_that_it_is_given(parts: Path, options: dict[str, int], plays: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("options", "plays"), [({"adversarial__student_every": 2}, [1, 0, 1]), ({"adversarial__heads_first": 2}, [0, 0, 1])]
+)
+def test_the_student_steps_when_it_is_to(parts: Path, options: dict[str, int], plays: list[int]) -> None:
     method = add_method(parts, **options)
-    state, turns = new_state(method), []
+    state, stepped = new_state(method), []
     for state.iteration in range(3):
-        seen = Turns(method)
-        method.step(state, latents_batch(), seen)
-        turns.append(sorted(seen.losses))
-    assert turns == [["discriminator", "student"] if it else ["discriminator"] for it in plays]
+        stepped.append(sorted(Seen(method, state).losses))
+    assert stepped == [["discriminator", "student"] if it else ["discriminator"] for it in plays]
 
 
 def test_without_gamma_r1_is_not_computed(parts: Path) -> None:
-    told = {}
-    for gamma in (0.0, 1e-5):
-        method = add_method(parts, gamma_r1=gamma)
-        told[gamma] = float(method.step(new_state(method), latents_batch(), Turns(method))["r1"].detach())
-    assert told[0.0] == 0 < told[1e-5]
+    penalty = {
+        gamma: float(Seen(add_method(parts, adversarial__gamma_r1=gamma)).metrics["r1"]) for gamma in (0.0, 1e-5)
+    }
+    assert penalty[0.0] == 0 < penalty[1e-5]
 
 
 def test_all_noise_comes_from_the_states_generator(parts: Path) -> None:
     losses = []
     for seed, elsewhere in ((1, 0), (1, 9), (2, 0)):
-        method = add_method(parts, feature_network="both", teacher_guidance=2.0)
+        method = add_method(parts, features__network="both", distillation__teacher_guidance=2.0)
         torch.manual_seed(elsewhere)
-        turns = Turns(method)
-        method.step(new_state(method, seed), latents_batch(), turns)
-        losses.append(turns.losses)
+        losses.append(Seen(method, new_state(method, seed)).losses)
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
 
 
 def test_student_timesteps_follow_their_weights(parts: Path) -> None:
-    method = add_method(parts, student_timesteps=[999, 499], timestep_weights=[3.0, 1.0])
+    method = add_method(parts, student_input__timesteps=[999, 499], student_input__weights=[3.0, 1.0])
     drawn = method.student_timesteps(4000, new_state(method))
     assert set(drawn.tolist()) == {999, 499}
     assert (drawn == 999).float().mean().item() == pytest.approx(0.75, abs=0.03)
@@ -298,18 +306,18 @@ def test_student_timesteps_follow_their_weights(parts: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"timestep_weights": [1.0]}, "one number for each"),
-        ({"timestep_weights": [0.0] * 4}, "all zero"),
-        ({"teacher_low": 900, "teacher_high": 100}, "teacher_low must not be above"),
-        ({"feature_low": 900, "feature_high": 100}, "feature_low must not be above"),
-        ({"weighting": "nfsd", "teacher_steps": 2}, "takes one teacher step"),
-        ({"weighting": "sds", "teacher_high": 999}, "alpha, which is 0"),
-        ({"misaligned": 1.0, "condition_on_text": False}, "need condition_on_text"),
-        ({"condition_on_level": True}, "needs the teacher's features"),
-        ({"augment": ["blur"]}, "may list colour"),
-        ({"augment": ["colour"]}, "colour of latents"),
-        ({"feature_network": "vit"}, "name its folder"),
-        ({"feature_network": "teacher", "shard_teacher": True}, "read block by block"),
+        ({"student_input__weights": [1.0]}, "one number for each"),
+        ({"student_input__weights": [0.0] * 4}, "all zero"),
+        ({"distillation__t_low": 900, "distillation__t_high": 100}, "t_low must not be above"),
+        ({"discriminator_input__t_low": 900, "discriminator_input__t_high": 100}, "t_low must not be above"),
+        ({"distillation__weighting": "nfsd", "distillation__teacher_steps": 2}, "takes one teacher step"),
+        ({"distillation__weighting": "sds", "distillation__t_high": 999}, "alpha, which is 0"),
+        ({"adversarial__misaligned": 1.0, "heads__condition_on_text": False}, "need heads.condition_on_text"),
+        ({"heads__condition_on_level": True}, "needs the teacher's features"),
+        ({"discriminator_input__augment": ["blur"]}, "may list colour"),
+        ({"discriminator_input__augment": ["colour"]}, "colour of latents"),
+        ({"features__network": "vit"}, "name its folder"),
+        ({"features__network": "teacher", "shard_teacher": True}, "read block by block"),
     ],
 )
 def test_options_that_contradict_each_other(parts: Path, options: dict[str, Any], sentence: str) -> None:
@@ -318,7 +326,11 @@ def test_options_that_contradict_each_other(parts: Path, options: dict[str, Any]
 
 
 def test_networks_that_are_not_there(parts: Path) -> None:
-    for key, sentence in (("teacher", "UNet2DCond"), ("autoencoder", "AutoencoderTiny"), ("tower", "no contrastive")):
+    for key, sentence in (
+        ("teacher", "UNet2DCond"),
+        ("autoencoder", "AutoencoderTiny"),
+        ("features__tower", "no contrastive"),
+    ):
         with pytest.raises(CheckpointError, match=sentence):
             add_method(parts, **{key: str(parts / "none")})
     with pytest.raises(CheckpointError, match="no text encoder"):
@@ -345,7 +357,7 @@ def test_it_resumes_to_the_same_losses(parts: Path, tmp_path: Path) -> None:
 
     def run(out: str, iterations: int, resume: bool = False) -> None:
         loop = {"iterations": iterations, "batch_size": 4, "log_every": 1, "sheet_every": 99, "checkpoint_every": 2}
-        given = dataclasses.asdict(add_recipe(parts, feature_network="both", lr=1e-3).options)
+        given = dataclasses.asdict(add_recipe(parts, features__network="both", lr=1e-3).options)
         table = {"name": "tiny", "method": "add", "out": str(tmp_path / out), "loop": loop, "add": given}
         recipe = parse_recipe(table)
         train(recipe, Method(recipe.options, recipe.loop), LatentsBatches(), resume=resume)
@@ -360,7 +372,7 @@ def test_it_resumes_to_the_same_losses(parts: Path, tmp_path: Path) -> None:
 def test_sheet_and_export(parts: Path, tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 
-    method = add_method(parts, feature_network="teacher")
+    method = add_method(parts, features__network="teacher")
     state = new_state(method)
     pictures, captions, numbers = method.sheet(state)
     assert pictures.dtype == "uint8"
@@ -368,7 +380,7 @@ def test_sheet_and_export(parts: Path, tmp_path: Path) -> None:
     assert not (pictures[:16] == pictures[16:32]).all()  # one step and four differ
     assert numbers["steps_4_to_1"] > 0
     assert captions[32:] == []
-    method.step(state, latents_batch(), Turns(method))
+    Seen(method, state)
     pictures, captions, _ = method.sheet(state)
     assert captions[32:36] == ["from 999"] * 4  # what it makes of the batch, at each student timestep
     assert captions[-4:] == ["from 249"] * 4

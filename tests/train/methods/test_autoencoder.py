@@ -67,14 +67,8 @@ def test_lpips_is_part_of_the_loss_and_needs_its_file(tmp_path: Path) -> None:
         method = Method(options, LoopOptions(seed=1))
         method.to(torch.device("cpu"))
         state = TrainState(method.networks, method.optimizers, {}, torch.Generator().manual_seed(0))
-        said: dict[str, torch.Tensor] = {}
-
-        def update(_name: str, loss: torch.Tensor, said: dict[str, torch.Tensor] = said) -> torch.Tensor:
-            said["loss"] = loss.detach()
-            return loss
-
-        metrics = method.step(state, batch, update)
-        losses.append((said["loss"], metrics.get("perceptual")))
+        [(_, loss, metrics)] = method.step(state, batch)
+        losses.append((loss.detach(), metrics.get("perceptual")))
     (plain, nothing), (with_lpips, distance) = losses
     assert nothing is None
     assert distance is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from onestill.errors import RecipeError
-from onestill.train.conditioning import LatentSpace
+from onestill.networks.latents import LatentSpace
 from onestill.train.methods.decoder import Method, Options, grown, halved
-from onestill.train.optim.step import Updater
+from onestill.train.optim.step import Update, optimize
 from onestill.train.recipe import LoopOptions
 from onestill.train.state import TrainState, start_ema
 from tests.tiny import tiny_kl, tiny_model
@@ -55,7 +56,7 @@ def weights(network: torch.nn.Module) -> list[Tensor]:
 
 
 def test_the_layers_nearest_the_latents_are_the_old_ones(model: Path) -> None:
-    old = LatentSpace(model / "vae")
+    old = LatentSpace.load(model / "vae")
     torch.manual_seed(1)
     one, other = (grown(old, options(model)) for _ in range(2))  # from different random weights
     same = [torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True)]
@@ -114,14 +115,14 @@ def test_a_window_is_that_part_of_the_whole(model: Path, window: int) -> None:
 
 def test_it_learns_and_nothing_else_moves(model: Path) -> None:
     method, state = new_method(model, student_share=0.5, adversarial_from=20, lr=5e-3)
-    fixed = [method.old.autoencoder, method.student.unet, method.words.model]
+    fixed = [method.old.autoencoder, method.student.unet, *method.text_encoder.towers]
     before = [weights(network) for network in fixed]
     judges = weights(method.discriminator)
-    update, told = Updater(state, LoopOptions(warmup=0)), batch(8)
+    update, told = Update(state, LoopOptions(warmup=0)), batch(8)
     rows = []
     for iteration in range(40):
         state.iteration = iteration
-        rows.append(method.step(state, told, update))
+        rows.append(optimize(method.step, state, told, update, nullcontext))
         if iteration == 19:
             assert all(torch.equal(a, b) for a, b in zip(judges, weights(method.discriminator), strict=True))
     assert not update.bad
@@ -137,13 +138,13 @@ def test_it_learns_and_nothing_else_moves(model: Path) -> None:
 
 def test_what_is_exported_decodes_the_same_latents_at_twice_the_side(model: Path, tmp_path: Path) -> None:
     method, state = new_method(model)
-    method.step(state, batch(), Updater(state, LoopOptions()))
+    optimize(method.step, state, batch(), Update(state, LoopOptions()), nullcontext)
     pictures, names = method.sheet(state)
     assert pictures.shape == (9, PX, PX, 3)
     assert names[-1] == "a red star"
     method.export(state, tmp_path)
     saved: Any = AutoencoderTiny.from_pretrained(tmp_path / "vae")
-    assert saved.config.scaling_factor == LatentSpace(model / "vae").scale
+    assert saved.config.scaling_factor == LatentSpace.load(model / "vae").scale
     assert saved.decode(torch.zeros(1, 4, 4, 4)).sample.shape == (1, 3, PX, PX)
     assert saved.encode(torch.zeros(1, 3, PX, PX)).latents.shape == (1, 4, 4, 4)
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ast
+import re
+from dataclasses import fields, is_dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 import onestill.train.methods
+from onestill.train.methods.add import Options
+from onestill.train.methods.distiller import DistilOptions
 
 METHODS = {path.stem: path.read_text() for path in sorted(Path(onestill.train.methods.__path__[0]).glob("[!_]*.py"))}
 
@@ -25,6 +30,15 @@ def test_the_step_of_add_fits_one_screen_and_names_its_equations() -> None:
 @pytest.mark.parametrize(("name", "most"), [("add", 300), ("ladd", 200), ("lcm", 200)])
 def test_a_methods_file_is_short(name: str, most: int) -> None:
     assert len(METHODS[name].splitlines()) < most
+
+
+def test_the_page_on_add_has_every_option_in_its_tables() -> None:
+    page = Path("docs/distil.md").read_text(encoding="utf-8")
+    for table in ("add", *(f"add.{name}" for name, kind in get_type_hints(Options).items() if is_dataclass(kind))):
+        kind = get_type_hints(Options)[table.split(".")[1]] if "." in table else DistilOptions
+        section = page.split(f": `[{table}]`\n")[1].split("\n## ")[0]
+        rows = " ".join(line.split("|")[1] for line in section.splitlines() if line.startswith("| `"))
+        assert set(re.findall(r"`(\w+)`", rows)) == {field.name for field in fields(kind)}, table
 
 
 def blocks(text: str) -> set[tuple[str, ...]]:

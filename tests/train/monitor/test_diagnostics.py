@@ -30,7 +30,7 @@ def test_heads_that_have_won_are_named_once_with_the_remedy() -> None:
 
 def test_heads_that_know_nothing() -> None:
     (warning,) = said([row(6.0, 0.01, 0.0)] * PATIENCE)
-    assert "discriminator_lr" in warning
+    assert "heads.lr" in warning
     assert said([row(6.0, 0.5, -0.5)] * PATIENCE) == []
 
 
@@ -42,7 +42,7 @@ def test_steep_heads() -> None:
 def test_a_sheet_speaks_by_itself() -> None:
     watch = Watch()
     assert watch.look({"steps_4_to_1": 0.3}) == []
-    assert "student_timesteps" in watch.look({"steps_4_to_1": 1.4})[0]
+    assert "student_input.timesteps" in watch.look({"steps_4_to_1": 1.4})[0]
     assert watch.look({"steps_4_to_1": 1.4}) == []
 
 

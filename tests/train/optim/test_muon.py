@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from onestill.errors import RecipeError
-from onestill.train.denoiser import UNetOptions, build_unet, training_schedule
+from onestill.networks.denoiser import training_schedule
 from onestill.train.loop import train
 from onestill.train.methods.diffusion import Method, log_snr_weights
 from onestill.train.noise import Draw
@@ -26,6 +26,7 @@ from onestill.train.optim.muon import (
 )
 from onestill.train.recipe import Recipe, parse_recipe
 from onestill.train.state import TrainState
+from onestill.train.unet import UNetOptions, build_unet
 from tests.tiny import WIDTH, tiny_model
 from tests.train.parts import CHANNELS, SIZE, latents_batch
 from tests.train.small import rows
@@ -195,17 +196,13 @@ def test_muon_learns_what_adamw_learns(model: Path, tmp_path: Path) -> None:
     method = Method(made.options, made.loop)
     method.to(torch.device("cpu"))
     optimizer, batch, losses = method.optimizers["teacher"], latents_batch(4), list[float]()
-
-    def update(name: str, loss: Tensor) -> Tensor:
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        return torch.zeros(())
-
     for _ in range(60):  # the same noise each time
         state = TrainState(method.networks, method.optimizers, {}, torch.Generator().manual_seed(0))
-        method.step(state, batch, update)
+        for _, loss, _ in method.step(state, batch):
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0], losses[:: len(losses) - 1]
 
 
@@ -239,6 +236,6 @@ def test_an_error_counts_as_it_is_where_timesteps_are_chosen_by_log_snr(model: P
         method = Method(made.options, made.loop)
         method.to(torch.device("cpu"))
         state = TrainState(method.networks, method.optimizers, {}, torch.Generator().manual_seed(0))
-        metrics[kind] = method.step(state, latents_batch(4), lambda name, loss: loss)
+        [(_, _, metrics[kind])] = method.step(state, latents_batch(4))
     assert torch.equal(metrics["log_snr"]["loss"], metrics["log_snr"]["error"])
     assert not torch.equal(metrics["uniform"]["loss"], metrics["uniform"]["error"])

@@ -18,7 +18,7 @@ from onestill.train.runtime import compiling
 from onestill.train.runtime.compiling import graphs
 from onestill.train.state import TrainState
 from tests.tiny import WIDTH
-from tests.train.parts import CHANNELS, SIZE, write_parts
+from tests.train.parts import CHANNELS, SIZE, nested, write_parts
 from tests.train.worlds import PartBatches
 
 # Dynamo looks at attributes that warn, and hides the warnings by a filter that "error" comes before.
@@ -60,7 +60,7 @@ def run(
         given |= {"teacher": str(model / "unet"), "sheet_prompts": ["a red star"]}
     often = {"log_every": 1, "sheet_every": 99, "checkpoint_every": 1, "keep_checkpoints": 9, "warmup": 0, "seed": 2}
     table = {"iterations": iterations, "batch_size": 8, "compile": compile, "device": device, **often}
-    recipe = parse_recipe({"name": "t", "method": name, "out": str(out), "loop": table, name: given})
+    recipe = parse_recipe({"name": "t", "method": name, "out": str(out), "loop": table, name: nested(given)})
     method = METHODS[name].Method(recipe.options, recipe.loop)
     return train(recipe, method, PartBatches((0, 1)), resume=resume)
 
@@ -76,10 +76,18 @@ def check_alike(one: Path, other: Path, iteration: int) -> None:
             torch.testing.assert_close(its[name], value, rtol=1e-3, atol=1e-3, msg=f"{file.name} {name}")
 
 
-TEACHER = {"feature_network": "teacher", "latents_too": True, "teacher_guidance": 2.0, "condition_on_level": True}
+TEACHER = {
+    "features__network": "teacher",
+    "features__latents_too": True,
+    "distillation__teacher_guidance": 2.0,
+    "heads__condition_on_level": True,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "add": ("add", {**TEACHER, "head_width": 16, "misaligned": 1.0}),
-    "add without R1, heads first": ("add", {**TEACHER, "head_width": 16, "gamma_r1": 0.0, "heads_first": 1}),
+    "add": ("add", {**TEACHER, "heads__width": 16, "adversarial__misaligned": 1.0}),
+    "add without R1, heads first": (
+        "add",
+        {**TEACHER, "heads__width": 16, "adversarial__gamma_r1": 0.0, "adversarial__heads_first": 1},
+    ),
     "lcm": ("lcm", {"target": "average"}),
     "diffusion": ("diffusion", {}),
 }
@@ -100,14 +108,14 @@ def test_compiled_steps_are_the_eager_ones_and_a_run_goes_on_in_either(parts: Pa
 
 def test_a_cnn_is_compiled_with_its_hooks(parts: Path) -> None:
     features = CNNFeatures(parts / "lite0", ("stages.1", "stages.2"))
-    fast = compiling.compiled(features.taps, LoopOptions(compile=True), torch.device("cpu"))
+    fast = compiling.compiled(features.features, LoopOptions(compile=True), torch.device("cpu"))
     for seed in (0, 1):
         x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
         gradients = []
-        for taps in (features.taps, fast):
+        for see in (features.features, fast):
             shown = x.clone().requires_grad_()
-            found = taps(shown)
-            sum(tap.square().sum() for tap in found).backward()  # type: ignore[union-attr]
+            found = see(shown)
+            sum(one.square().sum() for one in found).backward()  # type: ignore[union-attr]
             gradients.append((shown.grad, *found))
         for one, other in zip(*gradients, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
@@ -132,13 +140,13 @@ def test_a_sheet_and_what_it_samples_are_not_compiled_for(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    real = diffusion.build_like
+    real = diffusion.copy_with_weights
 
     def noted(*arguments: Any) -> Any:
         seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         return real(*arguments)
 
-    monkeypatch.setattr(diffusion, "build_like", noted)
+    monkeypatch.setattr(diffusion, "copy_with_weights", noted)
     run(parts, tmp_path, "diffusion", 1, compile=True)
     assert seen[0] == seen[-1] == torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
 

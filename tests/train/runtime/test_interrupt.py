@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -15,12 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from onestill.data import ShardWriter
 from onestill.train.state import checkpoints
+from tests.train.small import write_noise_shards
 
 MOST_S = 300.0
 ROOT = Path(__file__).parents[3]
@@ -64,12 +61,7 @@ ICONS += [word for setting in NARROW for word in ("--set", setting)]
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
     """A folder with a recipe that never ends, and shards of noise for it."""
-    draw = np.random.default_rng(0)
-    with ShardWriter(tmp_path / "shards") as writer:
-        for i in range(6):
-            file = io.BytesIO()
-            Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
-            writer.write(f"noise-{i}", file.getvalue(), "noise", {}, suffix="png")
+    write_noise_shards(tmp_path / "shards")
     (tmp_path / "tiny.toml").write_text(RECIPE)
     return tmp_path
 

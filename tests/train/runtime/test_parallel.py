@@ -18,7 +18,7 @@ from onestill.errors import RecipeError
 from onestill.train.loop import train
 from onestill.train.methods.add import Method
 from onestill.train.methods.autoencoder import Method as AutoencoderMethod
-from onestill.train.optim.step import Updater, rows_at_once, take_turns
+from onestill.train.optim.step import Update, optimize, rows_at_once
 from onestill.train.recipe import LoopOptions
 from onestill.train.state import TrainState, checkpoints
 from tests.train.parts import latents_batch, write_parts
@@ -55,6 +55,7 @@ def runs(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("file", FILES)
 def test_two_processes_give_the_single_ones_weights(runs: Path, kind: str, file: str) -> None:
@@ -64,11 +65,13 @@ def test_two_processes_give_the_single_ones_weights(runs: Path, kind: str, file:
         torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-4, msg=f"{file} {name}")
 
 
+@pytest.mark.slow
 def test_the_weights_have_moved_further_than_that(runs: Path) -> None:
     first, last = (load_file(runs / "alone/checkpoints" / i / "student.safetensors") for i in ("00000001", LAST[-8:]))
     assert max(float((last[name] - first[name]).abs().max()) for name in first) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_the_log_is_of_all_processes(runs: Path, kind: str) -> None:
     for mine, whole in zip(rows(runs / kind), rows(runs / "alone"), strict=True):
@@ -76,6 +79,7 @@ def test_the_log_is_of_all_processes(runs: Path, kind: str) -> None:
         assert all(mine[key] == pytest.approx(whole[key], rel=0.01, abs=0.01) for key in mine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_one_process_goes_on_where_two_stopped(runs: Path, parts: Path, tmp_path: Path, kind: str) -> None:
     (tmp_path / "checkpoints").mkdir()
@@ -95,15 +99,15 @@ def one_iteration(parts: Path, accumulate: int) -> tuple[dict[str, torch.Tensor]
     method.to(torch.device("cpu"))
     method.discriminator.eval()  # spectral norms would iterate once a pass
     state = TrainState(method.networks, method.optimizers, {}, torch.Generator().manual_seed(0))
-    update = Updater(state, recipe.loop)
-    metrics = take_turns(method.step, state, latents_batch(BATCH), update, nullcontext)
+    update = Update(state, recipe.loop)
+    metrics = optimize(method.step, state, latents_batch(BATCH), update, nullcontext)
     assert metrics.keys() >= {"hinge", "adversarial", "distill"}
     weights = {f"{role}.{n}": p.detach() for role, net in state.networks.items() for n, p in net.named_parameters()}
     return weights, update.norms
 
 
 def test_passes_over_parts_are_one_pass_over_the_batch(parts: Path) -> None:
-    """The second player answers the first one's whole update, however many passes there are."""
+    """The student answers the discriminator's whole update, however many passes there are."""
     whole, norms = one_iteration(parts, 1)
     for accumulate in (2, 4):
         weights, found = one_iteration(parts, accumulate)
@@ -114,8 +118,8 @@ def test_passes_over_parts_are_one_pass_over_the_batch(parts: Path) -> None:
         assert off < 1e-3 * sum(value.numel() for value in whole.values())
 
 
-def test_players_that_took_no_turn_are_asked_for_none(tmp_path: Path) -> None:
-    """The autoencoder's patch discriminator joins late: until then its pass finds nothing to do."""
+def test_an_optimizer_without_a_loss_is_not_stepped(tmp_path: Path) -> None:
+    """The autoencoder's patch discriminator joins late: until then the step yields one loss."""
     recipe = small_recipe(tmp_path, 4, accumulate=2, batch_size=4)
     batches = NoiseBatches()
     batches.next = lambda: {"images": torch.rand(4, 3, 8, 8) * 2 - 1, "captions": [""] * 4}  # type: ignore[method-assign]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,10 +13,7 @@ from onestill.cli.options import Device, Json
 from onestill.cli.output import Target, is_file_name
 from onestill.errors import DataError, OnestillError, OutputError, require
 
-if TYPE_CHECKING:
-    from onestill.data import ShardReader
-
-__all__ = ["app", "open_shards"]
+__all__ = ["app"]
 
 Shards = Annotated[
     list[str] | None, typer.Argument(metavar="SHARD|FOLDER", help="Tar files or folders of them. (default: sample)")
@@ -26,31 +23,15 @@ MOST_IN_SHEET = 1000
 app = typer.Typer(help="Make training data and look at it.", no_args_is_help=False)
 
 
-def open_shards(sources: list[str], **options: Any) -> ShardReader:
-    """A reader of shards given as files or folders; the name `sample`, or nothing at all, is the packaged set.
-
-    Args:
-        sources: see above.
-        options: what `onestill.data.ShardReader` takes: seed, shuffle, epochs, size, images.
-
-    Raises:
-        DataError: a source does not exist, or nothing in them can be read.
-    """
-    from onestill.data import ShardReader, sample_shards
-
-    named: list[Path] = []
-    for source in sources or ["sample"]:
-        named += sample_shards() if source == "sample" else [Path(source)]
-    return ShardReader(named, **options)
-
-
 @app.command("count")
 def count(shards: Shards = None, as_json: Json = False) -> None:
     """Read every sample; count sizes, sets and licences, and name what had to be skipped.
 
     A sample made of two icons counts once for each set and licence that they come from.
     """
-    reader = open_shards(shards or [], shuffle=False, epochs=1)
+    from onestill.data import ShardReader
+
+    reader = ShardReader(shards or ["sample"], shuffle=False, epochs=1)
     sizes: Counter[str] = Counter()
     kinds: dict[str, Counter[str]] = {"set": Counter(), "licence": Counter()}
     with progress("reading", len(reader)) as advance:
@@ -89,9 +70,10 @@ def sheet(
         raise OutputError(f"'{out}' is not the name of a picture; end it in .png, .jpg or .webp.")
     target = Target(out, 1, force)
     from onestill.checkpoint import written_whole
+    from onestill.data import ShardReader
     from onestill.pipeline.sheet import sheet as draw_sheet
 
-    reader = open_shards(shards or [], seed=seed, shuffle=True, epochs=1)
+    reader = ShardReader(shards or ["sample"], seed=seed, shuffle=True, epochs=1)
     samples = [sample for _, sample in zip(range(number), reader, strict=False)]
     page = draw_sheet([sample.image for sample in samples], [sample.caption for sample in samples])
     path = target.path("", seed)
@@ -163,14 +145,14 @@ def cache(
         raise OnestillError(f"--part takes I/N with I below N, such as 0/4, not '{part}'.")
     for package in ("torch", "diffusers", "transformers"):
         require(package, "train")
-    from onestill.data import ShardWriter
+    from onestill.data import ShardReader, ShardWriter
     from onestill.engine.device import choose
     from onestill.train.cache import cache_for_model
 
     where = choose(device)
     if parts == "1":
         _refuse_full(out)
-    reader = open_shards(shards or [], shuffle=False, epochs=1, part=(int(first), int(parts)))
+    reader = ShardReader(shards or ["sample"], shuffle=False, epochs=1, part=(int(first), int(parts)))
     prefix = "shard" if parts == "1" else f"part-{first}"
     with ShardWriter(out, prefix=prefix) as writer, progress("encoding", len(reader) // int(parts)) as advance:
 

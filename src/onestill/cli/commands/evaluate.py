@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onestill.cli.commands.data import open_shards
 from onestill.cli.console import announced, note_device, print_json, progress
 from onestill.cli.options import Device, Dtype, Engine, Json
 from onestill.errors import DataError, require
@@ -20,7 +19,7 @@ from onestill.errors import DataError, require
 if TYPE_CHECKING:
     from onestill.data import Sample
     from onestill.evaluate import Contender, Evaluation
-    from onestill.evaluate.protocol import Generate, Pictures
+    from onestill.evaluate.protocol import Pictures
     from onestill.pipeline import Pipeline
 
 __all__ = ["evaluate"]
@@ -114,52 +113,10 @@ def contenders_of(
     pipe: Pipeline, name: str, steps: Sequence[int] | None, guidance_scale: float | None
 ) -> list[Contender]:
     """A pipeline at each number of steps, or at its own, under the name `MODEL, N steps`."""
-    from onestill.evaluate import Contender, fingerprint
+    from onestill.evaluate import pipeline_contender
 
     guidance = pipe.info.guidance_scale if guidance_scale is None else guidance_scale
-    settings = {
-        "weights": fingerprint(pipe.info),
-        "engine": pipe.engine.name,
-        "device": pipe.engine.device,
-        "dtype": pipe.engine.dtype,
-        "sampler": pipe.info.sampler,
-    }
-    return [
-        Contender(
-            f"{name}, {count} step{'s' if count > 1 else ''}",
-            drawer(pipe, count, guidance),
-            count,
-            guidance,
-            name,
-            settings,
-        )
-        for count in steps or [pipe.info.num_inference_steps]
-    ]
-
-
-def drawer(pipe: Pipeline, steps: int, guidance: float) -> Generate:
-    """A contender's `generate`, in as few calls as its consecutive seeds allow."""
-    import numpy as np
-
-    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Pictures:
-        parts = []
-        for start, end in consecutive(seeds):
-            drawn = pipe(
-                prompts[start:end], seed=seeds[start], num_inference_steps=steps, guidance_scale=guidance
-            ).images
-            parts += [np.asarray(image) for image in drawn]
-        return np.stack(parts)
-
-    return generate
-
-
-def consecutive(seeds: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """[start, end) of every longest run of seeds that go up by one, which is what one call of a pipeline draws."""
-    start = 0
-    for i in range(1, len(seeds) + 1):
-        if i == len(seeds) or seeds[i] != seeds[i - 1] + 1:
-            yield start, i
-            start = i
+    return [pipeline_contender(pipe, name, count, guidance) for count in steps or [pipe.info.num_inference_steps]]
 
 
 def read_reference(sources: list[str], number: int, seed: int, pipe: Pipeline) -> list[Sample]:
@@ -169,7 +126,9 @@ def read_reference(sources: list[str], number: int, seed: int, pipe: Pipeline) -
         DataError: there are fewer than two.
     """
     size = (pipe.info.height, pipe.info.width)
-    reader = open_shards(sources, seed=seed, shuffle=True, epochs=1, size=size)
+    from onestill.data import ShardReader
+
+    reader = ShardReader(sources, seed=seed, shuffle=True, epochs=1, size=size)
     samples = list(itertools.islice(reader, number))
     if len(samples) < 2:
         raise DataError(
@@ -189,7 +148,8 @@ def in_batches(samples: Sequence[Sample]) -> Iterator[Pictures]:
 def report(result: Evaluation, out: Path, number: int, seed: int) -> Path:
     """Write the page and its JSON, and return the page."""
     from onestill.bench.machine import machine_in_words, versions
-    from onestill.evaluate.report.page import About, Report, write_report
+    from onestill.evaluate.report.model import About, Report
+    from onestill.evaluate.report.page import write_report
     from onestill.evaluate.report.sheets import failures, side_by_side
 
     last = result.results[-1].name

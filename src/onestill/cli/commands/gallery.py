@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onestill.cli.commands.keys import opened
-from onestill.cli.commands.serve import Database
 from onestill.cli.console import note, print_json, stdout_console
-from onestill.cli.options import Json
+from onestill.cli.database import open_ledger
+from onestill.cli.options import Database, Json
 from onestill.errors import OnestillError
 
 if TYPE_CHECKING:
@@ -50,8 +49,8 @@ def remove(
 
 
 def shown(database: str | None) -> Gallery:
-    """The gallery in a database, which an extra is needed for: what opens it says so, so it comes first."""
-    ledger = opened(database)
+    """The gallery in a database."""
+    ledger = open_ledger(database)  # first: it names the extra that is missing
     from onestill.serve.gallery.store import Gallery
 
     return Gallery(ledger)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from onestill.cli.commands.serve import Database, KeysFile, parse_daily
 from onestill.cli.console import note, print_json, stdout_console
-from onestill.cli.options import Json
-from onestill.errors import OnestillError, require
-
-if TYPE_CHECKING:
-    from onestill.serve.access.ledger import Ledger
+from onestill.cli.database import open_ledger
+from onestill.cli.options import Database, Json, KeysFile, parse_daily
+from onestill.errors import OnestillError
 
 __all__ = ["app"]
 
@@ -33,11 +30,11 @@ def new(
     if not name.strip() or not name.isprintable() or len(name) > 200:
         raise OnestillError("The name must be 1 to 200 printable letters.")
     if keys is None:
-        print(opened(database).add_key(name.strip(), pictures)[1])
+        print(open_ledger(database).add_key(name.strip(), pictures)[1])
         return
     if pictures is not None:
         raise OnestillError("A file of keys has no counts; use --database for a key with a --limit.")
-    from onestill.serve.access.quota import hash_of, new_key, read_keys
+    from onestill.serve.access.keys import hash_of, new_key, read_keys
 
     if keys.exists():
         read_keys(keys)
@@ -51,7 +48,7 @@ def new(
 @app.command("list")
 def list_all(database: Database = None, as_json: Json = False) -> None:
     """List the keys of a database, with the pictures each drew today."""
-    rows = opened(database).list_keys()
+    rows = open_ledger(database).list_keys()
     if as_json:
         print_json({"keys": rows})
         return
@@ -72,15 +69,6 @@ def revoke(
 ) -> None:
     """Refuse a key from now on. Servers that run notice within seconds."""
     short = key_id.split("-")[1] if key_id.startswith("os-") and key_id.count("-") >= 2 else key_id
-    if not opened(database).revoke_key(short):
+    if not open_ledger(database).revoke_key(short):
         raise OnestillError(f"There is no valid key '{short}'; see 'onestill keys list'.")
     print(short)
-
-
-def opened(database: str | None) -> Ledger:
-    """The ledger at a URL, the default one where that is None."""
-    require("sqlalchemy", "access")
-    require("alembic", "access")
-    from onestill.serve.access.ledger import Ledger
-
-    return Ledger(database)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,17 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from onestill.cli.console import note, note_device
+from onestill.cli.database import open_ledger
 from onestill.cli.options import (
     Compile,
+    Database,
     Device,
     Dtype,
     Engine,
+    KeysFile,
     Loras,
     Model,
     Preset,
     Quantize,
     TinyVae,
     Unet,
+    parse_daily,
     parse_loras,
     torch_options,
 )
@@ -32,22 +35,11 @@ if TYPE_CHECKING:
     from onestill.pipeline import Pipeline
     from onestill.serve.access.ledger import Ledger
     from onestill.serve.access.quota import Access
-    from onestill.serve.web.provenance import Stamp
-    from onestill.serve.web.safety import ImageFilter, PromptFilter
-    from onestill.serve.web.state import Server, Settings
+    from onestill.serve.provenance import Stamp
+    from onestill.serve.safety import ImageFilter, PromptFilter
+    from onestill.serve.web.server import Server, Settings
 
-__all__ = ["Database", "KeysFile", "serve"]
-
-Database = Annotated[
-    str | None,
-    typer.Option(
-        "--database",
-        metavar="URL",
-        envvar="ONESTILL_DATABASE",  # a password in a command line is there for all to see
-        help="Where keys, counts and the gallery are kept. (default: SQLite in the user's data folder)",
-    ),
-]
-KeysFile = Annotated[Path | None, typer.Option("--keys", metavar="FILE", help="Hashed keys that may draw.")]
+__all__ = ["serve"]
 
 
 def serve(
@@ -115,7 +107,7 @@ def serve(
     """Serve the page, the realtime socket and the images API, until Ctrl-C."""
     from onestill.serve.queue.scheduler import Limits
     from onestill.serve.run import listen, run
-    from onestill.serve.web.state import Settings
+    from onestill.serve.web.server import Settings
 
     daily = parse_daily(trial_limit)
     settings = Settings(
@@ -190,9 +182,9 @@ def built(
     from concurrent.futures import ThreadPoolExecutor
 
     from onestill.pipeline import load
-    from onestill.serve.process import step_back
+    from onestill.serve.process import lower_priority
     from onestill.serve.queue.warm_up import warm_up
-    from onestill.serve.web.state import Server
+    from onestill.serve.web.server import Server
 
     settings = check(settings, hooks, model["model"], added)
 
@@ -202,7 +194,7 @@ def built(
         return pipe
 
     # In a thread that steps back, so that the engine's own threads, which it starts here, do so too.
-    with ThreadPoolExecutor(1, initializer=step_back) as pool:
+    with ThreadPoolExecutor(1, initializer=lower_priority) as pool:
         pipe = pool.submit(loaded).result()
     opened, ledger = opened_access(**access, gallery=gallery is not None)
     if gallery is None or ledger is None:
@@ -212,20 +204,6 @@ def built(
     return Server(pipe, settings, opened, Gallery(ledger, Rules(**gallery)))
 
 
-def parse_daily(text: str | None) -> int | None:
-    """Pictures a day from `50/day` or `50`; None from None.
-
-    Raises:
-        OnestillError: the text is neither.
-    """
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*(\d{1,9})\s*(/\s*day)?\s*", text)
-    if match is None:
-        raise OnestillError(f"The limit '{text}' is not understood; write it as pictures a day, such as 200/day.")
-    return int(match[1])
-
-
 def opened_access(
     database: str | None, keys: Path | None, daily: int | None, *, gallery: bool
 ) -> tuple[Access, Ledger | None]:
@@ -233,15 +211,12 @@ def opened_access(
 
     Where there are keys and no trial limit, everyone needs a key.
     """
-    from onestill.serve.access.quota import Access, read_keys
+    from onestill.serve.access.keys import read_keys
+    from onestill.serve.access.quota import Access
 
     ledger = None
     if database is not None or daily or gallery:
-        require("sqlalchemy", "access")
-        require("alembic", "access")
-        from onestill.serve.access.ledger import Ledger
-
-        ledger = Ledger(database)
+        ledger = open_ledger(database)
     if daily is None and (keys is not None or database is not None):
         daily = 0
     return Access(read_keys(keys) if keys is not None else {}, ledger, daily), ledger
@@ -255,7 +230,7 @@ def filters(
     Raises:
         OnestillError: the model asks for an image filter, and none is given.
     """
-    from onestill.serve.web.safety import blocked_words, card_asks_for_filter, named_filter
+    from onestill.serve.safety import blocked_words, card_asks_for_filter, named_filter
 
     if card_asks_for_filter(info) and image_filter is None and not no_filter:
         raise OnestillError(
@@ -273,7 +248,7 @@ def stamp(certificates: Path | None, key: Path | None) -> Stamp | None:
         return None
     if certificates is None or key is None:
         raise OnestillError("Signing needs a certificate and its key; give both --sign-with and --sign-key.")
-    from onestill.serve.web.provenance import Stamp
+    from onestill.serve.provenance import Stamp
 
     return Stamp(certificates, key)
 

@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onestill.cli.commands.data import open_shards
 from onestill.cli.console import SIGNALLED, note
 from onestill.errors import RecipeError, require
 
 if TYPE_CHECKING:
-    from onestill.data import Sample
+    from onestill.data.recipe_reader import RecipeReader
     from onestill.train.recipe import DataOptions
 
-__all__ = ["RecipeReader", "train"]
+__all__ = ["train"]
 
 MOST_NAMED = 10  # of the samples that could not be used
-
-
-class RecipeReader:
-    """What a recipe's `[data]` table names, read in an order that can be resumed: `onestill.train.batches.Reader`.
-
-    Args:
-        options: `shards` are tar files, folders of them, or `sample` for the packaged set.
-        part: (i, n), every n-th place of the order from i on; for process i of n.
-    """
-
-    def __init__(self, options: DataOptions, part: tuple[int, int] = (0, 1)) -> None:
-        named = {"seed": options.seed, "images": options.images, "workers": options.workers}
-        self.shards = open_shards(options.shards, shuffle=True, part=part, **named)
-
-    def __iter__(self) -> Iterator[Sample]:
-        return iter(self.shards)
-
-    def state(self) -> dict[str, Any]:
-        """Where the reader stands, as what JSON can hold."""
-        return dict(self.shards.state.as_dict())
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go to where a reader stood when it gave `state`."""
-        self.shards.state = type(self.shards.state).from_dict(state)
 
 
 def train(
@@ -65,6 +39,7 @@ def train(
         raise RecipeError(f"There is no recipe '{recipe}'; give a TOML file, such as one from recipes/icons.")
     for package in ("torch", "accelerate", "tensorboard"):
         require(package, "train")
+    from onestill.data.recipe_reader import RecipeReader
     from onestill.train.run import train_recipe
     from onestill.train.runtime.interrupt import Interrupted
 

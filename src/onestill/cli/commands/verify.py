@@ -21,7 +21,7 @@ def verify(
 
     Exits with 0, or with 1 where there is a manifest and it does not hold.
     """
-    from onestill.serve.web.provenance import read_provenance
+    from onestill.serve.provenance import read_provenance
 
     found = read_provenance(file)
     if as_json:

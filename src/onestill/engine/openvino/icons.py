@@ -26,8 +26,9 @@ from onestill.engine.device import runs_on_cpu
 from onestill.engine.openvino.compile_cache import network_key
 from onestill.engine.openvino.int8 import DYNAMIC, Int8, Layers, quantize, read_int8
 from onestill.engine.openvino.ir import PARTS, PartFiles, read_index
-from onestill.engine.protocol import Conditioning, to_images, to_pictures
+from onestill.engine.protocol import Conditioning
 from onestill.errors import CheckpointError, OnestillError
+from onestill.pixels import to_images, to_pictures
 from onestill.text.tokenize import PromptTokenizer
 
 __all__ = ["OpenVinoEngine", "read_graph"]

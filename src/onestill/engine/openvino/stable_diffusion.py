@@ -27,8 +27,9 @@ from onestill.checkpoint import ModelInfo, read_json
 from onestill.engine.device import runs_on_cpu
 from onestill.engine.memory import check_memory_left, is_memory_error, memory_told
 from onestill.engine.openvino.compile_cache import compile_kept
-from onestill.engine.protocol import Conditioning, to_images, to_pictures
+from onestill.engine.protocol import Conditioning
 from onestill.errors import CheckpointError, NotFiniteError, OnestillError
+from onestill.pixels import to_images, to_pictures
 from onestill.text.tokenize import PromptTokenizer
 
 __all__ = ["FOLDER", "FORM", "OpenVinoSdEngine"]

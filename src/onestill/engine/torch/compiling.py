@@ -46,7 +46,7 @@ def prepared(networks: Networks, options: TorchOptions, *, on_gpu: bool) -> None
     _check("quantize", options.quantize, QUANTIZES)
     if options.attention is not None:
         _check("attention", options.attention, tuple(ATTENTIONS))
-    modules = list(dict.fromkeys([networks.unet, networks.decoder]))
+    modules = list(dict.fromkeys([networks.unet, networks.latent_space.decoder]))
     # Uncompiled, CUDA's group norm copies what is channels last to the other layout, each time.
     if on_gpu and options.compile == "whole" if options.channels_last is None else options.channels_last:
         for module in modules:
@@ -120,7 +120,7 @@ def compiled(networks: Networks, options: TorchOptions, info: ModelInfo, dtype: 
             networks.unet.compile_repeated_blocks(**settings)
         else:
             networks.unet.compile(mode=MODE, **settings)
-            networks.decoder.decoder.compile(mode=MODE, **settings)
+            networks.latent_space.decoder.decoder.compile(mode=MODE, **settings)
     if options.attention is None:
         return networks.output
     backend = ATTENTIONS[options.attention]

@@ -14,14 +14,16 @@ from numpy.typing import NDArray
 from onestill.checkpoint import ModelInfo
 from onestill.engine.device import choose, default_dtype
 from onestill.engine.memory import check_memory, memory_told
-from onestill.engine.protocol import Conditioning, doubled, to_images
+from onestill.engine.protocol import Conditioning, doubled
 from onestill.errors import NotFiniteError, OnestillError
-from onestill.networks.inference import Networks, most_likely_latents, to_uint8
-from onestill.networks.load import DTYPES, load_components, quiet_libraries
+from onestill.networks.inference import Networks
+from onestill.networks.latents import to_uint8
+from onestill.networks.load import DTYPES, load_components
 from onestill.networks.precision import exact_output
+from onestill.pixels import to_images
 from onestill.text.tokenize import PromptTokenizer, Tokens
 
-__all__ = ["TorchEngine", "load_components", "most_likely_latents", "quiet_libraries"]
+__all__ = ["TorchEngine"]
 
 TOGETHER = 8  # images to a call, which bounds memory
 
@@ -55,14 +57,15 @@ class TorchEngine:
         if threads is not None:
             torch.set_num_threads(threads)
         components = ("tokenizer", "tokenizer_2") if info.is_xl else ("tokenizer",)
-        self._tokenizers = [PromptTokenizer(info, component) for component in components]
+        tokenizers = [PromptTokenizer(info, component) for component in components]
         check_memory(info, self.dtype)
         parts = load_components(info, self.dtype)
         if parts["vae"].dtype != DTYPES[self.dtype] and _has_bfloat16(self._device):
             parts["vae"] = parts["vae"].to(torch.bfloat16)  # its range is float32's, at half the time
         exact_output(parts["unet"], info.schedule.prediction_type)
         with memory_told(self._device, "hold the model"):
-            self._networks = Networks(info, {name: part.to(self._device) for name, part in parts.items()})
+            parts = {name: part.to(self._device) for name, part in parts.items()}
+        self._networks = Networks(info, parts, tokenizers)
 
     def warm_ups(self, most: int) -> tuple[int, ...]:
         """See `onestill.engine.Engine`."""
@@ -70,11 +73,12 @@ class TorchEngine:
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode B prompts."""
-        tokens = [tokenize(prompts) for tokenize in self._tokenizers]
+        encoder = self._networks.text_encoder
+        tokens = encoder.tokenize(prompts)
         states, pooled = [], []
         with torch.inference_mode(), memory_told(self._device, f"encode {len(prompts)} prompts"):
             for start in range(0, len(prompts), TOGETHER):
-                found = self._networks.states(*self._inputs(tokens, slice(start, start + TOGETHER)))
+                found = encoder.states(*self._inputs(tokens, slice(start, start + TOGETHER)))
                 states.append(_to_numpy(found[0]))
                 if found[1] is not None:
                     pooled.append(_to_numpy(found[1]))
@@ -113,18 +117,20 @@ class TorchEngine:
             for start in range(0, len(latents), TOGETHER):
                 z = self._to_torch(latents[start : start + TOGETHER], torch.float32)
                 try:
-                    pictures.append(to_uint8(self._networks.checked_image(z)).cpu().numpy())
+                    pictures.append(to_uint8(self._networks.latent_space.checked_decode(z)).cpu().numpy())
                 except FloatingPointError as error:
                     raise NotFiniteError.of(str(error), self.dtype) from None
         return np.concatenate(pictures)
 
     def encode_image(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Pictures [B, H, W, 3] -> latents [B, C, h, w]."""
-        latents = []
+        latents, space = [], self._networks.latent_space
         with torch.inference_mode(), memory_told(self._device, "encode the picture"):
             for start in range(0, len(pictures), TOGETHER):
-                image = self._to_torch(to_images(pictures[start : start + TOGETHER]), torch.float32)
-                latents.append(_to_numpy(self._networks.latents(image)))
+                images = self._to_torch(to_images(pictures[start : start + TOGETHER]), torch.float32)
+                encoded = space.encode(images)
+                # Rounded to the autoencoder's type, as diffusers' pipelines scale the latents in it.
+                latents.append(_to_numpy(encoded.to(space.autoencoder.dtype)))
         return np.concatenate(latents)
 
     def _optional(self, array: NDArray[np.float32] | None) -> torch.Tensor | None:

@@ -31,7 +31,7 @@ from onestill.engine.torch.eager import TorchEngine
 from onestill.engine.torch.stages import decode_latents, encode_prompts, take_steps
 from onestill.engine.torch.step_table import walk_table
 from onestill.errors import NotFiniteError
-from onestill.networks.inference import to_uint8
+from onestill.networks.latents import to_uint8
 
 __all__ = ["BATCHES", "FastEngine"]
 
@@ -180,8 +180,9 @@ class FastEngine(TorchEngine):
             return found
         try:
             # Once more, eagerly, which says what happened and decodes in float32.
-            checked: NDArray[np.uint8] = to_uint8(self._networks.checked_image(latents[:count])).cpu().numpy()
-            return checked
+            checked = self._networks.latent_space.checked_decode(latents[:count])
+            decoded: NDArray[np.uint8] = to_uint8(checked).cpu().numpy()
+            return decoded
         except FloatingPointError as error:
             raise NotFiniteError.of(str(error), self.dtype) from None
 
@@ -201,7 +202,7 @@ class FastEngine(TorchEngine):
 
     def _remember(self, prompts: Sequence[str]) -> None:
         size = next(size for size in BATCHES if size >= len(prompts))
-        tokens = [tokenize([*prompts, *[""] * (size - len(prompts))]) for tokenize in self._tokenizers]
+        tokens = self._networks.text_encoder.tokenize([*prompts, *[""] * (size - len(prompts))])
         ids = [torch.from_numpy(one.ids) for one in tokens]
         mask = torch.from_numpy(tokens[0].mask) if self.info.use_attention_mask else None
         states, pooled = self._encoder(ids[0], ids[1] if len(ids) > 1 else None, mask)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from onestill.engine.torch.step_table import SETTINGS
-from onestill.networks.inference import Networks, to_uint8
+from onestill.networks.inference import Networks
+from onestill.networks.latents import to_uint8
 from onestill.sampling import classifier_free_guidance
 
 __all__ = ["decode_latents", "encode_prompts", "take_steps"]
@@ -27,7 +28,7 @@ def encode_prompts(
     networks: Networks, ids: Tensor, second_ids: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Token numbers [B, K] of each text encoder -> states [B, K, D], and pooled [B, P] where the model has it."""
-    return networks.states([ids] if second_ids is None else [ids, second_ids], mask)
+    return networks.text_encoder.states([ids] if second_ids is None else [ids, second_ids], mask)
 
 
 def take_steps(
@@ -77,5 +78,5 @@ def take_steps(
 
 def decode_latents(networks: Networks, latents: Tensor) -> tuple[Tensor, Tensor]:
     """Latents [B, C, h, w] -> pictures uint8 [B, H, W, 3], and whether every number was finite, [] bool."""
-    image = networks.image(latents)
+    image = networks.latent_space.decode(latents)
     return to_uint8(image), torch.isfinite(image).all() & torch.isfinite(latents).all()

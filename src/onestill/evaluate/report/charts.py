@@ -104,9 +104,9 @@ def line_chart(
         parts.append(_line(one, x, y, low))
         ends.append((y(one.points[-1].y), one.name, one.colour))
     parts.append(_end_labels(ends))
-    told = escape(title)
-    svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{told}">{"".join(parts)}</svg>'
-    return f'<figure class="chart"><figcaption>{told}</figcaption>{svg}</figure>'
+    label = escape(title)
+    svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    return f'<figure class="chart"><figcaption>{label}</figcaption>{svg}</figure>'
 
 
 def _axes(x: _Scale, y: _Scale, xs: list[float], y_ticks: list[float], x_label: str) -> str:

@@ -5,31 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
-from typing import TYPE_CHECKING
 
 from onestill.evaluate.report import pieces
+from onestill.evaluate.report.model import About, Report, Sheet, Target, Tried
 from onestill.evaluate.run import Evaluation
-
-if TYPE_CHECKING:
-    from onestill.evaluate.report.page import About, Report, Target, Tried
-    from onestill.evaluate.report.sheets import Sheet
 
 __all__ = ["render"]
 
 _HERO_PICTURES = 10
 _DEFINITIONS = {
-    "FID": "Squared Fréchet distance between Gaussians fitted to the network's features of drawn and of real pictures. "
-    "It falls with the number of pictures: no number here compares with one from another set size or network.",
-    "KID": "Squared maximum mean discrepancy of the same features, kernel (x.y/D + 1)^3, unbiased: no set-size effect.",
+    "Fréchet distance": "Squared Fréchet distance between Gaussians fitted to the network's features of drawn and of "
+    "real pictures. It falls with the number of pictures. It is no FID, which is by InceptionV3: no number here "
+    "compares with one from another set size or network.",
+    "kernel distance": "Squared maximum mean discrepancy of the same features, kernel "
+    "(x.y/D + 1)^3, unbiased: no set-size effect.",
     "coverage": "Share of real pictures with a drawn one in their neighbourhood (out to the 5th nearest real one).",
     "CLIP score": "100 times the mean cosine between a picture's embedding and its caption's; not clipped.",
     "retrieval": "How often a picture's own caption is the nearest of {among} different captions; chance is {chance}.",
     "style": "How often the asked style's words are nearest to the picture, among all styles of the set.",
     "diversity": "Mean feature distance between seeds of one prompt, as a share of the mean distance between real "
-    "pictures of different prompts. Noise raises it too: read it beside FID.",
+    "pictures of different prompts. Noise raises it too: read it beside the Fréchet distance.",
     "colours": "Share of “a colour shape” pictures whose named colour covers more of the foreground than any other.",
-    "±": "Half a 95 % interval: for FID a jackknife over ten blocks of prompts, for the CLIP score a bootstrap, for "
-    "shares Wilson's.",
+    "±": "Half a 95 % interval: for the Fréchet distance a jackknife over ten blocks of prompts, for the CLIP score a "
+    "bootstrap, for shares Wilson's.",
 }
 
 
@@ -102,10 +100,10 @@ def _figures(evaluation: Evaluation) -> str:
     heads = tuple(evaluation.reference.features)
     if len(heads) < 2 or not evaluation.results:
         return body
-    rows = [(r.name, *(f"{r.fid_by_network[name]:.3g}" for name in heads)) for r in evaluation.results]
+    rows = [(r.name, *(f"{r.frechet_by_network[name]:.3g}" for name in heads)) for r in evaluation.results]
     text = (
-        "A model looks better to a network that it was trained against. FID by each network, the evaluation-only one "
-        "first; scales differ between networks, so compare ratios within a column."
+        "A model looks better to a network that it was trained against. Fréchet distance by each network, the "
+        "evaluation-only one first; scales differ between networks, so compare ratios within a column."
     )
     table = pieces.table(("contender", *heads), rows)
     return body + pieces.section("networks", "The same pictures, seen by other networks", text, table)
@@ -132,7 +130,7 @@ def _method(evaluation: Evaluation) -> str:
         terms.append(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>")
     text = "The definitions of docs/evaluation.md, in short."
     if evaluation.floor is not None:
-        text += f" The dashed floor, {evaluation.floor:.3g}, is the FID of as many other real pictures."
+        text += f" The dashed floor, {evaluation.floor:.3g}, is the Fréchet distance of as many other real pictures."
     return pieces.section("method", "How it was measured", text, f"<dl>{''.join(terms)}</dl>")
 
 

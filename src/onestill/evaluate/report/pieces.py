@@ -13,7 +13,7 @@ from PIL import Image
 
 from onestill.evaluate.measure import Figure, Result
 from onestill.evaluate.report.charts import Point, Series, line_chart
-from onestill.evaluate.report.sheets import Cell, Sheet
+from onestill.evaluate.report.model import Cell, Sheet
 from onestill.evaluate.run import Evaluation
 
 __all__ = ["charts", "figures_table", "image", "section", "sheet_html", "strip", "table"]
@@ -35,15 +35,15 @@ def image(picture: NDArray[np.uint8], alt: str) -> str:
 
 
 def strip(pictures: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -> str:
-    """A row of pictures without words."""
+    """A row of pictures without captions under them."""
     shown = "".join(image(picture, caption) for picture, caption in zip(pictures, captions, strict=True))
     return f'<div class="strip">{shown}</div>' if shown else ""
 
 
 def section(name: str, title: str, text: str, body: str) -> str:
     """A section that the page's index can name."""
-    told = f"<p>{escape(text)}</p>" if text else ""
-    return f'<section id="{escape(name)}"><h2>{escape(title)}</h2>{told}{body}</section>'
+    paragraph = f"<p>{escape(text)}</p>" if text else ""
+    return f'<section id="{escape(name)}"><h2>{escape(title)}</h2>{paragraph}{body}</section>'
 
 
 def sheet_html(sheet: Sheet) -> str:
@@ -87,8 +87,8 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 _Column = tuple[str, str, float, int]
 # head, field of Result, scale, direction: 1 the higher the better, -1 the lower, 0 neither
 _COLUMNS: tuple[_Column, ...] = (
-    ("FID ↓", "fid", 1, -1),
-    ("KID x1000 ↓", "kid", 1000, -1),
+    ("Fréchet distance ↓", "frechet_distance", 1, -1),
+    ("kernel distance x1000 ↓", "kernel_distance", 1000, -1),
     ("coverage ↑", "coverage", 100, 1),
     ("CLIP score ↑", "clip_score", 1, 1),
     ("retrieval % ↑", "retrieval", 100, 1),
@@ -145,15 +145,16 @@ def figures_table(evaluation: Evaluation) -> str:
 
 
 def charts(evaluation: Evaluation) -> str:
-    """FID and CLIP score over the number of steps, one line a group of contenders."""
+    """Fréchet distance and CLIP score over the number of steps, one line a group of contenders."""
     real = ("real", evaluation.real.clip_score.value)
     floor = ("real floor", evaluation.floor) if evaluation.floor is not None else None
     steps = "network calls (steps), logarithmic"
-    fid = [one for one in _series(evaluation, "fid") if one.points]
+    distance = [one for one in _series(evaluation, "frechet_distance") if one.points]
     clip = [one for one in _series(evaluation, "clip_score") if one.points]
     drawn = []
-    if fid:
-        drawn.append(line_chart(fid, title="FID: lower is better", x_label=steps, reference=floor, log_y=True))
+    if distance:
+        title = f"Fréchet distance ({evaluation.network}): lower is better"
+        drawn.append(line_chart(distance, title=title, x_label=steps, reference=floor, log_y=True))
     if clip:
         drawn.append(line_chart(clip, title="CLIP score: higher is better", x_label=steps, reference=real))
     return f'<div class="charts">{"".join(drawn)}</div>'

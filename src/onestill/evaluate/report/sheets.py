@@ -1,59 +1,14 @@
-"""Sheets of pictures for a report: the same prompts and seeds side by side, nothing picked by hand.
-
-Shapes: H W pixels.
-"""
+"""Sheets of pictures for a report: the same prompts and seeds side by side, nothing picked by hand."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 from onestill.errors import DataError
+from onestill.evaluate.report.model import Cell, Row, Sheet
 from onestill.evaluate.run import Evaluation
 
-__all__ = ["Cell", "Row", "Sheet", "beside_real", "colour_sheet", "failures", "several_seeds", "side_by_side"]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One picture uint8 [H, W, 3] of a sheet.
-
-    Attributes:
-        label: said under it; "" for none.
-        flag: it is a miss and is marked as one.
-    """
-
-    picture: NDArray[np.uint8]
-    label: str = ""
-    flag: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    """Pictures that belong together, under one caption."""
-
-    caption: str
-    cells: tuple[Cell, ...]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """Rows of pictures with what they show in words.
-
-    Attributes:
-        title: heads the section.
-        text: one paragraph on how the pictures came to be there.
-        columns: names the cells of every row; empty for a grid of captioned groups.
-    """
-
-    title: str
-    text: str
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+__all__ = ["beside_real", "colour_sheet", "failures", "several_seeds", "side_by_side"]
 
 
 def _indices(evaluation: Evaluation, name: str) -> tuple[int, ...]:

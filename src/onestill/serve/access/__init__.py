@@ -1,1 +1,1 @@
-"""Who may ask for pictures and how many: API keys, free trials, quotas, rate limits, and the database behind them."""
+"""Who may draw, and how much: API keys, free trials, quotas, rate limits, and their database."""

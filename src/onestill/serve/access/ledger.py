@@ -1,7 +1,7 @@
-"""Where keys and counts are kept: SQLite in the user's data folder, or PostgreSQL by URL. Needs `[access]`.
+"""The database of keys and counts: SQLite in the user's data folder, or PostgreSQL by URL. Needs `[access]`.
 
-A count is in the database before the picture is handed out, so a crash loses none; and it is one statement that counts
-only while the limit allows it, so two servers on one database cannot both take the last one.
+A picture is counted before it is handed out, so a crash loses no count. One statement compares and counts, so two
+servers on one database cannot both take the last picture of a limit.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from onestill.errors import OnestillError, require
-from onestill.serve.access.quota import Key, hash_of, new_key
-from onestill.serve.queue.jobs import NotDrawn
+from onestill.serve.access.keys import Key, hash_of, new_key
+from onestill.serve.errors import Unavailable
 
-__all__ = ["Ledger", "Unavailable", "default_url"]
+__all__ = ["Ledger", "default_url"]
 
-DAYS_KEPT = 40  # of counts
-MIGRATING = 0x6F6E6573  # PostgreSQL's advisory lock while tables are made: any fixed number
+KEEP_DAYS = 40  # older counts are deleted
+MIGRATION_LOCK = 0x6F6E6573  # PostgreSQL's advisory lock while tables are made: any fixed number
 
 _META = sa.MetaData()
 _SECRETS = sa.Table("secrets", _META, sa.Column("name", sa.String, primary_key=True), sa.Column("value", sa.String))
@@ -49,12 +49,8 @@ _COUNTS = sa.Table(
 )
 
 
-class Unavailable(NotDrawn):
-    """The database does not answer."""
-
-
 def default_url() -> str:
-    """SQLite in the user's data folder, which is made."""
+    """The URL of a SQLite file in the user's data folder, which is made if need be."""
     base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     folder = Path(base) / "onestill"
     try:
@@ -65,10 +61,10 @@ def default_url() -> str:
 
 
 class Ledger:
-    """Keys and counts. Safe to use from any thread, and from many processes at once.
+    """Keys and counts. Safe to use from many threads and processes at once.
 
     Args:
-        url: as SQLAlchemy writes them, `sqlite:///file.db` or `postgresql://user@host/name`; None is `default_url`.
+        url: for SQLAlchemy: `sqlite:///file.db` or `postgresql://user@host/name`; None is `default_url`.
 
     Raises:
         OnestillError: there is no such database, or it cannot be used.
@@ -95,7 +91,7 @@ class Ledger:
         try:
             self._migrate()
             with self._engine.begin() as connection:
-                oldest = (datetime.now(UTC) - timedelta(days=DAYS_KEPT)).date().isoformat()
+                oldest = (datetime.now(UTC) - timedelta(days=KEEP_DAYS)).date().isoformat()
                 connection.execute(sa.delete(_COUNTS).where(_COUNTS.c.day < oldest))
         except CommandError as error:
             raise OnestillError("The database was made by a newer onestill; update this one.") from error
@@ -113,7 +109,7 @@ class Ledger:
     # --- keys --------------------------------------------------------------------------------------------------------
 
     def add_key(self, name: str, daily: int | None) -> tuple[str, str]:
-        """Make a key; returns its id and the key itself, which is not kept."""
+        """Make a key; returns its id and the key itself, which is not stored."""
         key_id, key = new_key()
         row = {"id": key_id, "name": name, "hashed": hash_of(key), "daily": daily, "made": _today()}
         with self.begin() as connection:
@@ -121,7 +117,7 @@ class Ledger:
         return key_id, key
 
     def find_key(self, key_id: str) -> Key | None:
-        """A key that is not revoked."""
+        """The key of this id, None where there is none or it is revoked."""
         with self.begin() as connection:
             row = connection.execute(
                 sa.select(_KEYS).where(_KEYS.c.id == key_id, _KEYS.c.revoked.is_(None))
@@ -129,7 +125,7 @@ class Ledger:
         return None if row is None else Key(row.id, row.name, row.hashed, row.daily)
 
     def revoke_key(self, key_id: str) -> bool:
-        """Have a key refused from now on; False where there is none that is valid."""
+        """Revoke a key; False where there is no valid one of this id."""
         with self.begin() as connection:
             found = connection.execute(
                 sa.update(_KEYS).where(_KEYS.c.id == key_id, _KEYS.c.revoked.is_(None)).values(revoked=_today())
@@ -186,7 +182,7 @@ class Ledger:
         return True
 
     def secret(self) -> bytes:
-        """What cookies are signed with: random, made once, the same for every server on this database."""
+        """The random secret that signs cookies, the same for every server on this database."""
         insert = sqlite.insert if self.is_sqlite else postgresql.insert
         mine = insert(_SECRETS).values(name="cookies", value=secrets.token_hex(32)).on_conflict_do_nothing()
         with self.begin() as connection:
@@ -207,7 +203,7 @@ class Ledger:
             raise Unavailable("The database does not answer at present; try again in a moment.", 5) from error
 
     def wipe(self) -> None:
-        """Leave nothing of what was deleted in SQLite's log either; PostgreSQL's autovacuum sees to its own."""
+        """Remove deleted rows from SQLite's log too. PostgreSQL's autovacuum does that by itself."""
         if not self.is_sqlite:
             return
         connection = self._engine.raw_connection()  # outside a transaction
@@ -221,7 +217,7 @@ class Ledger:
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
         with self._engine.begin() as connection:
             if not self.is_sqlite:
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATING)))
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
@@ -229,7 +225,7 @@ class Ledger:
 def _prepare_sqlite(engine: sa.Engine) -> None:
     @sa.event.listens_for(engine, "connect")
     def connect(connection: Any, record: Any) -> None:
-        # Python's own transaction handling begins too late to be of use to two processes; see "begin".
+        # Python's own transactions take the lock too late for two processes; see "begin" below.
         connection.isolation_level = None
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=10000", "secure_delete=ON"):
             connection.execute(f"PRAGMA {pragma}").close()

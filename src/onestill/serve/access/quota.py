@@ -1,8 +1,7 @@
-"""Who asks, and how much they may have: keys, free trials, and the count of both.
+"""Who asks, and how many pictures they may draw: by key, or in a free trial.
 
-A key is `os-<id>-<secret>`; what is kept of it is the SHA-256 of the whole, which is enough for 160 random bits, and it
-is compared in constant time. A visitor without a key is known by a signed cookie and by address; both are counted,
-so that neither a new cookie nor another browser starts anew. Addresses are kept only as keyed hashes.
+A visitor without a key is known by a signed cookie and by address. Both are counted, so that neither a new cookie nor
+another browser starts a new trial. Addresses and owners are stored only as keyed hashes.
 """
 
 from __future__ import annotations
@@ -11,42 +10,29 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
-import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import HTTPConnection
 
-from onestill.errors import OnestillError
-from onestill.serve.web.errors import ApiError
+from onestill.serve.access.keys import KEY_FORM, Key, hash_of
+from onestill.serve.errors import ApiError
 
 if TYPE_CHECKING:
     from onestill.serve.access.ledger import Ledger
 
-__all__ = ["COOKIE", "Access", "Key", "Visitor", "hash_of", "network", "new_key", "read_keys"]
+__all__ = ["COOKIE", "COOKIE_S", "Access", "Visitor", "network"]
 
 COOKIE = "onestill_visitor"
-COOKIE_S = 400 * 24 * 3600  # as long as browsers keep any
-KEY_FORM = re.compile(r"os-([0-9a-f]{8})-[0-9A-Za-z_-]{27}")
-KEY_REMEMBERED_S = 5.0  # so a revoked key is refused after that
+COOKIE_S = 400 * 24 * 3600  # browsers keep no cookie for longer
+KEY_CACHE_S = 5.0  # how long a key that was looked up is trusted: a revoked one is refused after that
 T = TypeVar("T")
-OF_ONE_ADDRESS = 4  # trials: some addresses are a household, some a school
-
-
-@dataclass(frozen=True)
-class Key:
-    """What is known of a key: `hashed` is `hash_of` it, `daily` the pictures a day it may draw, None any number."""
-
-    id: str
-    name: str
-    hashed: str
-    daily: int | None = None
+EACH_ADDRESS = 4  # trials, as a household or a school may share an address
 
 
 @dataclass(frozen=True)
@@ -54,10 +40,10 @@ class Visitor:
     """Who asks.
 
     Attributes:
-        name: tells one from another for fair turns; not for display.
-        accounts: what is counted, account -> pictures a day.
-        owner: who may delete what was saved, "" for nobody.
-        address: where someone without a key asks from, hidden.
+        name: the client of the fair queue; not for display.
+        accounts: the accounts on which pictures are counted, each with its pictures a day.
+        owner: who owns what the visitor publishes; "" owns nothing.
+        address: the keyed hash of the address of a visitor without a key.
     """
 
     name: str
@@ -66,44 +52,12 @@ class Visitor:
     address: str = ""
 
 
-def new_key() -> tuple[str, str]:
-    """(id, key): a new random one, shown once and kept nowhere."""
-    key_id = secrets.token_hex(4)
-    return key_id, f"os-{key_id}-{secrets.token_urlsafe(20)}"
-
-
-def hash_of(key: str) -> str:
-    """What is kept of a key."""
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
-def read_keys(path: Path) -> dict[str, Key]:
-    """The keys in a file, by id; each line is `ID SHA256 NAME`, as `onestill keys new --keys FILE` writes it.
-
-    Raises:
-        OnestillError: it cannot be read, or a line is no such thing.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OnestillError(f"The keys in '{path}' cannot be read; make them with 'onestill keys new'.") from error
-    keys = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        match = re.fullmatch(r"([0-9a-f]{8}) ([0-9a-f]{64}) (\S.*)", line.strip())
-        if match is None:
-            raise OnestillError(f"Line {number} of '{path}' is no key; make keys with 'onestill keys new'.")
-        keys[match[1]] = Key(match[1], match[3], match[2])
-    return keys
-
-
 class Access:
-    """Decides who may draw, and counts.
+    """Identifies visitors, and counts their pictures.
 
     Args:
         file_keys: keys from a file, by id; they draw any number.
-        ledger: where keys and counts are kept; None for neither.
+        ledger: the database of keys and counts; None has neither.
         trial: pictures a day for those without a key; None is any number, 0 none at all.
     """
 
@@ -114,12 +68,12 @@ class Access:
         self._ledger = ledger
         self.trial = trial
         self._secret = ledger.secret() if ledger is not None else secrets.token_bytes(32)
-        self._known: dict[str, tuple[float, Key | None]] = {}
+        self._cached: dict[str, tuple[float, Key | None]] = {}
         # One thread, as SQLite has one writer: waiting here is cheaper than waiting there.
         self._pool = ThreadPoolExecutor(1, "onestill-ledger")
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close the database."""
         self._pool.shutdown(wait=True)
         if self._ledger is not None:
             self._ledger.close()
@@ -127,11 +81,11 @@ class Access:
     # --- who ---------------------------------------------------------------------------------------------------------
 
     async def identify(self, connection: HTTPConnection, key: str | None = None) -> Visitor:
-        """Who is at the other end.
+        """The visitor at the other end.
 
         Args:
             connection: a request or socket.
-            key: one that came another way than in `Authorization: Bearer`.
+            key: a key that came in another way than in `Authorization: Bearer`.
 
         Raises:
             ApiError: 401, the key is not valid, or one is needed.
@@ -139,7 +93,7 @@ class Access:
         scheme, _, bearer = connection.headers.get("authorization", "").partition(" ")
         given = key or (bearer.strip() if scheme.lower() == "bearer" else None)
         if given is not None and (self._file_keys or self._ledger is not None):
-            found = await self._checked(given)
+            found = await self._valid_key(given)
             if found is not None:
                 accounts = () if found.daily is None else ((f"key:{found.id}", found.daily),)
                 return Visitor(f"key:{found.id}", accounts, f"key:{found.id}")
@@ -148,51 +102,51 @@ class Access:
             raise ApiError(401, "This server needs a key; send it as 'Authorization: Bearer ...'.", "no_api_key")
         return self._anonymous(connection)
 
-    async def _checked(self, given: str) -> Key | None:
+    async def _valid_key(self, given: str) -> Key | None:
         match = KEY_FORM.fullmatch(given)
-        found = None if match is None else self._file_keys.get(match[1]) or await self._stored(match[1])
-        # Compared also where there is none, so that the time taken tells nothing.
+        found = None if match is None else self._file_keys.get(match[1]) or await self._look_up(match[1])
+        # Compared even where there is no such key, so that the time it takes reveals nothing.
         expected = found.hashed if found is not None else "0" * 64
         return found if hmac.compare_digest(hash_of(given), expected) and found is not None else None
 
-    async def _stored(self, key_id: str) -> Key | None:
+    async def _look_up(self, key_id: str) -> Key | None:
         if self._ledger is None:
             return None
-        at, known = self._known.get(key_id, (-KEY_REMEMBERED_S, None))
-        if time.monotonic() - at < KEY_REMEMBERED_S:
-            return known
+        at, cached = self._cached.get(key_id, (-KEY_CACHE_S, None))
+        if time.monotonic() - at < KEY_CACHE_S:
+            return cached
         found = await self.in_pool(self._ledger.find_key, key_id)
-        if len(self._known) > 1000:
-            self._known.clear()
-        self._known[key_id] = (time.monotonic(), found)
+        if len(self._cached) > 1000:
+            self._cached.clear()
+        self._cached[key_id] = (time.monotonic(), found)
         return found
 
     def _anonymous(self, connection: HTTPConnection) -> Visitor:
-        address = self.hidden(network(connection.client.host if connection.client else ""))
-        cookie = self._visitor_of(connection.cookies.get(COOKIE, ""))
+        address = self.keyed_hash(network(connection.client.host if connection.client else ""))
+        cookie = self._name_in(connection.cookies.get(COOKIE, ""))
         name = f"visitor:{cookie}" if cookie else f"address:{address}"
         owner = f"visitor:{cookie}" if cookie else ""
         if self.trial is None:
             return Visitor(name, (), owner, address)
-        accounts = [(f"address:{address}", self.trial * OF_ONE_ADDRESS if cookie else self.trial)]
+        accounts = [(f"address:{address}", self.trial * EACH_ADDRESS if cookie else self.trial)]
         if cookie:
             accounts.append((f"visitor:{cookie}", self.trial))
         return Visitor(name, tuple(accounts), owner, address)
 
     def cookie_for(self, connection: HTTPConnection) -> str | None:
         """A new signed cookie for a browser that has no valid one, else None."""
-        if self._visitor_of(connection.cookies.get(COOKIE, "")):
+        if self._name_in(connection.cookies.get(COOKIE, "")):
             return None
         name = secrets.token_hex(12)
-        return f"{name}.{self.hidden('cookie ' + name)}"
+        return f"{name}.{self.keyed_hash('cookie ' + name)}"
 
-    def _visitor_of(self, cookie: str) -> str | None:
+    def _name_in(self, cookie: str) -> str | None:
         name, _, signature = cookie.partition(".")
-        good = hmac.compare_digest(signature.encode(), self.hidden("cookie " + name).encode())
+        good = hmac.compare_digest(signature.encode(), self.keyed_hash("cookie " + name).encode())
         return name if name and good else None
 
-    def hidden(self, text: str) -> str:
-        """What is kept of a text that must not be known: the same for the same text, and no way back."""
+    def keyed_hash(self, text: str) -> str:
+        """The keyed hash of a text that must not be stored itself."""
         return hmac.new(self._secret, text.encode("utf-8", "replace"), hashlib.sha256).hexdigest()[:32]
 
     # --- how much ----------------------------------------------------------------------------------------------------
@@ -205,13 +159,13 @@ class Access:
         return max(0, min(daily - used.get(account, 0) for account, daily in visitor.accounts))
 
     async def check(self, visitor: Visitor, pictures: int) -> None:
-        """Raise ApiError (429) when that many would be too many; counts nothing."""
+        """Raise ApiError (429) where that many are more than are left. Counts nothing."""
         left = await self.left(visitor)
         if left is not None and left < pictures:
             raise self._over(visitor, left)
 
     async def spend(self, visitor: Visitor, pictures: int) -> None:
-        """Count pictures, all or none, before they are handed out. Raises ApiError (429) when too many."""
+        """Count pictures before they are handed out. Raises ApiError (429) and counts none where they are too many."""
         if self._ledger is None or not visitor.accounts:
             return
         if not await self.in_pool(self._ledger.spend, visitor.accounts, pictures, _today()):
@@ -223,7 +177,7 @@ class Access:
         whose = "This key has" if visitor.name.startswith("key:") else "The free trial has"
         return ApiError(
             429,
-            f"{whose} {left} pictures left today; it starts anew at midnight UTC.",
+            f"{whose} {left} pictures left today; the count starts again at midnight UTC.",
             "insufficient_quota",
             retry_after_s=(midnight - now).total_seconds(),
         )
@@ -238,7 +192,7 @@ def _today() -> str:
 
 
 def network(address: str) -> str:
-    """An address as it is counted: of IPv6 the 64 bits that are one household's."""
+    """The address that is counted: of an IPv6 address its network of 64 bits, which is one household's."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:

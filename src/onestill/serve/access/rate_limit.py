@@ -1,51 +1,51 @@
-"""How often one may ask: a bucket that fills with time, from which each request takes a drop."""
+"""Rate limits by token buckets: a bucket fills with time, and each request takes one token from it."""
 
 from __future__ import annotations
 
 import time
 
-__all__ = ["Bucket", "Buckets"]
+__all__ = ["TokenBucket", "TokenBuckets"]
 
-NAMES_KEPT = 4096
+MOST_NAMES = 4096
 
 
-class Bucket:
-    """Full at first; `most` may come at once, `each_s` a second in the long run."""
+class TokenBucket:
+    """Allows `most` requests at once, and `each_s` a second in the long run. Starts full."""
 
     def __init__(self, each_s: float, most: float) -> None:
         self._each_s = each_s
-        self._left = self._most = most
+        self._tokens = self._most = most
         self._at = time.monotonic()
 
     def take(self) -> bool:
-        """Take a drop, where there is one."""
-        self.fill()
-        if self._left < 1:
+        """Take a token; False where there is none."""
+        self.refill()
+        if self._tokens < 1:
             return False
-        self._left -= 1
+        self._tokens -= 1
         return True
 
-    def fill(self) -> bool:
-        """Let in what has come since the last time; returns whether it is full."""
+    def refill(self) -> bool:
+        """Add the tokens of the time since the last call; returns whether the bucket is full."""
         now = time.monotonic()
-        self._left = min(self._most, self._left + (now - self._at) * self._each_s)
+        self._tokens = min(self._most, self._tokens + (now - self._at) * self._each_s)
         self._at = now
-        return self._left >= self._most
+        return self._tokens >= self._most
 
 
-class Buckets:
-    """One for each name. A full bucket is one that nobody used, so those are what is forgotten when there are many."""
+class TokenBuckets:
+    """A token bucket for each name. When there are many, the full ones are dropped: a new one would be full too."""
 
     def __init__(self, each_s: float, most: float) -> None:
         self._each_s, self._most = each_s, most
-        self._found: dict[str, Bucket] = {}
+        self._buckets: dict[str, TokenBucket] = {}
 
     def take(self, name: str) -> bool:
-        """Take a drop from the bucket of this name. With too many names in use, new ones find nothing."""
-        if name not in self._found:
-            if len(self._found) >= NAMES_KEPT:
-                self._found = {name: one for name, one in self._found.items() if not one.fill()}
-            if len(self._found) >= NAMES_KEPT:
+        """Take a token of this name. With too many names in use, new ones are refused."""
+        if name not in self._buckets:
+            if len(self._buckets) >= MOST_NAMES:
+                self._buckets = {name: one for name, one in self._buckets.items() if not one.refill()}
+            if len(self._buckets) >= MOST_NAMES:
                 return False
-            self._found[name] = Bucket(self._each_s, self._most)
-        return self._found[name].take()
+            self._buckets[name] = TokenBucket(self._each_s, self._most)
+        return self._buckets[name].take()

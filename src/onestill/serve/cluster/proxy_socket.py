@@ -1,50 +1,48 @@
-"""A live connection through the front: the client's side stays while the replica's changes."""
+"""A live connection through the proxy: the client's socket stays open while the replica behind it changes.
+
+When a replica dies, its newest message that was not answered goes to another; the older ones are answered `superseded`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.types import Receive, Scope, Send
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.typing import Origin, Subprotocol
 
-from onestill.serve.web.errors import ApiError
-from onestill.serve.web.realtime import name_in, opened, unpacked
+from onestill.serve.cluster.upstream import Upstream, retries
+from onestill.serve.errors import ApiError
+from onestill.serve.web.messages import id_in, read_message, unpack
 
-if TYPE_CHECKING:
-    from onestill.serve.cluster.proxy import Front
+__all__ = ["ProxySocket"]
 
-__all__ = ["Socket", "tries"]
-
-LONGEST_PAUSE_S = 1.0
 LARGEST = 2**25  # of an answer: four pictures of a large model
-FINAL = (1000, 1003, 1007, 1008, 1009, 1013)  # a replica means it; with any other code it went
+FINAL = (1000, 1003, 1007, 1008, 1009, 1013)  # the replica closes on purpose; any other code means that it died
 OPEN_S = 20.0
-# Made anew on each connection.
+# Headers that each connection has of its own.
 OWN = {b"host", b"origin"}
 HANDSHAKE = (b"sec-websocket", b"connection", b"upgrade")
 Sent = str | bytes
 
 
 class _Refused(Exception):
-    """A replica wants no such socket."""
+    """A replica refuses the socket."""
 
 
-class Socket:
-    """One client's; see the module."""
+class ProxySocket:
+    """One client's socket; see the module."""
 
-    def __init__(self, front: Front, scope: Scope, receive: Receive, send: Send) -> None:
-        self._front, self._scope, self._receive, self._send = front, scope, receive, send
+    def __init__(self, upstream: Upstream, scope: Scope, receive: Receive, send: Send) -> None:
+        self._upstream, self._scope, self._receive, self._send = upstream, scope, receive, send
         self._replica: ClientConnection | None = None
         self._unanswered: list[tuple[int | None, Sent]] = []
         self._lock = asyncio.Lock()  # held while something goes to a replica, or another one is looked for
-        self._greeted = False
+        self._ready_sent = False
 
     async def run(self) -> None:
         """Serve until either side ends it."""
@@ -66,8 +64,8 @@ class Socket:
             await self._replica.close()
 
     async def _connect(self) -> ClientConnection:
-        """A replica's socket. Raises _Refused; TimeoutError where there is none."""
-        headers = self._front.headers(self._scope)
+        """A replica's socket. Raises _Refused where it refuses, TimeoutError where no replica answers."""
+        headers = self._upstream.headers(self._scope)
         more = [
             (name.decode("latin-1"), value.decode("latin-1"))
             for name, value in headers
@@ -75,13 +73,13 @@ class Socket:
         ]
         named = dict(self._scope["headers"])
         origin = named.get(b"origin")
-        async for _ in tries(self._front.patience_s):
+        async for _ in retries(self._upstream.patience_s):
             try:
                 return await connect(
                     # The Host is the one that the client sent, as replicas check it too.
                     f"ws://{named.get(b'host', b'localhost').decode('latin-1')}{self._scope['path']}",
-                    host=self._front.host,
-                    port=self._front.port,
+                    host=self._upstream.host,
+                    port=self._upstream.port,
                     origin=Origin(origin.decode("latin-1")) if origin else None,
                     subprotocols=[Subprotocol(name) for name in self._scope.get("subprotocols", [])] or None,
                     additional_headers=more,
@@ -100,7 +98,7 @@ class Socket:
         raise TimeoutError
 
     async def _up(self) -> None:
-        """From the client to the replica of the moment."""
+        """Pass messages from the client to the current replica."""
         while True:
             message = await self._receive()
             if message["type"] == "websocket.disconnect":
@@ -108,12 +106,12 @@ class Socket:
             text = message.get("text")
             data: Sent = text if text is not None else message.get("bytes") or b""
             async with self._lock:
-                self._unanswered.append((_id_in(data, self._front.message_bytes), data))
-                with suppress(ConnectionClosed):  # then it is asked again of another
+                self._unanswered.append((_id_in(data, self._upstream.message_bytes), data))
+                with suppress(ConnectionClosed):  # then another replica is asked
                     await self._here().send(data)
 
     async def _down(self) -> None:
-        """From one replica after another to the client."""
+        """Pass messages from one replica after another to the client."""
         while True:
             replica = self._here()
             with suppress(ConnectionClosed):
@@ -131,7 +129,7 @@ class Socket:
                 await self._ask_again()
 
     async def _ask_again(self) -> None:
-        """The newest of what was not answered; the others are told that it took their place."""
+        """Send the newest message without an answer again; answer the older ones `superseded`."""
         *older, newest = self._unanswered or [(None, b"")]
         self._unanswered = self._unanswered[-1:]
         for name, _ in older:
@@ -141,11 +139,11 @@ class Socket:
                 await self._here().send(newest[1])
 
     async def _pass(self, message: Sent) -> None:
-        answer: Any = json.loads(message) if isinstance(message, str) else unpacked(message)[0]
+        answer: Any = json.loads(message) if isinstance(message, str) else unpack(message)[0]
         if answer["type"] == "ready":
-            if self._greeted:
+            if self._ready_sent:
                 return
-            self._greeted = True
+            self._ready_sent = True
         else:
             name = answer["id"]
             index = next((i for i, (one, _) in enumerate(self._unanswered) if one == name), None)
@@ -159,21 +157,9 @@ class Socket:
         return self._replica
 
 
-async def tries(patience_s: float) -> AsyncIterator[int]:
-    """Numbers, after ever longer pauses, until the time is up."""
-    ended = time.monotonic() + patience_s
-    number, pause = 0, 0.02
-    while True:
-        yield number
-        if time.monotonic() + pause > ended:
-            return
-        await asyncio.sleep(pause)
-        number, pause = number + 1, min(LONGEST_PAUSE_S, pause * 2)
-
-
 def _id_in(message: Sent, most: int) -> int | None:
-    """What the answer to a message will be named, as the replica reads it."""
+    """The id that a replica will read in a message."""
     try:
-        return name_in(opened(message, most)[0])
+        return id_in(read_message(message, most)[0])
     except ApiError:
         return None

@@ -1,7 +1,7 @@
 """Several replicas of one server under Ray Serve, on one machine or many. Needs `[ray]`.
 
-Each replica is the whole server, with its own model and scheduler; what they share is the database. Ray's proxy sends a
-request to the replica with the fewest. Before it stands the front, which asks again what a replica had when it died.
+Each replica is the whole server with its own model and scheduler; they share the database. Ray's proxy sends a request
+to the replica with the fewest. Ours stands before it and sends again what a replica had when it died.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from typing import Any
 from fastapi import FastAPI
 
 from onestill.errors import OnestillError, require
-from onestill.serve.cluster.proxy import FromFront, Front
-from onestill.serve.process import settle
-from onestill.serve.run import listen, make_front
+from onestill.serve.cluster.proxy import Proxy
+from onestill.serve.cluster.upstream import ClientFromProxy, Upstream
+from onestill.serve.process import tune_interpreter
+from onestill.serve.run import listen, make_proxy_server
 from onestill.serve.web.app import create_app
 from onestill.serve.web.guard import Guard
-from onestill.serve.web.state import Server, Settings
+from onestill.serve.web.server import Server, Settings
 
 __all__ = ["run_on_ray"]
 
 NAME = "onestill"
-DRAIN_S = 4.0  # for what a replica was asked before it goes
-DEAD = ("the model's thread ended", "the engine does not answer")  # what only a new replica puts right
+DRAIN_S = 4.0  # for a replica to finish what it has accepted
+DEAD = ("the model's thread ended", "the engine does not answer")  # only a new replica helps against these
 
 _servers: list[Server] = []  # of this process, when it is a replica
 
@@ -47,9 +48,9 @@ def run_on_ray(
     Joins the Ray cluster that `RAY_ADDRESS` names, else starts one on this machine, without its dashboard.
 
     Args:
-        build: makes a replica's server, in the replica's process; it must be possible to pickle it.
-        settings: its bounds say how much a replica is given at once.
-        bound: from `listen`; the front is there, and passes on to Ray's proxy on the cluster's head.
+        build: makes a replica's server, in the replica's process; it must be picklable.
+        settings: of each replica; its bounds limit how much a replica is sent at once.
+        bound: from `listen`; our proxy answers there, and passes on to Ray's proxy on the cluster's head.
         replicas: how many.
         gpus: of each, such as 0.5; 0 for none.
         trusted_proxies: as for `run`.
@@ -81,10 +82,9 @@ def run_on_ray(
         try:
             serve.run(_deployment(serve, build, settings, replicas, gpus, proof), name=NAME, route_prefix="/")
         except RuntimeError as error:
-            raise OnestillError("Ray could not start the replicas; 'ray status' and its logs say why.") from error
-        front = Front(host, port, proof=proof, message_bytes=settings.bounds.message)
-        guard = Guard(front, settings.hosts, settings.origins, settings.bounds.body, watch=lambda *told: None)
-        make_front(guard, settings.bounds.message, trusted_proxies=trusted_proxies, ready=ready).run(sockets=[bound])
+            raise OnestillError("Ray could not start the replicas; see 'ray status' and Ray's logs.") from error
+        app = _proxy(Upstream(host, port, proof, settings.bounds.message), settings)
+        make_proxy_server(app, settings.bounds.message, trusted_proxies=trusted_proxies, ready=ready).run([bound])
     except KeyboardInterrupt:
         if not stopped:
             raise
@@ -92,6 +92,10 @@ def run_on_ray(
         if ray.is_initialized():
             serve.shutdown()
             ray.shutdown()
+
+
+def _proxy(upstream: Upstream, settings: Settings) -> Guard:
+    return Guard(Proxy(upstream), settings.hosts, settings.origins, settings.bounds.body)
 
 
 def _free_port() -> int:
@@ -106,8 +110,8 @@ def _deployment(
         server = build()
         _servers.append(server)
         made = create_app(server)
-        made.add_middleware(FromFront, proof=proof)
-        settle()
+        made.add_middleware(ClientFromProxy, proof=proof)
+        tune_interpreter()
         return made
 
     class Replica:

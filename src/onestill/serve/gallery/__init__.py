@@ -1,1 +1,1 @@
-"""The gallery: pictures that visitors chose to show. Needs `[access]`."""
+"""The gallery: pictures that visitors publish. Needs `[access]`."""

@@ -1,7 +1,7 @@
-"""Pictures that visitors chose to show, kept beside keys and counts. Needs `[access]`.
+"""The pictures that visitors publish, in the database of keys and counts. Needs `[access]`.
 
-A picture is a row, its file in it: it is there whole or not at all, whatever dies meanwhile, and all servers on one
-database show the same. What is kept of its owner is a keyed hash; of the words nothing, unless they are to be shown.
+A picture is one row with its file in it. So it is there whole or not at all, even after a crash, and all servers on one
+database show the same. The owner is stored as a keyed hash, and the prompt only where the owner lets it be shown.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from onestill.serve.access.ledger import Ledger
-from onestill.serve.web.errors import ApiError
+from onestill.serve.errors import ApiError
 
 __all__ = ["Entry", "Gallery", "Rules"]
 
-OF_ONE_ADDRESS = 4  # as many visitors may be behind one
+EACH_ADDRESS = 4  # times the pictures of one owner, as a few visitors may share an address
 DAY_MS = 24 * 3600 * 1000
-KEEPING = 0x6F6E6574  # PostgreSQL's advisory lock while a picture is taken in: any fixed number
+ADD_LOCK = 0x6F6E6574  # PostgreSQL's advisory lock while a picture is added: any fixed number
 
 _TABLE = sa.Table(
     "gallery",
@@ -31,19 +31,19 @@ _TABLE = sa.Table(
     *(sa.Column(name, sa.Integer) for name in ("num_inference_steps", "width", "height", "size")),
     sa.Column("file", sa.LargeBinary),
 )
-_TOLD = [column for column in _TABLE.c if column.name not in ("address", "size", "file")]
+_ENTRY_COLUMNS = [column for column in _TABLE.c if column.name not in ("address", "size", "file")]
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How much a gallery takes in.
+    """The limits of a gallery.
 
     Attributes:
         days: how long a picture stays.
         most, each: pictures in all, and of one owner; of one address four times as many.
         most_bytes, file_bytes: of all files, and of one.
-        saves_a_minute: of one owner, deletions too.
-        looks_a_second: lists and files, of one owner.
+        saves_a_minute: additions and deletions by one owner.
+        looks_a_second: lists and files read by one owner.
     """
 
     days: int = 30
@@ -57,7 +57,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a picture: `owner` as `Access.hidden` makes it, `prompt` None where it is not to be shown."""
+    """A picture without its file. `owner` is a keyed hash; `prompt` is None where it must not be shown."""
 
     id: str
     made_ms: int
@@ -75,7 +75,7 @@ class Gallery:
 
     Args:
         ledger: whose database they are in.
-        rules: how much is taken in.
+        rules: its limits.
         clock: seconds since 1970.
     """
 
@@ -85,7 +85,7 @@ class Gallery:
         self._clock = clock
 
     def check_room(self, owner: str, address: str, size: int = 0) -> None:
-        """Raise ApiError when a file of that many bytes would be too much: 429 for now, 400 for any gallery."""
+        """Raise ApiError where `size` bytes have no room: 429, the gallery is full; 400, the file is too large."""
         self._check_size(size)
         with self._ledger.begin() as connection:
             self._check_room(connection, owner, address, size)
@@ -103,13 +103,13 @@ class Gallery:
         width: int,
         height: int,
     ) -> Entry:
-        """Take a picture in; those that have expired go.
+        """Add a picture, and delete those that have expired.
 
         Args:
             file: a WebP.
-            name: its id, 32 hexadecimal digits that nobody can guess; None makes one.
-            owner, address: as `Access.hidden` makes them.
-            prompt: None keeps nothing of the words.
+            name: its id, 32 random hexadecimal digits; None makes one.
+            owner, address: as `Access.keyed_hash` makes them.
+            prompt: None where it must not be shown; then it is not stored.
 
         Raises:
             ApiError: 429, there is no room; 400, the file is too large.
@@ -118,12 +118,12 @@ class Gallery:
         now = self._now()
         expires = now + self.rules.days * DAY_MS
         name = name or secrets.token_hex(16)
-        prompt = prompt and prompt.replace("\0", " ")  # which PostgreSQL's texts cannot hold
+        prompt = prompt and prompt.replace("\0", " ")  # PostgreSQL cannot store NUL in a text
         entry = Entry(name, now, expires, seed, owner, prompt, num_inference_steps, width, height)
         gone = self.forget_expired()
         with self._ledger.begin() as connection:
-            if not self._ledger.is_sqlite:  # which has one writer at a time anyway
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(KEEPING)))
+            if not self._ledger.is_sqlite:  # SQLite has one writer at a time anyway
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(ADD_LOCK)))
             self._check_room(connection, owner, address, len(file))
             row = {**vars(entry), "address": address, "size": len(file), "file": file}
             connection.execute(sa.insert(_TABLE).values(row))
@@ -133,7 +133,7 @@ class Gallery:
 
     def page(self, most: int, before: tuple[int, str] | None = None) -> list[Entry]:
         """Up to `most` pictures, newest first, after the one whose (made_ms, id) is `before`."""
-        query = sa.select(*_TOLD).where(_TABLE.c.expires_ms > self._now())
+        query = sa.select(*_ENTRY_COLUMNS).where(_TABLE.c.expires_ms > self._now())
         if before is not None:
             query = query.where(sa.tuple_(_TABLE.c.made_ms, _TABLE.c.id) < sa.tuple_(*map(sa.literal, before)))
         query = query.order_by(_TABLE.c.made_ms.desc(), _TABLE.c.id.desc()).limit(most)
@@ -141,21 +141,21 @@ class Gallery:
             return [Entry(**row) for row in connection.execute(query).mappings()]
 
     def find(self, name: str) -> Entry | None:
-        """The picture of this id."""
-        query = sa.select(*_TOLD).where(_TABLE.c.id == name, _TABLE.c.expires_ms > self._now())
+        """The picture of this id, None where there is none."""
+        query = sa.select(*_ENTRY_COLUMNS).where(_TABLE.c.id == name, _TABLE.c.expires_ms > self._now())
         with self._ledger.begin() as connection:
             row = connection.execute(query).mappings().one_or_none()
         return None if row is None else Entry(**row)
 
     def file(self, name: str) -> bytes | None:
-        """Its bytes."""
+        """The bytes of a picture's file, None where there is none."""
         query = sa.select(_TABLE.c.file).where(_TABLE.c.id == name, _TABLE.c.expires_ms > self._now())
         with self._ledger.begin() as connection:
             found = connection.execute(query).scalar_one_or_none()
         return None if found is None else bytes(found)
 
     def remove(self, name: str) -> bool:
-        """Delete a picture for good; False where there is none. Who may is for the caller to know."""
+        """Delete a picture for good; False where there is none. The caller checks who may."""
         with self._ledger.begin() as connection:
             gone = connection.execute(sa.delete(_TABLE).where(_TABLE.c.id == name)).rowcount
         if gone:
@@ -163,7 +163,7 @@ class Gallery:
         return bool(gone)
 
     def forget_expired(self) -> int:
-        """Delete for good what has been here long enough; returns how many there were."""
+        """Delete expired pictures for good; returns how many there were."""
         with self._ledger.begin() as connection:
             gone = connection.execute(sa.delete(_TABLE).where(_TABLE.c.expires_ms <= self._now())).rowcount
         if gone:
@@ -184,7 +184,7 @@ class Gallery:
                 sa.func.coalesce(sa.func.sum(_TABLE.c.size), 0),
             ).where(alive)
         ).one()
-        if mine >= rules.each or (address and here >= OF_ONE_ADDRESS * rules.each):
+        if mine >= rules.each or (address and here >= EACH_ADDRESS * rules.each):
             raise ApiError(
                 429, "Your part of the gallery is full; delete one of your pictures first.", "gallery_share_full"
             )

@@ -1,7 +1,7 @@
-"""Whose turn it is: fair queues of pictures, without threads or clocks of their own.
+"""Start-time fair queueing of pictures, without a thread or a clock of its own.
 
-Turns go by picture, not by request: ten pictures asked for at once are ten turns, and between them everyone else has
-theirs. The turn is whoever's has been served least (start-time fair queueing; a picture costs its steps).
+The queue serves pictures, not requests: between two of ten pictures that one client asked for, everyone else is served.
+The next picture is one of the client that has been served least; a picture costs its number of steps.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 from onestill.serve.queue.jobs import Job, Picture
 
-__all__ = ["Client", "Task", "Turns", "Unit"]
+__all__ = ["Client", "FairQueue", "Task", "Unit"]
 
-NAMES_KEPT = 4096
+MOST_NAMES = 4096
 
 
 @dataclass(eq=False)
@@ -24,10 +24,10 @@ class Task:
 
     Attributes:
         submitted: when, in seconds of the caller's clock.
-        address: where it was asked from, hidden; "" where that says nothing.
+        address: the keyed hash of the address it came from; "" where it does not count.
         on_picture: called with each picture's index as it is drawn.
-        started: how many of its pictures have had their turn.
-        pictures: index -> what was drawn.
+        started: how many of its pictures have left the queue.
+        pictures: those that are drawn, by index.
     """
 
     job: Job
@@ -41,7 +41,7 @@ class Task:
 
     @property
     def waiting(self) -> int:
-        """How many of its pictures wait for their turn; none once it is answered or cancelled."""
+        """How many of its pictures are in the queue; none once it is answered or cancelled."""
         return 0 if self.future.done() else len(self.job.seeds) - self.started
 
 
@@ -50,37 +50,37 @@ class Client:
     """Someone who waits.
 
     Attributes:
-        live: has a slot instead of a queue.
-        served: virtual time, the steps drawn for it; never behind the clock when it comes anew.
-        turn: of its last picture; of two served alike, the one that waited longer goes first.
+        live: has a slot, where a newer task replaces an older one.
+        served: virtual time: the steps drawn for it. It is never behind the clock when the client returns.
+        last_pick: the number of its last pick; of two clients served alike, the one that waited longer goes first.
     """
 
     live: bool = False
     served: float = 0.0
-    turn: int = 0
+    last_pick: int = 0
     tasks: deque[Task] = field(default_factory=deque)
 
 
 Unit = tuple[Task, int]  # one picture: its task and the index of its seed
 
 
-class Turns:
-    """Who waits, and who is next. Not safe for threads by itself; the scheduler holds its lock."""
+class FairQueue:
+    """The clients that wait, and which of them is next. Not thread-safe by itself; the scheduler holds a lock."""
 
     def __init__(self) -> None:
         self.clients: list[Client] = []  # that have tasks
         self._named: dict[str, Client] = {}
         self._clock = 0.0
-        self._turns = 0
+        self._picks = 0
 
     def named(self, name: str) -> Client:
-        """The client of this name, remembered while it is ahead of others, so that coming anew gains nothing."""
-        if len(self._named) > NAMES_KEPT:
+        """The client of this name. It is remembered while it is ahead of others, so that returning gains nothing."""
+        if len(self._named) > MOST_NAMES:
             self._named = {name: one for name, one in self._named.items() if one.tasks or one.served > self._clock}
         return self._named.setdefault(name, Client())
 
     def add(self, task: Task) -> list[Task]:
-        """Queue a task at the end of its client's, or in its slot; returns those it replaces there."""
+        """Queue a task behind its client's others, or in its slot; returns the tasks that it replaces there."""
         client = task.client
         replaced = [old for old in client.tasks if old.waiting] if client.live else []
         if client.live:
@@ -93,16 +93,16 @@ class Turns:
         return replaced
 
     def tasks(self) -> Iterator[Task]:
-        """Every task that waits, wholly or in part."""
+        """Every task of which a picture is in the queue."""
         return (task for client in self.clients for task in client.tasks)
 
     @property
     def waiting(self) -> int:
-        """How many pictures wait."""
+        """How many pictures are in the queue."""
         return sum(task.waiting for task in self.tasks())
 
     def sweep(self, expired: Callable[[Task], bool]) -> tuple[list[Task], list[Task]]:
-        """Drop what needs no more turns; returns the tasks that were cancelled, and those that are `expired`."""
+        """Drop finished tasks; returns the cancelled ones, and those that `expired` says waited too long."""
         cancelled, late = [], []
         for client in self.clients:
             for task in list(client.tasks):
@@ -124,14 +124,14 @@ class Turns:
             fit = [one for one in self.clients if one.tasks and shape in (None, one.tasks[0].job.shape)]
             if not fit:
                 break
-            client = min(fit, key=lambda one: (one.served, one.turn))
+            client = min(fit, key=lambda one: (one.served, one.last_pick))
             task = client.tasks[0]
             picked.append((task, task.started))
             task.started += 1
             if not task.waiting:
                 client.tasks.popleft()
-            self._turns += 1
-            client.turn = self._turns
+            self._picks += 1
+            client.last_pick = self._picks
             self._clock = max(self._clock, client.served)
             client.served += task.job.num_inference_steps
         return picked

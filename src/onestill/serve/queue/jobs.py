@@ -1,4 +1,4 @@
-"""What is asked of the model's thread, what it gives back, and why it may not."""
+"""What the model's thread is asked to draw, and what it returns."""
 
 from __future__ import annotations
 
@@ -6,51 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from onestill.errors import OnestillError
-
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Busy", "Closing", "EngineFault", "Job", "NotDrawn", "Picture", "Superseded", "TooLate"]
-
-
-class NotDrawn(OnestillError):
-    """A request that was given up. `retry_after_s` is when to try again, None where that is no help."""
-
-    retry_after_s: float | None = None
-
-    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-class Busy(NotDrawn):
-    """The queue is full."""
-
-
-class Closing(NotDrawn):
-    """The server is going away."""
-
-
-class Superseded(NotDrawn):
-    """A newer request of the same connection took its place."""
-
-
-class TooLate(NotDrawn):
-    """It waited longer than it was allowed to."""
-
-
-class EngineFault(NotDrawn):
-    """The engine failed, and no fault of the request's was found."""
+__all__ = ["Job", "Picture"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to draw: one picture a seed. The values are checked already; see `onestill.pipeline.Pipeline`.
+    """What to draw: one picture for each seed. The values are validated; see `onestill.pipeline.Pipeline`.
 
     Attributes:
         height, width: pixels.
-        image: a picture to start from.
+        image: a picture to start from; None draws from noise.
         strength: how much of `image` to change.
     """
 
@@ -64,7 +32,7 @@ class Job:
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """What jobs must share to be drawn in one call; one with an image shares only with itself."""
+        """Jobs of equal shape can be drawn in one call; a job with an image only with itself."""
         return (self.num_inference_steps, self.height, self.width, id(self) if self.image is not None else 0)
 
 
@@ -73,9 +41,9 @@ class Picture:
     """One picture of a job.
 
     Attributes:
-        metadata: what it was drawn from, as written into files.
-        notes: what was not done to the letter.
-        timings: queue_ms, encode_ms, denoise_ms and decode_ms; the last three are of the call, others' pictures too.
+        metadata: its parameters, as they are written into files.
+        notes: where the result differs from the request.
+        timings: queue_ms, encode_ms, denoise_ms and decode_ms; the last three are those of the whole call.
     """
 
     image: Image

@@ -1,8 +1,8 @@
 """One thread owns the model; everyone else hands it jobs and holds a future.
 
-A live connection has a slot: what is put there replaces what still waits in it. Other requests queue, and the queue is
-bounded, in all and for each client. `turns` says who is next; when more than one client waits, pictures of equal shape
-are drawn in one call. Whatever the engine does, everyone gets one answer and the thread goes on.
+A live connection has a slot: a new job replaces the one that still waits there. Other requests queue, and the queue is
+bounded, in all and for each client. `fair_queue` says which picture is next; when more than one client waits, pictures
+of equal shape are drawn in one call. Whatever the engine does, each request gets one answer and the thread goes on.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from onestill.engine.memory import is_memory_error
 from onestill.errors import NotEnoughMemoryError, NotFiniteError, OnestillError
-from onestill.serve.process import step_back
-from onestill.serve.queue.fair_queue import Client, Task, Turns, Unit
-from onestill.serve.queue.jobs import Busy, Closing, EngineFault, Job, Picture, Superseded, TooLate
+from onestill.serve.errors import Busy, Closing, EngineFault, Superseded, TooLate
+from onestill.serve.process import lower_priority
+from onestill.serve.queue.fair_queue import Client, FairQueue, Task, Unit
+from onestill.serve.queue.jobs import Job, Picture
 
 if TYPE_CHECKING:
     from onestill.pipeline import Output, Pipeline
@@ -45,11 +46,11 @@ class Limits:
     """How much a scheduler takes on.
 
     Attributes:
-        waiting: pictures in the queue, slots not counted.
-        waiting_each: of those, of one client; of one address half of `waiting`, where that is more.
+        waiting: pictures in the queue, without those in slots.
+        waiting_each: of those, of one client; one address may have half of `waiting`, where that is more.
         batch: pictures in one call of the pipeline.
         window_ms: how long a call waits for more pictures when more than one client waits already.
-        timeout_s: how long a request may wait for its first turn.
+        timeout_s: how long a request may wait for its first picture to begin.
         stuck_s: a call that takes longer makes the server not ready.
     """
 
@@ -62,14 +63,14 @@ class Limits:
 
 
 class Slot:
-    """The place of one live connection: what is put here replaces what still waits here. See `Scheduler.slot`."""
+    """The place of one live connection in the queue: a new job replaces one that still waits. See `Scheduler.slot`."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._client = Client(live=True)
 
     def put(self, job: Job) -> Future[list[Picture]]:
-        """Ask for a job; the future of the one that it replaces ends with `Superseded`.
+        """Queue a job; the future of the one that it replaces ends with `Superseded`.
 
         Raises:
             Closing, EngineFault: the server takes no work at present.
@@ -97,7 +98,7 @@ class Scheduler:
         self.counts: Counter[str] = Counter()  # drawn, calls, superseded, cancelled, expired, refused, faults
         self._pipe = pipe
         self._changed = threading.Condition()
-        self._turns = Turns()
+        self._queue = FairQueue()
         self._batch = self.limits.batch
         self._running: list[Unit] = []
         self._running_since: float | None = None
@@ -118,7 +119,7 @@ class Scheduler:
 
         Args:
             job: what to draw.
-            client: who asks; jobs of one client take turns with those of others.
+            client: the name of who asks; jobs of one client take turns with those of others.
             address: where from, as many clients may be one person; "" where that says nothing.
             on_picture: called in the model's thread with each picture's index as it is drawn, in any order.
 
@@ -127,7 +128,7 @@ class Scheduler:
             Closing, EngineFault: the server takes no work at present.
         """
         with self._changed:
-            return self._add(job, self._turns.named(client), address, on_picture)
+            return self._add(job, self._queue.named(client), address, on_picture)
 
     def slot(self) -> Slot:
         """A place for one live connection."""
@@ -135,9 +136,9 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """How many pictures wait for their turn."""
+        """How many pictures are in the queue."""
         with self._changed:
-            return self._turns.waiting
+            return self._queue.waiting
 
     @property
     def batch(self) -> int:
@@ -145,7 +146,7 @@ class Scheduler:
         return self._batch
 
     def why_not_ready(self) -> str | None:
-        """Why no work should be sent here at present, None when it may be."""
+        """Why no work should be sent here at present; None where it may be."""
         now = time.monotonic()
         if self._closing:
             return "closing"
@@ -162,18 +163,18 @@ class Scheduler:
     def close(self, grace_s: float = 0.0) -> None:
         """Refuse new work, give what was accepted up to `grace_s` seconds, answer the rest with `Closing`.
 
-        What runs then is stopped at its next stage. Returns when the thread has ended, or after one second more.
+        What runs then is stopped at its next stage. Returns when the thread has ended, or one second later.
         """
         deadline = time.monotonic() + grace_s
         with self._changed:
             self._closing = True
             self._changed.notify_all()
             self._changed.wait_for(
-                lambda: not self._running and not self._turns.waiting,
+                lambda: not self._running and not self._queue.waiting,
                 max(0.0, deadline - time.monotonic()),
             )
             self._ended = True
-            left = {*self._turns.tasks(), *(task for task, _ in self._running)}
+            left = {*self._queue.tasks(), *(task for task, _ in self._running)}
             self._changed.notify_all()
         for task in left:
             _fail(task, Closing("The server is closing; try again in a moment.", 5))
@@ -190,7 +191,7 @@ class Scheduler:
             if not client.live:
                 self._check_room(job, client, address)
             task = Task(job, Future(), client, time.monotonic(), address, on_picture)
-            replaced = self._turns.add(task)
+            replaced = self._queue.add(task)
             self.counts["superseded"] += len(replaced)
             self._changed.notify_all()
         for old in replaced:
@@ -208,7 +209,7 @@ class Scheduler:
     def _check_room(self, job: Job, client: Client, address: str) -> None:
         new, limits = len(job.seeds), self.limits
         own = sum(task.waiting for task in client.tasks)
-        queued = [task for task in self._turns.tasks() if not task.client.live]
+        queued = [task for task in self._queue.tasks() if not task.client.live]
         everyone = sum(task.waiting for task in queued)
         here = sum(task.waiting for task in queued if address and task.address == address)
         most_here = max(limits.waiting // 2, limits.waiting_each)
@@ -219,10 +220,10 @@ class Scheduler:
 
     def _sweep(self) -> None:
         oldest = time.monotonic() - self.limits.timeout_s
-        cancelled, late = self._turns.sweep(lambda task: task.submitted < oldest)
+        cancelled, late = self._queue.sweep(lambda task: task.submitted < oldest)
         self.counts.update(cancelled=len(cancelled), expired=len(late))
         for task in late:
-            _fail(task, TooLate("It waited too long for its turn; try again in a moment.", 5))
+            _fail(task, TooLate("The request waited too long in the queue; try again in a moment.", 5))
 
     def _forget(self, client: Client) -> None:
         with self._changed:
@@ -235,20 +236,20 @@ class Scheduler:
         lingered = False
         while not self._ended:
             self._sweep()
-            waiting = self._turns.waiting
+            waiting = self._queue.waiting
             if not waiting:
                 self._changed.wait()
-            elif len(self._turns.clients) > 1 and waiting < self._batch and not lingered:
+            elif len(self._queue.clients) > 1 and waiting < self._batch and not lingered:
                 lingered = True
                 self._changed.wait(self.limits.window_ms / 1000)
             else:
-                return self._turns.pick(self._batch)
+                return self._queue.pick(self._batch)
         return []
 
     # --- drawing, all in the model's thread -------------------------------------------------------------------------
 
     def _run(self) -> None:
-        step_back()
+        lower_priority()
         while True:
             with self._changed:
                 units = self._next()
@@ -269,7 +270,7 @@ class Scheduler:
             output = self._call(units)
         except _Stopped:
             return
-        except Exception as error:  # whatever an engine raises, the next request must find this thread at work
+        except Exception as error:  # whatever an engine raises, this thread must go on
             self._after_error(units, error, again)
             return
         took = time.monotonic() - started
@@ -301,10 +302,12 @@ class Scheduler:
         )
 
     def _after_error(self, units: list[Unit], error: Exception, again: bool) -> None:
-        """Answer a call that failed: alone if it was of many, once more if memory ran out, else with the error."""
-        theirs = isinstance(error, OnestillError) and not isinstance(error, NotEnoughMemoryError | NotFiniteError)
+        """Draw a failed call's pictures one by one, draw once more where memory ran out, or answer with the error."""
+        is_request_error = isinstance(error, OnestillError) and not isinstance(
+            error, NotEnoughMemoryError | NotFiniteError
+        )
         no_memory = is_memory_error(error)
-        if not theirs:
+        if not is_request_error:
             self.counts["faults"] += 1
             self._good = 0
             LOG.error("The engine failed on %d pictures.", len(units), exc_info=error)
@@ -315,7 +318,7 @@ class Scheduler:
             for unit in units:
                 self._draw([unit], again=True)
             return
-        if theirs:
+        if is_request_error:
             _fail(units[0][0], error)
             return
         self._faults += 1

@@ -1,4 +1,4 @@
-"""What a server draws before anyone asks, so that nobody waits for what is compiled, loaded or recorded only once."""
+"""Warming up: what the engine compiles, loads or records only once is done before the first request."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ __all__ = ["warm_up"]
 
 
 def warm_up(pipe: Pipeline, most: int, say: Callable[[str], None]) -> None:
-    """Draw what a scheduler will ask for: every number of pictures that its calls have and its engine tells apart.
+    """Draw a batch of every size that a scheduler's calls have and the engine prepares separately.
 
-    At the model's own size and number of steps, from words; other sizes, steps and pictures to start from are prepared
-    when they are first asked for.
+    The pictures have the model's own size and number of steps, and start from noise. Other sizes and steps, and image
+    to image, are prepared at their first request.
 
     Args:
         pipe: a loaded model.
         most: pictures in the scheduler's largest call.
-        say: is given one sentence of what is drawn.
+        say: is called with one sentence about what is drawn.
     """
     sizes = pipe.engine.warm_ups(most)
     info = pipe.info
     numbers = ", ".join(map(str, dict.fromkeys(sizes)))
     say(f"warming up: {numbers} at once, {info.width}x{info.height} px, num_inference_steps {info.num_inference_steps}")
-    for turn, count in enumerate(sizes):
-        # Each prompt a new one, as the states of an old one are remembered and not computed.
-        pipe([f"a red apple, {turn} {number}" for number in range(count)])
+    for call, count in enumerate(sizes):
+        # Each prompt is a new one, as the states of an old one come from the cache.
+        pipe([f"a red apple, {call} {number}" for number in range(count)])

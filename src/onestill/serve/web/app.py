@@ -1,4 +1,4 @@
-"""The application: routes, guard, and the one form that every refusal takes."""
+"""The application: its routes, the guard before them, and one form for all errors."""
 
 from __future__ import annotations
 
@@ -19,30 +19,31 @@ from starlette.exceptions import HTTPException
 from onestill import __version__
 from onestill.errors import OnestillError
 from onestill.serve.access.quota import COOKIE, COOKIE_S
-from onestill.serve.web.errors import ApiError, ErrorBody, response_of, to_api_error
+from onestill.serve.errors import ApiError
+from onestill.serve.web.errors import ErrorBody, response_of, to_api_error
 from onestill.serve.web.guard import Guard
-from onestill.serve.web.images import router_for
+from onestill.serve.web.images import images_router
 from onestill.serve.web.realtime import converse
+from onestill.serve.web.server import Server
 from onestill.serve.web.site import Site
-from onestill.serve.web.state import Server
 
 __all__ = ["create_app"]
 
 LOG = logging.getLogger("onestill.serve")
 LAG_EVERY_S = 0.05
-FORGET_EVERY_S = 3600.0
+EXPIRE_EVERY_S = 3600.0
 
 
 def create_app(server: Server) -> FastAPI:
-    """The ASGI application of a server, which is closed with it.
+    """The ASGI application of a server. The server is closed when the application ends.
 
-    `GET /` is the page, `/v1/...` the API, `/healthz`, `/readyz` and `/metrics` are for those who watch it,
-    `/openapi.json` describes it.
+    `GET /` is the page, `/v1/...` the API; `/healthz`, `/readyz` and `/metrics` are for monitoring, and `/openapi.json`
+    describes the API.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        watching = [asyncio.create_task(task) for task in (_watch_loop(server), _forget_expired(server))]
+        watching = [asyncio.create_task(task) for task in (_watch_loop(server), _delete_expired(server))]
         yield
         for task in watching:
             task.cancel()
@@ -53,24 +54,24 @@ def create_app(server: Server) -> FastAPI:
         version=__version__,
         description="Pictures from words in one step.",
         lifespan=lifespan,
-        docs_url=None,  # those pages load scripts from elsewhere
+        docs_url=None,  # FastAPI's pages load scripts from another site
         redoc_url=None,
     )
     app.state.server = server
-    app.include_router(router_for(server))
+    app.include_router(images_router(server))
     if server.gallery is not None:
-        from onestill.serve.gallery.api import gallery_router
+        from onestill.serve.web.gallery import gallery_router
 
         app.include_router(gallery_router(server, server.gallery))
     _add_page(app, server)
     _add_models(app, server)
-    _add_watch(app, server)
+    _add_monitoring(app, server)
 
     @app.websocket("/v1/realtime")
     async def realtime(socket: WebSocket) -> None:
         await converse(server, socket)
 
-    _add_refusals(app)
+    _add_error_handlers(app)
     settings = server.settings
 
     def watch(method: str, route: str, status: int, seconds: float) -> None:
@@ -129,20 +130,20 @@ def _add_models(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models", tags=["models"], responses={403: {"model": ErrorBody}})
     async def models() -> dict[str, Any]:
-        """What can be asked for, native sizes, limits."""
+        """The models, their native sizes and limits."""
         gallery = server.gallery
         more = {} if gallery is None else {"gallery": {"days": gallery.rules.days, "each": gallery.rules.each}}
         return {"object": "list", "data": [model], **more}
 
     @app.get("/v1/models/{name}", tags=["models"], responses={403: {"model": ErrorBody}, 404: {"model": ErrorBody}})
     async def one_model(name: str = Path(json_schema_extra={"enum": [info.name]})) -> dict[str, Any]:
-        """One of them."""
+        """One model."""
         if name != info.name:
-            raise ApiError(404, f"There is no such model here; there is '{info.name}'.", "model_not_found")
+            raise ApiError(404, f"There is no such model here; this server has '{info.name}'.", "model_not_found")
         return model
 
 
-def _add_watch(app: FastAPI, server: Server) -> None:
+def _add_monitoring(app: FastAPI, server: Server) -> None:
     @app.get("/healthz", tags=["watch"], responses={403: {"model": ErrorBody}})
     async def alive() -> dict[str, str]:
         """Whether the process answers."""
@@ -158,11 +159,11 @@ def _add_watch(app: FastAPI, server: Server) -> None:
 
     @app.get("/metrics", tags=["watch"], response_class=PlainTextResponse, responses={403: {"model": ErrorBody}})
     async def metrics(request: Request) -> Response:
-        """Figures for Prometheus, for this machine's addresses unless the operator said otherwise."""
-        if not server.settings.metrics_for_all and not _is_here(request):
-            raise ApiError(403, "Figures are told to this machine only; see --metrics-for-all.", "forbidden")
+        """Metrics for Prometheus, shown to this machine's addresses unless the operator allows all."""
+        if not server.settings.metrics_for_all and not _is_local(request):
+            raise ApiError(403, "Metrics are shown to this machine only; see --metrics-for-all.", "forbidden")
         gauges = {
-            "onestill_waiting_pictures": ("Pictures that wait for their turn.", float(server.scheduler.waiting)),
+            "onestill_waiting_pictures": ("Pictures in the queue.", float(server.scheduler.waiting)),
             "onestill_live_connections": ("Open live connections.", float(server.live.total())),
             "onestill_batch_limit": ("Pictures one call may draw at present.", float(server.scheduler.batch)),
             "onestill_ready": ("Whether work may be sent here.", float(server.scheduler.why_not_ready() is None)),
@@ -173,24 +174,24 @@ def _add_watch(app: FastAPI, server: Server) -> None:
 
 
 async def _watch_loop(server: Server) -> None:
-    """Measure how late the event loop is: whatever blocks it delays everyone."""
+    """Measure how late the event loop wakes: whatever blocks it delays every request."""
     while True:
         due = time.perf_counter() + LAG_EVERY_S
         await asyncio.sleep(LAG_EVERY_S)
         server.metrics.observe("onestill_loop_lag_seconds", max(0.0, time.perf_counter() - due))
 
 
-async def _forget_expired(server: Server) -> None:
-    """Delete what has been in the gallery long enough, now and each hour, also where nobody adds to it."""
+async def _delete_expired(server: Server) -> None:
+    """Delete expired pictures of the gallery, now and each hour, even where nobody adds to it."""
     while server.gallery is not None:
         try:
             await server.access.in_pool(server.gallery.forget_expired)
         except OnestillError:
             LOG.warning("The gallery's database does not answer.")
-        await asyncio.sleep(FORGET_EVERY_S)
+        await asyncio.sleep(EXPIRE_EVERY_S)
 
 
-def _is_here(request: Request) -> bool:
+def _is_local(request: Request) -> bool:
     try:
         return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
     except ValueError:
@@ -206,7 +207,7 @@ def _resident_bytes() -> float:
 
 
 def _allowed(app: FastAPI, path: str) -> str:
-    """The methods of all routes of a path; Starlette would tell those of the first."""
+    """The methods of all routes of a path; Starlette lists only those of the first."""
     methods: set[str] = set()
     for template, operations in app.openapi()["paths"].items():
         if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path):
@@ -214,16 +215,16 @@ def _allowed(app: FastAPI, path: str) -> str:
     return ", ".join(sorted(methods))
 
 
-def _add_refusals(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(OnestillError)
-    async def told(request: Request, error: OnestillError) -> JSONResponse:
+    async def package_error(request: Request, error: OnestillError) -> JSONResponse:
         return response_of(to_api_error(error))
 
     @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
-        said = {404: "There is nothing here; see /openapi.json.", 405: "This path does not take that method."}
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        messages = {404: "There is nothing here; see /openapi.json.", 405: "This path does not take that method."}
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-        response = response_of(ApiError(error.status_code, said.get(error.status_code, "Not possible."), code))
+        response = response_of(ApiError(error.status_code, messages.get(error.status_code, "Not possible."), code))
         response.headers.update(error.headers or {})
         if error.status_code == 405 and (allowed := _allowed(app, request.url.path)):
             response.headers["allow"] = allowed

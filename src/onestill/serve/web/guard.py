@@ -1,7 +1,7 @@
-"""What every connection passes before any route: its Host, its Origin, the size and the pace of its body.
+"""Checks on every connection before any route: its Host, its Origin, and the size and speed of its body.
 
-A page of another site can make a browser send requests here, by name rebinding also ones that look local. So a Host
-must be a name this server goes by (an address in digits cannot be rebound), and an Origin must be the Host's own.
+A page of another site can make a browser send requests here; by DNS rebinding they even look local. So a Host must be a
+name of this server (an IP address cannot be rebound), and an Origin must belong to the Host or be allowed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from onestill.serve.web.errors import ApiError, response_of, to_api_error
+from onestill.serve.errors import ApiError
+from onestill.serve.web.errors import response_of, to_api_error
 
 __all__ = ["Guard"]
 
@@ -37,7 +38,7 @@ ALWAYS = {
     ),
 }
 
-# For the pages of origins that were allowed. Cookies are not: whoever asks so is known by key or address.
+# For pages of allowed origins. They may not send cookies: such a visitor is known by key or address.
 PREFLIGHT = {
     "access-control-allow-methods": "GET, POST, DELETE",
     "access-control-allow-headers": "Authorization, Content-Type, *",  # the star does not mean Authorization
@@ -52,18 +53,23 @@ Watch = Callable[[str, str, int, float], None]
 
 
 class Guard:
-    """ASGI middleware; see the module.
+    """ASGI middleware that refuses what the module describes, and adds headers to every answer.
 
     Args:
-        app: what is guarded.
-        hosts: names this server goes by, besides localhost and addresses in digits; "*" stands for any.
-        origins: other sites that may ask, such as "https://example.org".
-        most_body: bytes of a body.
-        watch: told (method, path of the route, status, seconds) of every HTTP request when it is answered.
+        app: the application behind it.
+        hosts: names of this server, besides localhost and IP addresses; "*" allows any.
+        origins: other sites whose pages may send requests, such as "https://example.org".
+        most_body: bytes that a body may have.
+        watch: called with (method, path of the route, status, seconds) when an HTTP request is answered.
     """
 
     def __init__(
-        self, app: ASGIApp, hosts: Iterable[str], origins: Iterable[str], most_body: int, watch: Watch
+        self,
+        app: ASGIApp,
+        hosts: Iterable[str],
+        origins: Iterable[str],
+        most_body: int,
+        watch: Watch = lambda method, route, status, seconds: None,
     ) -> None:
         self._app = app
         self._hosts = {host.lower() for host in hosts} | {"localhost"}
@@ -72,7 +78,7 @@ class Guard:
         self._watch = watch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a connection on, or answer it."""
+        """Pass a connection on, or refuse it."""
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
@@ -121,18 +127,18 @@ class Guard:
             await self._app(scope, self._bounded(scope, receive), send_with_headers)
         except ClientDisconnect:
             return
-        except Exception as error:  # whatever a route raises, its answer has these headers and is counted
+        except Exception as error:  # whatever a route raises, the answer gets these headers and is counted
             if answered:
                 raise
             response = response_of(to_api_error(error))
-            response.headers["connection"] = "close"  # what is left of the body is not waited for
+            response.headers["connection"] = "close"  # the rest of the body is not read
             await response(scope, receive, send_with_headers)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         if not self._is_known(host):
-            return ApiError(403, "This server does not go by that Host; add it with --allow-host.", "unknown_host")
+            return ApiError(403, "The Host is not a name of this server; allow it with --allow-host.", "unknown_host")
         origin = headers.get("origin")
         if origin is None or (scope["type"] == "http" and scope["method"] in SAFE):
             return None
@@ -141,7 +147,9 @@ class Guard:
         with suppress(ValueError):  # an Origin that is none is foreign
             if urlsplit(origin).netloc.lower() == host.lower():
                 return None
-        return ApiError(403, "Pages of another site may not ask; add it with --allow-origin.", "foreign_origin")
+        return ApiError(
+            403, "Pages of this Origin may not send requests; allow it with --allow-origin.", "foreign_origin"
+        )
 
     def _is_listed(self, origin: str) -> bool:
         return origin.lower().rstrip("/") in self._origins
@@ -162,7 +170,7 @@ class Guard:
         return True
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
-        """`receive` that refuses a body which is too large or too slow."""
+        """A `receive` that raises ApiError for a body that is too large or too slow."""
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdigit() and int(declared) > self._most_body:
             return _raising(self._too_large())
@@ -172,7 +180,7 @@ class Guard:
 
         async def bounded() -> Message:
             nonlocal total, ended
-            if ended:  # what comes now is only word of the client's going
+            if ended:  # what still comes only says that the client has gone
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, due - time.monotonic()))

@@ -1,8 +1,7 @@
-"""`WS /v1/realtime`: a picture for every message, or word of why there is none. Exactly one answer to each.
+"""`WS /v1/realtime`: pictures while someone types. Every message gets exactly one answer.
 
-Up: JSON text, or binary with an image to start from. Down: `ready`, then for each message a binary picture, or text
-`superseded` or `error`. A binary message is a 4-byte big-endian length, a JSON header of that length, and the bytes of
-one picture, or of `n` whose sizes the header's `lengths` tells.
+The client sends JSON text, or a binary message with a picture to start from. The server sends `ready`, then for each
+message a binary one with pictures, or text `superseded` or `error`. `messages` has the form of binary messages.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -20,39 +18,21 @@ from pydantic import ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from onestill.serve.access.quota import Visitor, network
-from onestill.serve.access.rate_limit import Bucket
-from onestill.serve.queue.jobs import Job, Picture, Superseded
-from onestill.serve.web.errors import ApiError, error_object, from_validation, to_api_error
-from onestill.serve.web.requests import KINDS, LARGEST_SEED, Live, job_of, read_upload
-from onestill.serve.web.state import Server
+from onestill.serve.access.rate_limit import TokenBucket
+from onestill.serve.errors import ApiError, Superseded
+from onestill.serve.queue.jobs import Picture
+from onestill.serve.web.errors import error_object, from_validation, to_api_error
+from onestill.serve.web.messages import id_in, pack, read_message
+from onestill.serve.web.requests import Live
+from onestill.serve.web.server import Drawing, Server
 
-__all__ = ["converse", "name_in", "opened", "packed", "unpacked"]
+__all__ = ["converse"]
 
 PROTOCOL = "onestill.v1"
 KEY_PROTOCOL = "onestill.key."
-UNANSWERED = 32  # messages whose answers are not sent yet; beyond that no more are read
-MOST_JSON = 64 * 1024  # of a message: the longest prompt fits, and reading it holds nobody up
-SEND_S = 20.0  # a client that takes nothing for so long is cut off
-DEFAULT_QUALITY = 85
-REFUSED, FAILED, TRY_LATER = 1008, 1011, 1013  # why a socket is closed
-
-
-def packed(header: Mapping[str, Any], data: bytes) -> bytes:
-    """A binary message."""
-    text = json.dumps(header, separators=(",", ":")).encode()
-    return len(text).to_bytes(4, "big") + text + data
-
-
-def unpacked(message: bytes) -> tuple[Any, bytes]:
-    """The header and the rest of a binary message.
-
-    Raises:
-        ValueError: it is none.
-    """
-    size = int.from_bytes(message[:4], "big")
-    if len(message) < 4 + size or size > MOST_JSON:
-        raise ValueError("the length is wrong")
-    return json.loads(message[4 : 4 + size]), message[4 + size :]
+UNANSWERED = 32  # messages without an answer; with more the server stops reading
+SEND_S = 20.0  # a client that reads nothing for so long is cut off
+REFUSED, FAILED, TRY_LATER = 1008, 1011, 1013  # WebSocket close codes
 
 
 async def converse(server: Server, socket: WebSocket) -> None:
@@ -68,12 +48,12 @@ async def converse(server: Server, socket: WebSocket) -> None:
     server.live[address] += 1
     try:
         try:
-            visitor = await server.access.identify(socket, key)
+            await server.access.identify(socket, key)
         except Exception as error:
             await _refuse(socket, to_api_error(error))
             return
-        with suppress(WebSocketDisconnect, TimeoutError):  # it left, or took nothing
-            await _Connection(server, socket, key, visitor).run()
+        with suppress(WebSocketDisconnect, TimeoutError):  # the client left, or reads nothing
+            await _Connection(server, socket, key).run()
     finally:
         server.live[address] -= 1
         if not server.live[address]:
@@ -81,7 +61,7 @@ async def converse(server: Server, socket: WebSocket) -> None:
 
 
 async def _refuse(socket: WebSocket, error: ApiError) -> None:
-    """Say why there is no live connection, and close it."""
+    """Send why the connection is refused, and close it."""
     with suppress(WebSocketDisconnect, RuntimeError):
         await socket.send_text(json.dumps({"type": "error", "id": None, "error": error_object(error)}))
         await socket.close(REFUSED if error.status == 401 else TRY_LATER)
@@ -96,28 +76,26 @@ def _key_in(protocol: str) -> str:
 
 
 class _Answer(NamedTuple):
-    """What has become of the message `id`; `form` is None where it could not be read."""
+    """The result of the message `id`: its drawing, or why it was refused."""
 
     id: int | None
-    result: Future[list[Picture]] | ApiError
-    form: Live | None
+    result: Drawing[Live] | ApiError
     came: float  # by time.perf_counter
 
 
 class _Connection:
-    """One reader, one sender, and between them the answers in the order they became known."""
+    """A reader and a sender, with a queue of answers between them in the order in which they are known."""
 
-    def __init__(self, server: Server, socket: WebSocket, key: str | None, visitor: Visitor) -> None:
+    def __init__(self, server: Server, socket: WebSocket, key: str | None) -> None:
         self._server = server
         self._socket = socket
         self._key = key
-        self._visitor = visitor
         self._slot = server.scheduler.slot()
         self._answers: asyncio.Queue[_Answer] = asyncio.Queue()
         self._room = asyncio.Semaphore(UNANSWERED)
         each_s = server.bounds.messages_each_s
-        self._rate = Bucket(each_s, 2 * each_s)
-        self._quota_short = True  # a message may ask for more than is left, so one looks before drawing
+        self._rate = TokenBucket(each_s, 2 * each_s)
+        self._quota_short = True  # whether a message may ask for more than is left; then the quota is checked first
         self._close_code = FAILED
 
     async def run(self) -> None:
@@ -165,41 +143,40 @@ class _Connection:
             await self._take(message.get("text"), message.get("bytes"), came)
 
     async def _take(self, text: str | None, data: bytes | None, came: float) -> None:
-        name: int | None = None
+        message_id: int | None = None
+        loop = asyncio.get_running_loop()
         try:
             in_time = self._rate.take()
-            fields, image = opened(data or b"" if text is None else text, self._server.bounds.message)
-            name = name_in(fields)
+            fields, upload = read_message(data or b"" if text is None else text, self._server.bounds.message)
+            message_id = id_in(fields)
             if not in_time:
                 each_s = self._server.bounds.messages_each_s
                 raise ApiError(429, f"Send at most {each_s:g} messages a second.", "rate_limit", retry_after_s=1)
-            self._visitor = await self._server.access.identify(self._socket, self._key)  # keys are revoked meanwhile
+            # Asked again for each message, as keys are revoked meanwhile.
+            visitor = await self._server.access.identify(self._socket, self._key)
             form = self._server.forms.live.model_validate(fields)
-            await self._server.check_prompt(form.prompt)
-            if self._quota_short:  # it may be another day by now
-                await self._server.access.check(self._visitor, form.n or 1)
-                self._quota_short = False
-            picture = (
-                await self._server.in_pool(read_upload, image, form, self._server.info, self._server.bounds.upload_px)
-                if image
-                else None
-            )
-            self._queue(form, job_of(form, self._server.info, picture), came)
+            drawing = await self._draw(visitor, form, upload or None)
         except ValidationError as error:
             refusal = from_validation(error, self._server.forms.live.model_fields)
-            self._answers.put_nowait(_Answer(name, refusal, None, came))
+            self._answers.put_nowait(_Answer(message_id, refusal, came))
         except Exception as error:
-            self._answers.put_nowait(_Answer(name, to_api_error(error), None, came))
+            self._answers.put_nowait(_Answer(message_id, to_api_error(error), came))
+        else:
+            answer = _Answer(message_id, drawing, came)
 
-    def _queue(self, form: Live, job: Job, came: float) -> None:
-        loop = asyncio.get_running_loop()
-        future = self._slot.put(job)
+            def done(future: Future[list[Picture]]) -> None:
+                with suppress(RuntimeError):  # the loop has closed
+                    loop.call_soon_threadsafe(self._answers.put_nowait, answer)
 
-        def done(future: Future[list[Picture]]) -> None:
-            with suppress(RuntimeError):  # the loop has closed
-                loop.call_soon_threadsafe(self._answers.put_nowait, _Answer(form.id, future, form, came))
+            drawing.future.add_done_callback(done)
 
-        future.add_done_callback(done)
+    async def _draw(self, visitor: Visitor, form: Live, upload: bytes | None) -> Drawing[Live]:
+        check_quota, self._quota_short = self._quota_short, False  # an answer on its way may set it again
+        try:
+            return await self._server.draw(visitor, form, upload, slot=self._slot, check_quota=check_quota)
+        except Exception:
+            self._quota_short |= check_quota
+            raise
 
     # --- down -------------------------------------------------------------------------------------------------------
 
@@ -212,57 +189,51 @@ class _Connection:
             except Superseded:
                 kind, message = "superseded", json.dumps({"type": "superseded", "id": answer.id})
             except CancelledError:
-                return  # the slot was closed: the connection is over
+                return  # the slot was closed, as the connection has ended
             except Exception as error:
                 kind, message = "error", self._error(answer.id, to_api_error(error))
             await self._send(message)
             self._server.metrics.count("onestill_live_answers_total", answer=kind)
             self._room.release()
 
-    def _error(self, name: int | None, refusal: ApiError) -> str:
+    def _error(self, message_id: int | None, refusal: ApiError) -> str:
         self._quota_short |= refusal.code == "insufficient_quota"
         if refusal.status == 401:
             self._close_code = REFUSED
-        told: dict[str, Any] = {"type": "error", "id": name, "error": error_object(refusal)}
+        message: dict[str, Any] = {"type": "error", "id": message_id, "error": error_object(refusal)}
         if refusal.retry_after_s is not None:
-            told["retry_after_s"] = round(refusal.retry_after_s, 1)
-        return json.dumps(told)
+            message["retry_after_s"] = round(refusal.retry_after_s, 1)
+        return json.dumps(message)
 
     async def _picture(self, answer: _Answer) -> bytes:
-        server, form = self._server, answer.form
-        if isinstance(answer.result, ApiError) or form is None:
-            raise answer.result if isinstance(answer.result, ApiError) else RuntimeError
-        pictures = answer.result.result()
-        await server.check_pictures(pictures)
-        started = time.perf_counter()
-        kind = form.format or "jpeg"
-        quality = DEFAULT_QUALITY if form.quality is None else form.quality
-        files = [await server.file_of(picture, KINDS[kind], quality) for picture in pictures]
-        compress_ms = (time.perf_counter() - started) * 1000
-        await server.access.spend(self._visitor, len(pictures))
-        timings = {**pictures[-1].timings, "compress_ms": compress_ms}
-        for picture in pictures:
-            server.count_picture("realtime", {**picture.timings, "compress_ms": compress_ms / len(pictures)})
-        width, height = pictures[0].image.size
+        server, drawing = self._server, answer.result
+        if isinstance(drawing, ApiError):
+            raise drawing
+        files = await drawing.files(drawing.future.result())
+        for file in files:
+            server.count_picture("realtime", {**file.picture.timings, "compress_ms": file.compress_ms})
+        first, last = files[0].picture, files[-1].picture
+        timings = {**last.timings, "compress_ms": sum(file.compress_ms for file in files)}
+        width, height = first.image.size
         header: dict[str, Any] = {
             "type": "image",
-            "id": form.id,
-            "seed": pictures[0].seed,
+            "id": answer.id,
+            "seed": first.seed,
             "width": width,
             "height": height,
-            "format": kind,
+            "format": drawing.form.encoding.kind.lower(),
             "timings": {name: round(value, 2) for name, value in timings.items()},
         }
-        if pictures[0].notes:
-            header["notes"] = list(pictures[0].notes)
+        if first.notes:
+            header["notes"] = list(first.notes)
         if len(files) > 1:
-            header |= {"seeds": [picture.seed for picture in pictures], "lengths": [len(file) for file in files]}
-        left = await server.access.left(self._visitor)
+            header |= {"seeds": [file.picture.seed for file in files], "lengths": [len(file.data) for file in files]}
+        left = await server.access.left(drawing.visitor)
         if left is not None:
             header["left"] = left
             self._quota_short |= left < server.bounds.live_n
         header["timings"]["total_ms"] = round((time.perf_counter() - answer.came) * 1000, 2)
-        return packed(header, b"".join(files))
+        return pack(header, b"".join(file.data for file in files))
 
     async def _send(self, message: str | bytes) -> None:
         sending = self._socket.send_text(message) if isinstance(message, str) else self._socket.send_bytes(message)
@@ -270,25 +241,3 @@ class _Connection:
             await asyncio.wait_for(sending, SEND_S)
         except RuntimeError as error:  # closed already, by either side
             raise WebSocketDisconnect(1006) from error
-
-
-def opened(message: str | bytes, most: int) -> tuple[Any, bytes]:
-    """What a message says, and the bytes that came with it, `most` at most.
-
-    Raises:
-        ApiError: it is too large, or none.
-    """
-    if len(message) > (MOST_JSON if isinstance(message, str) else most):
-        raise ApiError(413, "The message is too large.", "too_large")
-    try:
-        return (json.loads(message), b"") if isinstance(message, str) else unpacked(message)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, "The message is no JSON; see docs/serve.md.", "invalid_body") from error
-
-
-def name_in(fields: Any) -> int | None:
-    """The id of a message that may be wrong otherwise, so that its error can name it."""
-    name = fields.get("id") if isinstance(fields, dict) else None
-    if isinstance(name, float) and name.is_integer():
-        name = int(name)
-    return name if isinstance(name, int) and not isinstance(name, bool) and 0 <= name <= LARGEST_SEED else None

@@ -1,4 +1,4 @@
-"""What can be asked for, and within which bounds: bodies of the images API, messages of the socket, uploads."""
+"""The requests that draw, and their bounds: bodies of the images API and the gallery, live messages, uploads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import secrets
 import warnings
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import PIL.Image
 from PIL.Image import Image
@@ -15,13 +15,26 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from onestill.checkpoint import ModelInfo
 from onestill.pipeline.picture import fitted
+from onestill.serve.errors import ApiError
 from onestill.serve.queue.jobs import Job
-from onestill.serve.web.errors import ApiError
 
-__all__ = ["KINDS", "Bounds", "Edit", "Forms", "Generation", "Live", "Shown", "forms_for", "job_of", "read_upload"]
+__all__ = [
+    "LARGEST_SEED",
+    "Bounds",
+    "Edit",
+    "Encoding",
+    "Form",
+    "Forms",
+    "Generation",
+    "Live",
+    "Shown",
+    "forms_for",
+    "job_of",
+    "read_upload",
+]
 
-LARGEST_SEED = 2**53 - 1  # what JavaScript can count to
-KINDS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}  # a picture's formats, in and out, by their names in requests
+LARGEST_SEED = 2**53 - 1  # the largest integer that JavaScript represents exactly
+KINDS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}  # Pillow's names of the file formats, by those in requests
 
 
 @dataclass(frozen=True)
@@ -29,13 +42,13 @@ class Bounds:
     """How much one request may ask for.
 
     Attributes:
-        prompt: letters.
+        prompt: characters.
         n, live_n: pictures of one request, of one live message.
         steps: sampling steps.
         body: bytes of a request, uploads included.
         message: bytes of one live message.
         upload_px: pixels of an uploaded picture.
-        messages_each_s: live messages a second, of one connection; twice as many may come at once.
+        messages_each_s: live messages a second of one connection; twice as many may come at once.
         live, live_each: live connections in all, and of one address.
     """
 
@@ -51,8 +64,24 @@ class Bounds:
     live_each: int = 32
 
 
+class Encoding(NamedTuple):
+    """How the pictures of a request become files.
+
+    Attributes:
+        kind: PNG, JPEG or WEBP.
+        quality: of a JPEG or WEBP, 0 to 100.
+        signed: whether the server's signature, where it has one, goes into the file.
+        with_prompt: whether the prompt is written into the file.
+    """
+
+    kind: str
+    quality: int
+    signed: bool = True
+    with_prompt: bool = True
+
+
 def _whole(value: object) -> object:
-    # JSON Schema counts 1.0 as an integer, so a client may send it; a boolean or text is none.
+    # JSON Schema counts 1.0 as an integer, so a client may send it. A boolean or a text is no integer.
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, bool | str | bytes):
@@ -67,7 +96,7 @@ def _number(value: object) -> object:
 
 
 def _whole_from(low: int, high: int) -> Any:
-    # The bounds stand inside, so that the OpenAPI schema tells them.
+    # The bounds are inside the annotation, so that the OpenAPI schema has them.
     return Annotated[int, Field(ge=low, le=high), BeforeValidator(_whole)] | None
 
 
@@ -77,11 +106,11 @@ _Share: TypeAlias = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), Bef
 
 
 class _Common(BaseModel):
-    """Fields of every request. Those that OpenAI's API has and this model has no use for are taken and left."""
+    """Fields of every request. Those of OpenAI's API that have no effect here are accepted and ignored."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    seed: _Seed | None = Field(None, description="Picture i has seed `seed + i`; null draws one.")
+    seed: _Seed | None = Field(None, description="Picture i has seed `seed + i`; null takes a random one.")
 
 
 class Generation(_Common):
@@ -96,14 +125,20 @@ class Generation(_Common):
     output_format: Literal["png", "jpeg", "webp"] | None = None
     output_compression: _Quality | None = Field(None, description="Quality of a JPEG or WebP.")
     stream: bool | None = Field(None, strict=True, description="Server-sent events, one a picture.")
-    user: str | None = Field(None, max_length=256, description="Taken and not kept.")
+    user: str | None = Field(None, max_length=256, description="Accepted and not stored.")
     quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
     style: Literal["vivid", "natural"] | None = None
     partial_images: Annotated[int, Field(ge=0, le=3), BeforeValidator(_whole)] | None = Field(
-        None, description="One step has none on its way."
+        None, description="Accepted and ignored: one step has no partial images."
     )
+
+    @property
+    def encoding(self) -> Encoding:
+        """How its pictures become files."""
+        quality = 95 if self.output_compression is None else self.output_compression
+        return Encoding(KINDS[self.output_format or "png"], quality)
 
 
 class Edit(Generation):
@@ -114,7 +149,7 @@ class Edit(Generation):
 
 
 class Shown(_Common):
-    """The body of `POST /v1/gallery`: what names a picture, and two consents."""
+    """The body of `POST /v1/gallery`: the parameters of a picture, and two consents."""
 
     prompt: str
     model: str | None = None
@@ -125,7 +160,12 @@ class Shown(_Common):
         description="Must be true: everyone who may look will see the picture.",
         json_schema_extra={"const": True},
     )
-    show_prompt: bool = Field(False, strict=True, description="Show its words too; else they are not kept.")
+    show_prompt: bool = Field(False, strict=True, description="Show its prompt too; else it is not stored.")
+
+    @property
+    def encoding(self) -> Encoding:
+        """How its picture becomes a file, which holds the prompt only where it may be shown."""
+        return Encoding("WEBP", 90, with_prompt=self.show_prompt)
 
 
 class Live(_Common):
@@ -140,6 +180,14 @@ class Live(_Common):
     format: Literal["jpeg", "webp", "png"] | None = None
     quality: _Quality | None = None
 
+    @property
+    def encoding(self) -> Encoding:
+        """How its pictures become files; unsigned, as signing takes tens of milliseconds."""
+        return Encoding(KINDS[self.format or "jpeg"], 85 if self.quality is None else self.quality, signed=False)
+
+
+Form: TypeAlias = Generation | Shown | Live
+
 
 @dataclass(frozen=True)
 class Forms:
@@ -152,9 +200,9 @@ class Forms:
 
 
 def forms_for(info: ModelInfo, bounds: Bounds) -> Forms:
-    """The classes with the model's name, sizes and bounds filled in, so that the OpenAPI schema tells them."""
+    """The classes with the model's name, sizes and bounds filled in, so that the OpenAPI schema has them."""
     sizes = ("auto", *(f"{width}x{height}" for height, width in info.sizes))
-    # Something visible. Python, Rust and JavaScript differ in what else is white space.
+    # At least one visible character. Python, Rust and JavaScript differ in what else is white space.
     prompt: Any = (
         Annotated[str, Field(min_length=1, max_length=bounds.prompt, pattern=r"[^\s\x00-\x1f\x7f-\x9f]")],
         Field(description="What to draw.", examples=["a red apple"]),
@@ -177,26 +225,14 @@ def forms_for(info: ModelInfo, bounds: Bounds) -> Forms:
     )
 
 
-def job_of(
-    form: Generation | Live | Shown, info: ModelInfo, image: Image | None = None, *, request_id: str | None = None
-) -> Job:
-    """The job that a checked request asks for.
+def job_of(form: Form, info: ModelInfo, *, request_id: str | None = None) -> Job:
+    """The job that a validated request asks for, without its upload.
 
     Args:
         form: the request.
         info: the model's.
-        image: a picture to start from.
-        request_id: names the seed where the request has none, so that who asks again gets the same; else it is random.
-
-    Raises:
-        ApiError: the prompt is no valid Unicode text, or blank.
+        request_id: names the seed where the request has none, so that a retry draws the same; None draws a random seed.
     """
-    try:
-        form.prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ApiError(400, "The prompt is no valid Unicode text.", "invalid_value", param="prompt") from error
-    if not form.prompt.strip():
-        raise ApiError(400, "The prompt is empty; say what to draw.", "invalid_value", param="prompt")
     n = getattr(form, "n", None) or 1
     height, width = _size_of(form, info)
     first = form.seed
@@ -210,36 +246,35 @@ def job_of(
         num_inference_steps=form.num_inference_steps or info.num_inference_steps,
         height=height,
         width=width,
-        image=image,
         strength=0.5 if strength is None else strength,
     )
 
 
-def _size_of(form: Generation | Live | Shown, info: ModelInfo) -> tuple[int, int]:
-    """(height, width) in pixels that a checked request asks for; the model's own where it names none."""
+def _size_of(form: Form, info: ModelInfo) -> tuple[int, int]:
+    """(height, width) in pixels that a validated request asks for; the model's own where it names none."""
     if form.size in (None, "auto"):
         return info.height, info.width
     width, height = (int(part) for part in str(form.size).split("x"))
     return height, width
 
 
-def read_upload(data: bytes, form: Edit | Live, info: ModelInfo, most_px: int) -> Image:
-    """The picture in an upload, fitted to the size that its request asks for, as it may wait long to be drawn from.
+def read_upload(data: bytes, form: Form, info: ModelInfo, most_px: int) -> Image:
+    """The picture in an upload, fitted at once to the size of its request, as it may wait long in the queue.
 
-    Only PNG, JPEG and WebP are tried, and its size is read before its pixels.
+    Only PNG, JPEG and WebP are accepted, and the size is checked before any pixel is decoded.
 
     Args:
         data: the file.
-        form: the checked request that it came with.
+        form: the validated request that it came with.
         info: the model's.
         most_px: pixels that it may have.
 
     Raises:
-        ApiError: it is none of those, damaged, or larger than `most_px` pixels.
+        ApiError: the file has another format, is damaged, or has more than `most_px` pixels.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of sizes that are checked here
+            warnings.simplefilter("ignore")  # Pillow warns of sizes that the next lines check
             with PIL.Image.open(io.BytesIO(data), formats=tuple(KINDS.values())) as picture:
                 width, height = picture.size
                 if width * height > most_px or max(width, height) > 64 * min(width, height):

@@ -1,4 +1,4 @@
-"""The page's files: read once, served from memory, so that no path is ever made of what someone sent."""
+"""The page's files. They are read once and served from memory, so no path is ever made from a request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import resources
 from starlette.requests import Request
 from starlette.responses import Response
 
-from onestill.serve.web.errors import ApiError
+from onestill.serve.errors import ApiError
 
 __all__ = ["Site"]
 
@@ -23,7 +23,7 @@ TYPES = {
 
 
 class Site:
-    """The files in the folder `web` beside this one."""
+    """The files in the folder `static` beside this module."""
 
     def __init__(self) -> None:
         self._files: dict[str, tuple[bytes, str, str]] = {}
@@ -34,7 +34,7 @@ class Site:
                 self._files[file.name] = (data, TYPES[suffix], f'"{hashlib.sha256(data).hexdigest()[:16]}"')
 
     def response(self, name: str, request: Request) -> Response:
-        """A file, or 304 where the browser has it. Raises ApiError (404) where there is none."""
+        """A file, or 304 where the browser has it already. Raises ApiError (404) where there is no such file."""
         if name not in self._files:
             raise ApiError(404, "There is nothing here.", "not_found")
         data, kind, tag = self._files[name]

@@ -1,4 +1,4 @@
-"""A convolutional network as a frozen feature network: taps at its named stages, from fine to coarse.
+"""A convolutional network as a frozen feature network: features at its named stages, from fine to coarse.
 
 Projected GAN (Sauer et al. 2021, arXiv 2111.01007) found that a discriminator learns many times faster through the
 stages of a small classifier, EfficientNet-lite0 best of all. That network is written out here, as `transformers` does
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from onestill.errors import CheckpointError
-from onestill.train.discriminator.features import tokens
+from onestill.networks.contrastive import tokens
 
 LITE0 = "efficientnet-lite0"
 # (expansion, width, blocks, stride of the first, kernel) of each stage; Tan and Le 2019, the lite form of B0.
@@ -119,7 +119,7 @@ def open_cnn(folder: str | Path) -> nn.Module:
 
 
 class CNNFeatures:
-    """Taps of pictures at the named stages of a convolutional network.
+    """Features of pictures at the named stages of a convolutional network.
 
     Args:
         folder: see `open_cnn`.
@@ -152,7 +152,7 @@ class CNNFeatures:
         self.network.to(device, dtype=dtype)
         return self
 
-    def taps(self, x: Tensor) -> list[Tensor]:
+    def features(self, x: Tensor) -> list[Tensor]:
         """Pictures [B, 3, H, W] in about [-1, 1] -> tokens [B, N, D] of each stage."""
         return [tokens(state).float() for state in self._run(x)]
 

@@ -1,8 +1,8 @@
 """Frozen feature networks: what the discriminator's heads look through, one small class each.
 
-A feature network maps a batch to a list of `taps`, tokens [B, N, D] on a square grid (N = side * side), and to one
+A feature network maps a batch to a list of features, tokens [B, N, D] on a square grid (N = side * side), and to one
 `embedding` [B, E] of the whole input. Its weights never train and it never leaves eval mode; gradients flow through it
-to its input. `widths` says D for each tap, `side` the grid's side for each tap.
+to its input. `widths` says D for each feature.
 
 Shapes: B batch, C channels, H W input size, N tokens, D width, E embedding width.
 """
@@ -17,12 +17,12 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from torch import Tensor
+from transformers import AutoModel
 
 from onestill.errors import CheckpointError
-from onestill.train.conditioning import Condition, pool
+from onestill.networks.condition import Condition
+from onestill.networks.contrastive import ContrastiveModel, tokens
 
 
 class FeatureNetwork(Protocol):
@@ -31,126 +31,31 @@ class FeatureNetwork(Protocol):
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Any: ...
 
-    def taps(self, x: Tensor) -> list[Tensor]: ...
+    def features(self, x: Tensor) -> list[Tensor]: ...
 
     def embed(self, x: Tensor) -> Tensor: ...
 
 
-class Tower(nn.Module):
-    """An image tower with a projection into the space it shares with text.
-
-    Args:
-        backbone: any `transformers` vision model with `output_hidden_states` (ViT, ResNet, DINOv2...).
-        embedding_width: E of the shared space. text_width: width of the text's mean-pooled states.
-    """
-
-    def __init__(self, backbone: nn.Module, embedding_width: int, text_width: int = 384) -> None:
-        super().__init__()
-        config: Any = backbone.config
-        hidden = config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
-        self.backbone = backbone
-        self.image_projection = nn.Linear(hidden, embedding_width, bias=False)
-        self.text_projection = nn.Linear(text_width, embedding_width, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(2.66))  # log of an inverse temperature of about 14
-
-    def hidden(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """[B, C, H, W] -> the hidden states as tokens [B, N, D] each, and the pooled last one [B, D]."""
-        output = self.backbone(pixel_values=x, output_hidden_states=True)
-        states = [tokens(state) for state in output.hidden_states]
-        return states, tokens(output.last_hidden_state).mean(1)
-
-    def embed_image(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> unit embeddings [B, E]."""
-        return F.normalize(self.image_projection(self.hidden(x)[1]), dim=-1)
-
-    def embed_text(self, text: Tensor, mask: Tensor) -> Tensor:
-        """Token states [B, K, text_width] and their mask [B, K] -> unit embeddings [B, E]."""
-        return F.normalize(self.text_projection(pool(text, mask)), dim=-1)
-
-    def save(self, folder: Path, **facts: Any) -> None:
-        """Write backbone (transformers' format), projections and `contrastive.json`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backbone.save_pretrained(folder / "image_tower")  # type: ignore[operator]
-        heads = {
-            "image_projection.weight": self.image_projection.weight,
-            "text_projection.weight": self.text_projection.weight,
-            "logit_scale": self.logit_scale,
-        }
-        save_file(
-            {k: v.detach().cpu().contiguous().clone() for k, v in heads.items()}, folder / "projections.safetensors"
-        )
-        widths = {"embedding_dim": self.image_projection.out_features, "text_width": self.text_projection.in_features}
-        (folder / "contrastive.json").write_text(json.dumps({**facts, **widths}, indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> Tower:
-        """What `save` wrote, frozen. Raises CheckpointError where the folder holds something else."""
-        try:
-            facts = json.loads((folder / "contrastive.json").read_text(encoding="utf-8"))
-            kind = json.loads((folder / "image_tower" / "config.json").read_text(encoding="utf-8"))["model_type"]
-            # A ViT would otherwise be given a pooler with random weights, which nothing here uses.
-            bare = {"add_pooling_layer": False} if kind == "vit" else {}
-            backbone = AutoModel.from_pretrained(folder / "image_tower", local_files_only=True, **bare)
-            tower = cls(backbone, facts["embedding_dim"], facts["text_width"])
-            heads = load_file(folder / "projections.safetensors")
-            tower.load_state_dict({**heads, **{f"backbone.{k}": v for k, v in backbone.state_dict().items()}})
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{folder} holds no contrastive model ({error}): train one with a 'contrastive' recipe."
-            ) from error
-        return tower.eval().requires_grad_(False)
-
-
-def new_backbone(kind: str, *, channels: int, size: int, patch: int, width: int, depth: int) -> nn.Module:
-    """A small vision model with random weights: "vit", or "resnet" whose last of four stages is `width` wide."""
-    if kind == "vit":
-        heads = max(1, width // 64)
-        shape = dict(num_channels=channels, image_size=size, patch_size=patch, intermediate_size=4 * width)
-        shape |= dict(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads)
-        config = AutoConfig.for_model("vit", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **shape)
-        return AutoModel.from_config(config, add_pooling_layer=False)  # type: ignore[no-any-return]
-    sizes = [width // 8, width // 4, width // 2, width]
-    depths = [1, depth, depth, depth]
-    config = AutoConfig.for_model(
-        "resnet",
-        layer_type="basic",
-        num_channels=channels,
-        embedding_size=width // 8,
-        hidden_sizes=sizes,
-        depths=depths,
-    )
-    return AutoModel.from_config(config)  # type: ignore[no-any-return]
-
-
-def tokens(state: Tensor) -> Tensor:
-    """A hidden state as tokens on a square grid [B, N, D]: maps are flattened, a class token is dropped."""
-    if state.ndim == 4:
-        return state.flatten(2).transpose(1, 2)
-    side = int(state.shape[1] ** 0.5)
-    return state[:, state.shape[1] - side * side :]
-
-
 def tower_widths(config: Any, layers: Sequence[int], folder: str | Path) -> tuple[int, ...]:
-    """D of each tap of a tower with this config. Raises CheckpointError for one that the tower does not have."""
+    """D of each feature of a tower with this config. Raises CheckpointError for one that the tower does not have."""
     widths = getattr(config, "hidden_sizes", None)
     stages = [config.embedding_size, *widths] if widths else [config.hidden_size] * (config.num_hidden_layers + 1)
     if any(not 0 <= layer < len(stages) for layer in layers):
-        raise CheckpointError(f"{folder} has taps 0 to {len(stages) - 1}, not {list(layers)}: change 'tower_layers'.")
+        raise CheckpointError(f"{folder} has layers 0 to {len(stages) - 1}, not {list(layers)}: change 'tower_layers'.")
     return tuple(stages[layer] for layer in layers)
 
 
 class TowerFeatures:
-    """Our own contrastive image tower as a feature network; taps after the blocks that `layers` names.
+    """Our own contrastive image tower as a feature network; features after the blocks that `layers` names.
 
     `space` and `channels` say what it was trained to see: "pixels" or "latents", of so many channels.
     """
 
     def __init__(self, folder: Path, layers: tuple[int, ...]) -> None:
-        self.tower = Tower.load(folder)
+        self.tower = ContrastiveModel.load(folder)
         config: Any = self.tower.backbone.config
         self.layers, self.widths = layers, tower_widths(config, layers, folder)
-        facts = json.loads((folder / "contrastive.json").read_text(encoding="utf-8"))
-        self.space: str = facts.get("space", "pixels")
+        self.space = self.tower.space
         self.channels = int(config.num_channels)
         self.embedding_width = self.tower.image_projection.out_features
 
@@ -158,8 +63,8 @@ class TowerFeatures:
         self.tower.to(device, dtype=dtype)
         return self
 
-    def taps(self, x: Tensor) -> list[Tensor]:
-        states = self.tower.hidden(self._cast(x))[0]
+    def features(self, x: Tensor) -> list[Tensor]:
+        states = self.tower.hidden_states(self._cast(x))
         return [states[layer].float() for layer in self.layers]
 
     def embed(self, x: Tensor) -> Tensor:
@@ -175,25 +80,25 @@ class ViTFeatures:
     Args:
         folder: config, weights, and the picture's mean and deviation if `preprocessor_config.json` tells them; else
             ImageNet's.
-        layers: taps after these blocks, 0 for the embedding.
+        layers: features after these blocks, 0 for the embedding.
         size: pixels of a side that it is shown, a multiple of its patch; pictures are resized to it.
-        add_class_token: whether each patch's tap has the class token added, as StyleGAN-T does.
+        add_class_token: whether each patch's feature has the class token added, as StyleGAN-T does.
     """
 
     def __init__(self, folder: Path, layers: tuple[int, ...], size: int, *, add_class_token: bool = True) -> None:
         self.model, config = _open_vit(folder)
         if any(not 0 <= layer <= config.num_hidden_layers for layer in layers):
             raise CheckpointError(
-                f"{folder} has taps 0 to {config.num_hidden_layers}, not {list(layers)}: change 'vit_layers'."
+                f"{folder} has layers 0 to {config.num_hidden_layers}, not {list(layers)}: change 'vit_layers'."
             )
         if size % config.patch_size:
             raise CheckpointError(f"{folder} cuts patches of {config.patch_size} px: 'vit_size' {size} is no multiple.")
         self.layers, self.size, self._add_class_token = layers, size, add_class_token
         self.widths = (config.hidden_size,) * len(layers)
         self.embedding_width = config.hidden_size
-        self._told = {} if config.image_size == size else {"interpolate_pos_encoding": True}
+        self._kwargs = {} if config.image_size == size else {"interpolate_pos_encoding": True}
         if config.model_type == "dinov2":
-            self._told = {}  # it interpolates by itself
+            self._kwargs = {}  # it interpolates by itself
         self._mean, self._deviation = _normalisation(folder)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> ViTFeatures:
@@ -201,10 +106,10 @@ class ViTFeatures:
         self._mean, self._deviation = self._mean.to(device), self._deviation.to(device)
         return self
 
-    def taps(self, x: Tensor) -> list[Tensor]:
+    def features(self, x: Tensor) -> list[Tensor]:
         """Pictures [B, 3, H, W] in about [-1, 1] -> tokens [B, N, D] for each layer."""
         states = self._run(x).hidden_states
-        return [self._tap(states[layer].float()) for layer in self.layers]
+        return [self._feature(states[layer].float()) for layer in self.layers]
 
     def embed(self, x: Tensor) -> Tensor:
         """The class token after the last norm, [B, D]."""
@@ -212,7 +117,7 @@ class ViTFeatures:
         pooled: Tensor | None = getattr(output, "pooler_output", None)
         return (output.last_hidden_state[:, 0] if pooled is None else pooled).float()
 
-    def _tap(self, state: Tensor) -> Tensor:
+    def _feature(self, state: Tensor) -> Tensor:
         return tokens(state) + state[:, :1] if self._add_class_token else tokens(state)
 
     def _run(self, x: Tensor) -> Any:
@@ -222,7 +127,7 @@ class ViTFeatures:
             x = F.interpolate(x, (self.size, self.size), mode="area" if smaller else "bilinear")
         pixels = ((x + 1) / 2 - self._mean) / self._deviation
         dtype = next(self.model.parameters()).dtype
-        return self.model(pixel_values=pixels.to(dtype), output_hidden_states=True, **self._told)
+        return self.model(pixel_values=pixels.to(dtype), output_hidden_states=True, **self._kwargs)
 
 
 def _open_vit(folder: Path) -> tuple[Any, Any]:
@@ -245,13 +150,13 @@ def _open_vit(folder: Path) -> tuple[Any, Any]:
 def _normalisation(folder: Path) -> tuple[Tensor, Tensor]:
     """Mean and deviation [1, 3, 1, 1] of pixels in [0, 1]."""
     file = folder / "preprocessor_config.json"
-    told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    mean, deviation = told.get("image_mean", [0.485, 0.456, 0.406]), told.get("image_std", [0.229, 0.224, 0.225])
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    mean, deviation = config.get("image_mean", [0.485, 0.456, 0.406]), config.get("image_std", [0.229, 0.224, 0.225])
     return torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(deviation).view(1, 3, 1, 1)
 
 
 class LatentFeatures:
-    """Nothing between the heads and the latents: one tap, the latents themselves, with every edge as sharp as it is."""
+    """Nothing between the heads and the latents: the one feature is the latents, with edges as sharp as theirs."""
 
     def __init__(self, channels: int) -> None:
         self.widths: tuple[int, ...] = (channels,)
@@ -260,7 +165,7 @@ class LatentFeatures:
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LatentFeatures:
         return self  # there are no weights
 
-    def taps(self, x: Tensor) -> list[Tensor]:
+    def features(self, x: Tensor) -> list[Tensor]:
         return [tokens(x)]
 
     def embed(self, x: Tensor) -> Tensor:
@@ -283,7 +188,7 @@ class TeacherFeatures:
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TeacherFeatures:
         return self  # the teacher is moved by who owns it
 
-    def taps(self, x: Tensor) -> list[Tensor]:
+    def features(self, x: Tensor) -> list[Tensor]:
         """Latents as they are, with the empty condition: zeros."""
         config = self.denoiser.unet.config
         text, mask = x.new_zeros(len(x), 1, config["cross_attention_dim"]), x.new_ones(len(x), 1).bool()
@@ -293,26 +198,26 @@ class TeacherFeatures:
             blank = Condition(text, mask, x.new_zeros(len(x), pooled), x.new_zeros(len(x), 6))
         return self.encode(x, torch.zeros(len(x), dtype=torch.long, device=x.device), blank)
 
-    def noised_taps(self, latents: Tensor, timesteps: Tensor, noise: Tensor, condition: Condition) -> list[Tensor]:
-        """Taps of latents [B, C, h, w] noised to timesteps [B], under what the teacher is told."""
+    def noised_features(self, latents: Tensor, timesteps: Tensor, noise: Tensor, condition: Condition) -> list[Tensor]:
+        """Features of latents [B, C, h, w] noised to timesteps [B], under the teacher's conditioning."""
         alpha, sigma = self.denoiser.signal(timesteps)
         return self.encode(alpha * latents + sigma * noise, timesteps, condition)
 
     def embed(self, x: Tensor) -> Tensor:
-        return self.taps(x)[-1].mean(1)
+        return self.features(x)[-1].mean(1)
 
     def encode(self, x: Tensor, timesteps: Tensor, condition: Condition) -> list[Tensor]:
-        """Taps of x [B, C, h, w] as it is, taken to be noised to timesteps [B]."""
+        """Features of x [B, C, h, w] as it is, taken to be noised to timesteps [B]."""
         unet = self.denoiser.unet
-        told, x = condition.cast(unet.dtype), x.to(unet.dtype)
+        condition, x = condition.cast(unet.dtype), x.to(unet.dtype)
         emb = unet.time_embedding(unet.get_time_embed(x, timesteps))
-        added = unet.get_aug_embed(emb, told.text, told.added.get("added_cond_kwargs", {}))
+        added = unet.get_aug_embed(emb, condition.text, condition.added.get("added_cond_kwargs", {}))
         emb = emb if added is None else emb + added
-        hidden, taps = unet.conv_in(x), []
+        hidden, features = unet.conv_in(x), []
         for block in unet.down_blocks:
-            text = {"encoder_hidden_states": told.text} if getattr(block, "has_cross_attention", False) else {}
+            text = {"encoder_hidden_states": condition.text} if getattr(block, "has_cross_attention", False) else {}
             hidden, states = block(hidden_states=hidden, temb=emb, **text)
             # The last state of a block that halves the grid is the halved one; the one before is as fine as its input.
-            taps.append(tokens(states[-1 if block.downsamplers is None else -2]).float())
-        taps.append(tokens(unet.mid_block(hidden, emb, encoder_hidden_states=told.text)).float())
-        return taps
+            features.append(tokens(states[-1 if block.downsamplers is None else -2]).float())
+        features.append(tokens(unet.mid_block(hidden, emb, encoder_hidden_states=condition.text)).float())
+        return features

@@ -1,4 +1,4 @@
-"""The discriminator's trained half: one small head on each tap of a frozen feature network (section 3.2).
+"""The discriminator's trained half: one small head on each feature of a frozen network (section 3.2).
 
 A head gives a logit for each token, conditioned by projection: the inner product of the token's features with an
 embedding of the caption, of the real image and, where the features are of noised latents (LADD), of the noise level.
@@ -18,12 +18,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from onestill.train.recipe import option
+
 LEVEL_WIDTH = 64  # of a noise level's embedding
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """The heads D_k of section 3.2, and what they are conditioned on."""
+
+    width: int = option(128, low=8, was="head_width")  # channels inside a head; not stated
+    blocks: int = option(1, low=1, high=8, was="head_blocks")  # residual 3x3 convolutions; StyleGAN-T's head has one
+    lr: float = option(2e-4, low=0.0, high=1.0, was="discriminator_lr")  # not stated; others: 1 to 10 times lr
+    condition_on_text: bool = option(True)  # c_text: FID 21.2 to 20.6 with both, Table 1b
+    condition_on_image: bool = option(True)  # c_img: below t = 999 the student saw part of x0
+    condition_on_level: bool = option(False)  # the noise under the teacher's features; LADD's
+    # at t = 999 the student saw nothing of x0, and matching it would reward chance; not stated
+    drop_image_at_terminal: bool = option(True)
+    # whose embedding is c_text: CLIP ViT-g's in the paper; "" is the model's own text encoder
+    text_encoder: str = option("", was="head_text_encoder")
 
 
 @dataclass(frozen=True)
 class HeadCondition:
-    """What the heads are told besides the features: embeddings of the captions, the real images, the noise levels.
+    """What the heads are conditioned on: embeddings of the captions, the real images, the noise levels.
 
     Each is [B, E] with an E of its own, or None.
     """
@@ -60,8 +78,8 @@ class Head(nn.Module):
         for mix in self.mix:
             x = (x + F.leaky_relu(mix(x), 0.2)) * 0.5**0.5  # [B, hidden, side, side]
         logits = self.judge(x).flatten(1)  # [B, N]
-        told = ((self.text, condition.text), (self.image, condition.image), (self.level, condition.level))
-        for project, part in told:
+        parts = ((self.text, condition.text), (self.image, condition.image), (self.level, condition.level))
+        for project, part in parts:
             if project is not None and part is not None:
                 direction = project(part)  # [B, hidden]
                 logits = logits + torch.einsum("bchw,bc->bhw", x, direction).flatten(1) * x.shape[1] ** -0.5
@@ -69,7 +87,7 @@ class Head(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """A head for each tap. `text_width`, `image_width` or `level_width` 0 leaves that part of the condition out."""
+    """A head for each feature. `text_width`, `image_width` or `level_width` 0 leaves that part of the condition out."""
 
     def __init__(
         self,
@@ -85,9 +103,9 @@ class Discriminator(nn.Module):
             Head(width, hidden, text_width, image_width, level_width, blocks) for width in widths
         )
 
-    def forward(self, taps: Sequence[Tensor], condition: HeadCondition) -> list[Tensor]:
-        """Taps [B, N_k, D_k] -> logits [B, N_k] for each head."""
-        return [head(tap, condition) for head, tap in zip(self.heads, taps, strict=True)]
+    def forward(self, features: Sequence[Tensor], condition: HeadCondition) -> list[Tensor]:
+        """Features [B, N_k, D_k] -> logits [B, N_k] for each head."""
+        return [head(feature, condition) for head, feature in zip(self.heads, features, strict=True)]
 
 
 def level_embedding(timesteps: Tensor) -> Tensor:
@@ -96,6 +114,15 @@ def level_embedding(timesteps: Tensor) -> Tensor:
     rates = torch.exp(-math.log(10000.0) * torch.arange(half, device=timesteps.device) / half)
     angles = timesteps.float().unsqueeze(1) * rates
     return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+def mean_logits(real: Sequence[Tensor], fake: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Mean logits, over all heads and for each."""
+    found: dict[str, Tensor] = {}
+    for name, logits in (("real_logits", real), ("fake_logits", fake)):
+        found[name] = torch.cat([one.detach().flatten() for one in logits]).mean()
+        found |= {f"{name}/{k}": one.detach().mean() for k, one in enumerate(logits)}
+    return found
 
 
 class PatchDiscriminator(nn.Module):

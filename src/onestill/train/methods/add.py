@@ -1,8 +1,9 @@
 """Adversarial Diffusion Distillation (arXiv 2311.17042): a student that draws in one step.
 
-The student starts as the teacher. From a real image noised to one of a few timesteps (Eq. 1) it makes x_theta in one
-call; heads on frozen features tell it from real images (Eqs. 2, 3); the teacher, shown x_theta noised again, says what
-it would have made of it (Eq. 4). `docs/distil.md` gives the reason for each choice that the paper leaves open.
+The student starts as the teacher. From a real image noised to one of a few timesteps it makes x_theta in one call
+(section 3.1); heads on frozen features tell it from real images (Eqs. 2, 3); the teacher, shown x_theta noised again,
+says what it would have made of it (Eq. 4). Eq. 1 adds the two up. `docs/distil.md` gives the reason for each choice
+that the paper leaves open.
 
 Shapes: B batch, C latent channels, h w latent size, H W pixels, K tokens, D text width.
 """
@@ -10,16 +11,30 @@ Shapes: B batch, C latent channels, h w latent size, H W pixels, K tokens, D tex
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from onestill.errors import RecipeError
+from onestill.networks.condition import Condition
+from onestill.networks.text_encoder import open_text_encoder
 from onestill.schedule import add_noise
-from onestill.train.conditioning import Condition, TextEncoder
-from onestill.train.discriminator.heads import LEVEL_WIDTH, Discriminator, HeadCondition, level_embedding
-from onestill.train.discriminator.inputs import NOISED, View, ViewOptions, Views
+from onestill.train.discriminator.heads import (
+    LEVEL_WIDTH,
+    Discriminator,
+    HeadCondition,
+    HeadOptions,
+    level_embedding,
+    mean_logits,
+)
+from onestill.train.discriminator.inputs import (
+    NOISED,
+    DiscriminatorInputs,
+    FeatureOptions,
+    InputOptions,
+    InputTransform,
+)
 from onestill.train.losses import (
     distillation,
     exponential_weight,
@@ -33,195 +48,223 @@ from onestill.train.losses import (
 )  # fmt: skip
 from onestill.train.methods.distiller import Distiller, DistilOptions
 from onestill.train.noise import Draw
-from onestill.train.optim.step import Batch, Update, frozen
+from onestill.train.optim.adam import adamw
+from onestill.train.optim.step import Batch, Objectives, frozen
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.runtime.compiling import compiled
 from onestill.train.state import TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(DistilOptions, ViewOptions):
-    """The paper's names. `timestep_weights` are relative; `terminal_noise` says what the student sees at the last.
+class StudentInputOptions:
+    """What the student is given: a real image noised to one of a few timesteps (section 3.1)."""
 
-    `distillation_space` is "latents" or "pixels"; for pixels the latents are decoded, with gradient. `teacher_low` and
-    `teacher_high` bound t of Eq. 4. `nfsd_guidance` and `negative_prompt` are noise-free score distillation's, and
-    `score_weight` is w(t) of it and of SDS. `misaligned` weighs real images with another's caption as more fakes.
-    `student_every` gives the student a turn each so many iterations, after `heads_first` in which it stands still.
-    """
-
-    condition_on_text: bool = option(True)
-    condition_on_image: bool = option(True)
-    condition_on_level: bool = option(False)
-    head_text_encoder: str = option("")
-    drop_image_at_terminal: bool = option(True)
-    student_timesteps: list[int] = option([999, 749, 499, 249], low=0, high=999)
-    timestep_weights: list[float] = option([1.0, 1.0, 1.0, 1.0], low=0.0)
+    # the trailing ones that a sampler visits in four steps; N = 4 and pure noise are section 3.1's, the rest not stated
+    timesteps: list[int] = option([999, 749, 499, 249], low=0, high=999, was="student_timesteps")
+    weights: list[float] = option([1.0, 1.0, 1.0, 1.0], low=0.0, was="timestep_weights")  # relative; uniform in 3.1
+    # at t = 999 noise of variance 1 alone, what zero terminal SNR (3.1) comes to; "schedule" leaves its rest of x0 in
     terminal_noise: str = option("pure", choices=("pure", "schedule"))
-    adversarial: float = option(1.0, low=0.0)
-    lambda_distill: float = option(2.5, low=0.0)
-    gamma_r1: float = option(1e-5, low=0.0)
-    misaligned: float = option(0.0, low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialOptions:
+    """The game of student and heads (Eqs. 2 and 3)."""
+
+    weight: float = option(1.0, low=0.0, was="adversarial")  # of Eq. 2 in Eq. 1, where it is 1; see docs/distil.md
+    gamma_r1: float = option(1e-5, low=0.0)  # section 4; 0 saves the time of its second derivative
+    misaligned: float = option(0.0, low=0.0)  # weight of real images under a wrong caption, as fakes; AMD, SANA-Sprint
+    student_every: int = option(1, low=1)  # iterations between two steps of the student; 2 to 5 in DMD2
+    heads_first: int = option(0, low=0)  # iterations before the student's first step; measured on icons (LOG.md)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationOptions:
+    """The teacher's part (Eq. 4)."""
+
+    lambda_distill: float = option(2.5, low=0.0)  # lambda of section 3.3
+    # c(t): exponential, alpha_t, is the paper's default; NFSD is what the released model used (App. A)
     weighting: str = option("exponential", choices=("exponential", "sds", "nfsd"))
-    score_weight: str = option("one", choices=("one", "sigma_squared"))
-    nfsd_guidance: float = option(7.5, low=0.0, high=100.0)
-    negative_prompt: str = option("unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark")
-    teacher_steps: int = option(1, low=1, high=50)
-    teacher_guidance: float = option(1.0, low=1.0, high=50.0)
-    teacher_low: int = option(20, low=0, high=999)
-    teacher_high: int = option(980, low=0, high=999)
-    distillation_space: str = option("latents", choices=("latents", "pixels"))
-    head_width: int = option(128, low=8)
-    head_blocks: int = option(1, low=1, high=8)
-    student_every: int = option(1, low=1)
-    heads_first: int = option(0, low=0)
-    discriminator_lr: float = option(2e-4, low=0.0, high=1.0)
-    beta1: float = option(0.0, low=0.0, high=0.999)
+    score_weight: str = option("one", choices=("one", "sigma_squared"))  # w(t) of SDS and NFSD
+    nfsd_guidance: float = option(7.5, low=0.0, high=100.0)  # s, a usual guidance scale
+    negative_prompt: str = option(  # of NFSD, Katzir et al. 2310.17590
+        "unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark"
+    )
+    teacher_steps: int = option(1, low=1, high=50)  # DDIM steps down to x_psi; more are no better, Table 1f
+    teacher_guidance: float = option(1.0, low=1.0, high=50.0)  # of x_psi; not stated, above 1 costs two passes
+    t_low: int = option(20, low=0, high=999, was="teacher_low")  # t is uniform between these; not stated, DMD2's
+    t_high: int = option(980, low=0, high=999, was="teacher_high")
+    # the paper decodes both even for latent models, which costs a decoder with gradient
+    space: str = option("latents", choices=("latents", "pixels"), was="distillation_space")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(DistilOptions):
+    """What is distilled, and a table for each part of the method. "Not stated": the paper leaves it open."""
+
+    student_input: StudentInputOptions = field(default_factory=StudentInputOptions)
+    features: FeatureOptions = field(default_factory=FeatureOptions)
+    discriminator_input: InputOptions = field(default_factory=InputOptions)
+    heads: HeadOptions = field(default_factory=HeadOptions)
+    adversarial: AdversarialOptions = field(default_factory=AdversarialOptions)
+    distillation: DistillationOptions = field(default_factory=DistillationOptions)
 
 
 class Method(Distiller):
     def __init__(self, options: Options, loop: LoopOptions) -> None:
         check(options)
         super().__init__(options, loop)
-        if options.weighting != "exponential" and self.teacher_denoiser.schedule.alpha[options.teacher_high] == 0:
-            raise RecipeError("sds and nfsd divide by alpha, which is 0 at the last timestep: lower teacher_high.")
-        self.views = Views(options, self.teacher_denoiser, self.space, self.draw_levels)
-        self.words = TextEncoder(options.head_text_encoder) if options.head_text_encoder else None
-        self.negative = self.told([options.negative_prompt])
-        text_width = self.words.width if self.words else self.empty.embedding.shape[-1]
+        heads, t_high = options.heads, options.distillation.t_high
+        if options.distillation.weighting != "exponential" and self.teacher_denoiser.schedule.alpha[t_high] == 0:
+            raise RecipeError("sds and nfsd divide by alpha, which is 0 at the end: lower distillation.t_high.")
+        self.inputs = DiscriminatorInputs(
+            options.features, options.discriminator_input, self.teacher_denoiser, self.space, self.draw_levels
+        )
+        self.head_text_encoder = open_text_encoder(heads.text_encoder, parts=("",)) if heads.text_encoder else None
+        self.negative = self.conditioning([options.distillation.negative_prompt])
+        text_width = self.head_text_encoder.width if self.head_text_encoder else self.empty.embedding.shape[-1]
         self.discriminator = Discriminator(
-            self.views.widths,
-            options.head_width,
-            text_width if options.condition_on_text else 0,
-            self.views.image_encoder.embedding_width if options.condition_on_image else 0,
-            LEVEL_WIDTH if options.condition_on_level else 0,
-            options.head_blocks,
+            self.inputs.widths,
+            heads.width,
+            text_width if heads.condition_on_text else 0,
+            self.inputs.image_encoder.embedding_width if heads.condition_on_image else 0,
+            LEVEL_WIDTH if heads.condition_on_level else 0,
+            heads.blocks,
         )
         self.networks["discriminator"] = self.heads = self.discriminator
-        self.optimizers["student"] = self.adam(self.student, options.lr, options.beta1)
-        self.optimizers["discriminator"] = self.adam(self.discriminator, options.discriminator_lr, options.beta1)
+        # Momentum chases a moving opponent: none for either, as in StyleGAN-T.
+        self.optimizers["student"] = adamw(self.student, options.lr, beta1=0.0)
+        self.optimizers["discriminator"] = adamw(self.discriminator, heads.lr, beta1=0.0)
 
     def to(self, device: torch.device) -> None:
         super().to(device)
         self.discriminator.to(device)
-        self.views.to(device, self.frozen_dtype)
+        self.inputs.to(device, self.frozen_dtype)
         self.negative = self.negative.to(device)
-        if self.words:
-            self.words.to(device)
-        self.views.compile(self.loop, device)
+        if self.head_text_encoder:
+            self.head_text_encoder.to(device)
+        self.inputs.compile(self.loop, device)
         # R1 differentiates a gradient, which no compiled network can.
-        self.heads = self.discriminator if self.options.gamma_r1 else compiled(self.discriminator, self.loop, device)
+        has_r1 = self.options.adversarial.gamma_r1 > 0
+        self.heads = self.discriminator if has_r1 else compiled(self.discriminator, self.loop, device)
 
-    def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
-        options, draw, heads = self.options, state.draw, self.heads
-        x0, told = self.read(batch)  # [B, C, h, w]
-        plays = state.iteration >= options.heads_first and state.iteration % options.student_every == 0
+    def step(self, state: TrainState, batch: Batch) -> Objectives:
+        adversarial, lambda_distill = self.options.adversarial, self.options.distillation.lambda_distill
+        draw, zero = state.draw, torch.zeros(())
+        x0, conditioning = self.read(batch)  # [B, C, h, w]
+        trains_student = state.iteration >= adversarial.heads_first and state.iteration % adversarial.student_every == 0
 
-        # --- generate once: x_theta from a real image noised to a student timestep, Eq. 1 ---
+        # --- generate once: x_theta from a real image noised to a student timestep ---
         s = self.student_timesteps(len(x0), state).to(x0.device)  # [B]
-        with torch.set_grad_enabled(plays):
-            x_theta = self.student_denoiser.x0(self.noised(x0, s, draw), s, told)  # [B, C, h, w]
+        with torch.set_grad_enabled(trains_student):
+            x_s = self.noised(x0, s, draw)  # alpha_s x0 + sigma_s eps, section 3.1
+            x_theta = self.student_denoiser.x0(x_s, s, conditioning)  # [B, C, h, w]
 
-        # --- what the heads see of both, under one view; one forward serves both turns ---
-        view = self.views.draw(x0, draw)
+        # --- features of both under one random transform; one forward serves both losses ---
+        transform = self.inputs.draw(x0, draw)
         with torch.no_grad():
-            real = [tap.requires_grad_() for tap in view(x0, told)]  # F_k(x0), [B, N_k, D_k] each
-            c = self.head_condition(x0, s, view, told, batch)  # c_text, c_img
-        with torch.set_grad_enabled(plays):
-            fake = view(x_theta, told)  # F_k(x_theta)
+            real = [one.requires_grad_() for one in transform.features(x0, conditioning)]  # F_k(x0), [B, N_k, D_k]
+            c = self.head_condition(x0, s, transform, conditioning, batch)  # c_text and c_img of section 3.2
+        with torch.set_grad_enabled(trains_student):
+            fake = transform.features(x_theta, conditioning)  # F_k(x_theta)
 
-        # --- the discriminator's turn: hinge over heads, R1 on the heads' inputs, Eq. 3 ---
-        real_logits, fake_logits = heads(real, c), heads([tap.detach() for tap in fake], c)
-        hinge = hinge_discriminator(real_logits, fake_logits)
-        penalty = r1(real, real_logits) if options.gamma_r1 else torch.zeros_like(hinge)
-        wrong = self.misaligned(real, c, batch) if options.misaligned else torch.zeros_like(hinge)
-        update("discriminator", hinge + options.gamma_r1 * penalty + options.misaligned * wrong)
+        # --- the discriminator's turn ---
+        real_logits, fake_logits = self.heads(real, c), self.heads([one.detach() for one in fake], c)
+        hinge = hinge_discriminator(real_logits, fake_logits)  # Eq. 3
+        penalty = r1(real, real_logits) if adversarial.gamma_r1 else zero  # Eq. 3's R1, on the heads' inputs
+        wrong = self.misaligned(real, c, batch) if adversarial.misaligned else zero
+        loss = hinge + adversarial.gamma_r1 * penalty + adversarial.misaligned * wrong
+        shown = {"hinge": hinge, "r1": penalty, **({"misaligned": wrong} if adversarial.misaligned else {})}
+        yield "discriminator", loss, shown | mean_logits(real_logits, fake_logits)
 
-        # --- the student's turn: Eq. 2 and lambda times Eq. 4 ---
-        losses = {"hinge": hinge, "r1": penalty}
-        if plays:
+        # --- the student's turn, against the heads as they are now ---
+        if trains_student:
             with frozen(self.discriminator):
-                adversarial = hinge_generator(heads(fake, c))
-                distill = self.distill(x_theta, told, view, draw) if options.lambda_distill else torch.zeros_like(hinge)
-                update("student", options.adversarial * adversarial + options.lambda_distill * distill)
-            losses |= {"adversarial": adversarial, "distill": distill}
-        return losses | ({"misaligned": wrong} if options.misaligned else {}) | means(real_logits, fake_logits)
+                fooled = hinge_generator(self.heads(fake, c))  # Eq. 2
+                distill = self.distill(x_theta, conditioning, transform, draw) if lambda_distill else zero  # Eq. 4
+                loss = adversarial.weight * fooled + lambda_distill * distill  # Eq. 1
+                yield "student", loss, {"adversarial": fooled, "distill": distill}
 
-    def distill(self, x_theta: Tensor, told: Condition, view: View, draw: Draw) -> Tensor:
+        # --- averages: the loop moves the student's running mean, `TrainState.update_ema` ---
+
+    def distill(self, x_theta: Tensor, conditioning: Condition, transform: InputTransform, draw: Draw) -> Tensor:
         """Eq. 4: the teacher's x0 from x_theta noised to t, weighted by c(t); no gradient through the teacher."""
-        options, count = self.options, len(x_theta)
-        t = draw.integers(options.teacher_low, options.teacher_high, count).to(x_theta.device)  # [B]
+        options = self.options.distillation
+        t = draw.integers(options.t_low, options.t_high, len(x_theta)).to(x_theta.device)  # [B]
         eps = draw.normal(*x_theta.shape).to(x_theta.device)
         alpha, sigma = self.teacher_denoiser.signal(t)
         with torch.no_grad():
-            x_psi = self.target(x_theta.detach(), eps, t, told)
+            x_psi = self.target(x_theta.detach(), eps, t, conditioning)
         if options.weighting == "exponential":
             weight = exponential_weight(alpha)
         else:
             weight = sds_weight(alpha, sigma, sigma.square() if options.score_weight == "sigma_squared" else 1.0)
-        if options.distillation_space == "pixels":
-            x_theta, x_psi = view.pixels(x_theta), view.pixels(x_psi)
+        if options.space == "pixels":
+            x_theta, x_psi = transform.pixels(x_theta), transform.pixels(x_psi)
         return distillation(x_theta, x_psi, weight.flatten())
 
-    def target(self, x_theta: Tensor, eps: Tensor, t: Tensor, told: Condition) -> Tensor:
+    def target(self, x_theta: Tensor, eps: Tensor, t: Tensor, conditioning: Condition) -> Tensor:
         """x_psi [B, C, h, w]: the teacher's x0 of x_theta noised to t, or what has NFSD's gradient."""
-        teacher, options = self.teacher_denoiser, self.options
+        teacher, options = self.teacher_denoiser, self.options.distillation
         alpha, sigma = teacher.signal(t)
         x_t = add_noise(x_theta, eps, alpha, sigma)
         if options.weighting == "nfsd":
-            others = (told, self.empty.expand(len(t)).sized(told), self.negative.expand(len(t)).sized(told))
-            text, empty, negative = (teacher.eps(x_t, t, one) for one in others)
+            texts = (self.empty.expand(len(t)).sized(conditioning), self.negative.expand(len(t)).sized(conditioning))
+            text, empty, negative = (teacher.eps(x_t, t, one) for one in (conditioning, *texts))
             direction = nfsd_direction(text, empty, negative, t, options.nfsd_guidance)
             return score_target(x_theta, direction, alpha, sigma)
         for left in range(options.teacher_steps - 1, 0, -1):  # DDIM, from t in equal steps down
-            x_psi = teacher.guided_x0(x_t, t, told, self.empty, options.teacher_guidance)
+            x_psi = teacher.guided_x0(x_t, t, conditioning, self.empty, options.teacher_guidance)
             noise = (x_t - alpha * x_psi) / sigma
             t = t * left // (left + 1)
             alpha, sigma = teacher.signal(t)
             x_t = add_noise(x_psi, noise, alpha, sigma)
-        return teacher.guided_x0(x_t, t, told, self.empty, options.teacher_guidance)
+        return teacher.guided_x0(x_t, t, conditioning, self.empty, options.teacher_guidance)
 
     def noised(self, x0: Tensor, s: Tensor, draw: Draw) -> Tensor:
-        """x_s of Eq. 1; at the last timestep pure noise of unit variance, which is what a sampler starts from."""
+        """x_s of section 3.1; at the last timestep pure noise of unit variance, which is what a sampler starts from."""
         eps = draw.normal(*x0.shape).to(x0.device)
         x_s: Tensor = add_noise(x0, eps, *self.student_denoiser.signal(s))
-        if self.options.terminal_noise == "schedule":
+        if self.options.student_input.terminal_noise == "schedule":
             return x_s
         return torch.where((s == self.student_denoiser.last).view(-1, 1, 1, 1), eps, x_s)
 
     def timestep_weights(self, state: TrainState) -> list[float]:
         """How often each student timestep is drawn now, relative."""
-        return list(self.options.timestep_weights)
+        return list(self.options.student_input.weights)
 
     def student_timesteps(self, count: int, state: TrainState) -> Tensor:
         """s, [B] from the student's timesteps."""
-        return state.draw.among(self.options.student_timesteps, self.timestep_weights(state), count)
+        return state.draw.among(self.options.student_input.timesteps, self.timestep_weights(state), count)
 
     def draw_levels(self, count: int, draw: Draw) -> Tensor:
         """Noise levels under the teacher's features, [B]."""
-        return draw.integers(self.options.feature_low, self.options.feature_high, count)
+        options = self.options.discriminator_input
+        return draw.integers(options.t_low, options.t_high, count)
 
-    def head_condition(self, x0: Tensor, s: Tensor, view: View, told: Condition, batch: Batch) -> HeadCondition:
+    def head_condition(
+        self, x0: Tensor, s: Tensor, transform: InputTransform, conditioning: Condition, batch: Batch
+    ) -> HeadCondition:
         """c_text; c_img, zero where the student was given nothing of the image; the noise under the features."""
-        options, text, image = self.options, None, None
+        options, encoder, text, image = self.options.heads, self.head_text_encoder, None, None
         if options.condition_on_text:
-            text = self.words.embed(batch["captions"]) if self.words else told.embedding
+            text = encoder.embed(batch["captions"]) if encoder else conditioning.embedding
         if options.condition_on_image:
-            image = self.views.embed(x0)
+            image = self.inputs.embed(x0)
             if options.drop_image_at_terminal:
                 image = image.masked_fill((s == self.student_denoiser.last).unsqueeze(1), 0.0)
-        return HeadCondition(text, image, level_embedding(view.at) if options.condition_on_level else None)
+        return HeadCondition(text, image, level_embedding(transform.timesteps) if options.condition_on_level else None)
 
     @torch.no_grad()
     def from_data(self) -> tuple[list[Tensor], list[str]]:
         """x_theta of a few samples of the last batch, at each student timestep; the noise is always the same."""
         if self.shown is None:
             return [], []
-        x0, told = self.shown
+        x0, conditioning = self.shown
         made, captions = list[Tensor](), list[str]()
-        for timestep in self.options.student_timesteps:
+        for timestep in self.options.student_input.timesteps:
             s = torch.full((len(x0),), timestep, device=x0.device)
             draw = Draw(torch.Generator("cpu").manual_seed(0))  # the same noise on every device
-            made.append(self.student_denoiser.eager.x0(self.noised(x0, s, draw), s, told))
+            made.append(self.student_denoiser.eager.x0(self.noised(x0, s, draw), s, conditioning))
             captions += [f"from {timestep}"] * len(x0)
         return made, captions
 
@@ -230,32 +273,26 @@ class Method(Distiller):
         assert c.text is not None
         captions = batch["captions"]
         differ = [mine != other for mine, other in zip(captions, [*captions[-1:], *captions[:-1]], strict=True)]
-        logits = self.heads([tap.detach() for tap in real], HeadCondition(c.text.roll(1, 0), c.image, c.level))
+        logits = self.heads([one.detach() for one in real], HeadCondition(c.text.roll(1, 0), c.image, c.level))
         return hinge_fake(logits, torch.tensor(differ).to(c.text.device, non_blocking=True))
-
-
-def means(real: Sequence[Tensor], fake: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Mean logits, over all heads and for each."""
-    found = {}
-    for name, logits in (("real_logits", real), ("fake_logits", fake)):
-        found[name] = torch.cat([one.detach().flatten() for one in logits]).mean()
-        found |= {f"{name}/{k}": one.detach().mean() for k, one in enumerate(logits)}
-    return found
 
 
 def check(options: Options) -> None:
     """Raise RecipeError for options that contradict each other."""
-    if len(options.timestep_weights) != len(options.student_timesteps):
-        raise RecipeError("timestep_weights needs one number for each of student_timesteps.")
-    if not sum(options.timestep_weights) > 0:
-        raise RecipeError("timestep_weights are all zero: give at least one timestep a weight.")
-    if options.head_width % 8:
-        raise RecipeError("head_width must be a multiple of 8: the heads normalise their channels in 8 groups.")
-    if options.teacher_low > options.teacher_high:
-        raise RecipeError("teacher_low must not be above teacher_high.")
-    if options.weighting == "nfsd" and (options.teacher_steps > 1 or options.teacher_guidance != 1.0):
+    student_input, distillation, heads = options.student_input, options.distillation, options.heads
+    if len(student_input.weights) != len(student_input.timesteps):
+        raise RecipeError("student_input.weights needs one number for each of student_input.timesteps.")
+    if not sum(student_input.weights) > 0:
+        raise RecipeError("student_input.weights are all zero: give at least one timestep a weight.")
+    if heads.width % 8:
+        raise RecipeError("heads.width must be a multiple of 8: the heads normalise their channels in 8 groups.")
+    if distillation.t_low > distillation.t_high:
+        raise RecipeError("distillation.t_low must not be above its t_high.")
+    if distillation.weighting == "nfsd" and (distillation.teacher_steps > 1 or distillation.teacher_guidance != 1.0):
         raise RecipeError("weighting nfsd takes one teacher step, guided by nfsd_guidance: leave the other two at 1.")
-    if options.misaligned and not options.condition_on_text:
-        raise RecipeError("misaligned captions need condition_on_text = true: without it no head reads them.")
-    if options.condition_on_level and options.feature_network not in NOISED:
-        raise RecipeError("condition_on_level needs the teacher's features, the only ones that see noise.")
+    if options.adversarial.misaligned and not heads.condition_on_text:
+        raise RecipeError("misaligned captions need heads.condition_on_text = true: without it no head reads them.")
+    if heads.condition_on_level and options.features.network not in NOISED:
+        raise RecipeError("heads.condition_on_level needs the teacher's features, the only ones that see noise.")
+    if options.shard_teacher and options.features.network in NOISED:
+        raise RecipeError("shard_teacher needs features that are not the teacher's own, which are read block by block.")

@@ -19,28 +19,46 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from onestill.engine.torch.eager import most_likely_latents
 from onestill.errors import RecipeError
-from onestill.train.batches import to_pictures
-from onestill.train.conditioning import load_autoencoder
+from onestill.networks.denoiser import copy_with_weights
+from onestill.networks.latents import load_autoencoder, most_likely_latents, to_uint8
 from onestill.train.discriminator.heads import PatchDiscriminator
+from onestill.train.export import save_averaged
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator, unit_moments
 from onestill.train.lpips import LPIPS
-from onestill.train.optim.step import Batch, Update
+from onestill.train.optim.adam import adamw
+from onestill.train.optim.step import Batch, Objectives
 from onestill.train.recipe import LoopOptions, option
-from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class LossOptions:
+    """How a decoder is judged.
+
+    `l1` weighs the difference of pixels, `gradient` that of their horizontal and vertical differences. `perceptual`
+    weighs LPIPS by the network in the file `perceptual_network`, on one random window of `perceptual_window` px of each
+    picture, edges included. `latent_noise` is the standard deviation of noise on the latents that are decoded.
+    """
+
+    l1: float = option(1.0, low=0.0)
+    gradient: float = option(1.0, low=0.0)
+    perceptual: float = option(0.0, low=0.0)
+    perceptual_network: str = option("")
+    perceptual_window: int = option(64, low=16, high=4096)
+    latent_noise: float = option(0.05, low=0.0, high=1.0)
+    discriminator_width: int = option(32, low=4)
+    discriminator_lr: float = option(5e-4, low=0.0, high=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(LossOptions):
     """Sizes of the network (blocks from full resolution to the smallest, for both halves) and weights of the losses.
 
     `start` names an autoencoder's folder to go on from instead of random weights; it must have these sizes.
-    `perceptual` weighs LPIPS by the network in the file `perceptual_network`, on one random window of
-    `perceptual_window` px of each picture, edges included.
-    `adversarial_from` is the iteration at which the patch discriminator joins; its weight 0 leaves it out. The first
-    `adversarial_warmup` iterations after that train the discriminator alone.
+    `moments` weighs how far each latent channel is from zero mean and unit variance. `adversarial_from` is the
+    iteration at which the patch discriminator joins; its weight 0 leaves it out. The first `adversarial_warmup`
+    iterations after that train the discriminator alone.
     """
 
     start: str = option("")
@@ -53,18 +71,10 @@ class Options:
     encoder_blocks: list[int] = option([0, 0, 2, 3, 4], low=0, high=32)
     decoder_blocks: list[int] = option([4, 4, 3, 0, 0], low=0, high=32)
     lr: float = option(1e-3, low=0.0, high=1.0)
-    l1: float = option(1.0, low=0.0)
-    gradient: float = option(1.0, low=0.0)
     moments: float = option(0.01, low=0.0)
-    latent_noise: float = option(0.05, low=0.0, high=1.0)
-    perceptual: float = option(0.0, low=0.0)
-    perceptual_network: str = option("")
-    perceptual_window: int = option(64, low=16, high=4096)
     adversarial: float = option(0.0, low=0.0)
     adversarial_from: int = option(2000, low=0)
     adversarial_warmup: int = option(100, low=0)
-    discriminator_width: int = option(32, low=4)
-    discriminator_lr: float = option(5e-4, low=0.0, high=1.0)
 
 
 class Method:
@@ -81,16 +91,9 @@ class Method:
         self.discriminator = PatchDiscriminator(options.discriminator_width)
         self.lpips = perceptual(options.perceptual, options.perceptual_network)
         self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder, "discriminator": self.discriminator}
-        adam = dict(betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "autoencoder": torch.optim.AdamW(self.autoencoder.parameters(), lr=options.lr, **adam),  # type: ignore[arg-type]
-            "discriminator": torch.optim.AdamW(
-                self.discriminator.parameters(),
-                lr=options.discriminator_lr,
-                betas=(0.5, 0.99),
-                weight_decay=0.0,
-                fused=True,
-            ),
+            "autoencoder": adamw(self.autoencoder, options.lr),
+            "discriminator": adamw(self.discriminator, options.discriminator_lr, beta1=0.5),
         }
         self._shown: Tensor | None = None
         self._captions: list[str] = []
@@ -99,7 +102,7 @@ class Method:
         for network in (*self.networks.values(), *([self.lpips] if self.lpips else [])):
             network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
+    def step(self, state: TrainState, batch: Batch) -> Objectives:
         options = self.options
         device = next(self.autoencoder.parameters()).device
         x = batch["images"].to(device).contiguous(memory_format=torch.channels_last)  # [B, 3, H, W] in [-1, 1]
@@ -124,29 +127,24 @@ class Method:
             if state.iteration >= options.adversarial_from + options.adversarial_warmup:
                 loss = loss + options.adversarial * hinge_generator([logits])
             metrics["fake_logits"] = logits.mean()
-        update("autoencoder", loss)
+        yield "autoencoder", loss, metrics
+
         if playing:
             real, fake = self.discriminator(x)[-1], self.discriminator(y.detach())[-1]
-            game = hinge_discriminator([real], [fake])
-            update("discriminator", game)
-            metrics |= {"discriminator": game, "real_logits": real.mean()}
-        return metrics
+            hinge = hinge_discriminator([real], [fake])
+            yield "discriminator", hinge, {"discriminator": hinge, "real_logits": real.mean()}
 
     def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
         """The first pictures since the run began or was resumed, above what becomes of them."""
         assert self._shown is not None
-        averaged = build(self.options).to(self._shown.device)
-        averaged.load_state_dict(state.averaged("autoencoder"))
+        averaged = copy_with_weights(self.autoencoder, state.averaged("autoencoder"), self._shown.device)
         with torch.no_grad():
             y = averaged.decode(most_likely_latents(averaged, self._shown)).sample
-        return to_pictures(torch.cat([self._shown, y])), self._captions + ["reconstruction"] * len(y)
+        return to_uint8(torch.cat([self._shown, y])).cpu().numpy(), self._captions + ["reconstruction"] * len(y)
 
     def export(self, state: TrainState, folder: Path) -> None:
         """The averaged autoencoder in diffusers' format, its scale 1 until `LatentSpace.calibrate` has seen latents."""
-        averaged = build(self.options)
-        averaged.load_state_dict({k: v.cpu() for k, v in state.averaged("autoencoder").items()})
-        if is_main():
-            averaged.save_pretrained(folder / "vae")
+        save_averaged(state, "autoencoder", folder / "vae")
 
 
 def perceptual(weight: float, file: str) -> LPIPS | None:
@@ -160,13 +158,15 @@ def perceptual(weight: float, file: str) -> LPIPS | None:
     return LPIPS.load(file) if weight else None
 
 
-def window(side: int, width: int, state: TrainState) -> tuple[slice, slice]:
-    """Rows and columns of a random window of `width` px in pictures of `side` px.
+def window(side: int, width: int, state: TrainState, beyond: float = 0.25) -> tuple[slice, slice]:
+    """Rows and columns of a random window of `width` cells in maps of `side` cells; of all where `width` is more.
 
-    It may fall beyond the edges and is pushed back, or what lies at an edge would hardly ever be seen.
+    It may fall `beyond` the edges by that share of its width and is pushed back, or what lies at an edge would hardly
+    ever be seen.
     """
     width = min(width, side)
-    starts = (min(max(at, 0), side - width) for at in state.draw.shared(-width // 4, side - width + width // 4, 2))
+    over = int(width * beyond)
+    starts = (min(max(at, 0), side - width) for at in state.draw.shared(-over, side - width + over, 2))
     rows, columns = (slice(start, start + width) for start in starts)
     return rows, columns
 

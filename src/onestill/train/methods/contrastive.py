@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from onestill.errors import DataError
-from onestill.train.discriminator.features import Tower, new_backbone
+from onestill.networks.contrastive import ContrastiveModel, new_backbone
 from onestill.train.losses import info_nce
-from onestill.train.optim.step import Batch, Update
+from onestill.train.optim.step import Batch, Objectives
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
@@ -61,7 +61,7 @@ class Method:
     def to(self, device: torch.device) -> None:
         self.tower.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
+    def step(self, state: TrainState, batch: Batch) -> Objectives:
         tower, options = self.tower, self.options
         device = tower.logit_scale.device
         shown = "images" if options.space == "pixels" else "latents"
@@ -83,10 +83,9 @@ class Method:
         image, caption = tower.embed_image(x), tower.embed_text(text, mask)  # [B, E] each
         same = same_captions(batch["captions"]).to(device, non_blocking=True)
         loss = info_nce(image, caption, tower.logit_scale.exp().clamp(max=100), same)
-        update("tower", loss)
         with torch.no_grad():
             right = (image @ caption.T).masked_fill(same, -2.0).argmax(1) == torch.arange(len(x), device=device)
-        return {"loss": loss, "retrieval": right.float().mean(), "scale": tower.logit_scale.exp()}
+        yield "tower", loss, {"loss": loss, "retrieval": right.float().mean(), "scale": tower.logit_scale.exp()}
 
     def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
         """There is nothing to look at but numbers: one grey square says so."""
@@ -95,17 +94,16 @@ class Method:
     def export(self, state: TrainState, folder: Path) -> None:
         tower = build(self.options)
         tower.load_state_dict({k: v.cpu() for k, v in state.averaged("tower").items()})
-        options = self.options
         if is_main():
-            tower.save(folder, space=options.space, image_size=options.size, channels=options.channels)
+            tower.save(folder)
 
 
-def build(options: Options) -> Tower:
+def build(options: Options) -> ContrastiveModel:
     """The tower that `options` describe, with random weights."""
     sizes = dict(channels=options.channels, size=options.size, patch=options.patch, width=options.width)
-    return Tower(
-        new_backbone(options.backbone, depth=options.depth, **sizes), options.embedding_width, options.text_width
-    )
+    backbone = new_backbone(options.backbone, depth=options.depth, **sizes)
+    facts = dict(space=options.space, image_size=options.size, channels=options.channels)
+    return ContrastiveModel(backbone, options.embedding_width, options.text_width, facts)
 
 
 def same_captions(captions: list[str]) -> Tensor:

@@ -21,20 +21,20 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from onestill.engine.torch.eager import most_likely_latents
 from onestill.errors import RecipeError
+from onestill.networks.denoiser import Denoiser, copy_with_weights, load_unet, read_schedule
+from onestill.networks.latents import LatentSpace, most_likely_latents, to_uint8
+from onestill.networks.text_encoder import open_text_encoder
 from onestill.schedule import add_noise
-from onestill.train.batches import to_pictures
-from onestill.train.conditioning import LatentSpace, open_text_encoder
-from onestill.train.denoiser import SHEET_PROMPTS, Denoiser, load_unet, read_schedule
 from onestill.train.discriminator.heads import PatchDiscriminator
+from onestill.train.export import save_averaged
 from onestill.train.losses import gradient_difference, hinge_discriminator, hinge_generator
 from onestill.train.methods import autoencoder
 from onestill.train.noise import table
-from onestill.train.optim.step import Batch, Update, frozen
-from onestill.train.recipe import LoopOptions, option
+from onestill.train.optim.adam import adamw
+from onestill.train.optim.step import Batch, Objectives, frozen
+from onestill.train.recipe import SHEET_PROMPTS, LoopOptions, option
 from onestill.train.runtime.compiling import compiled
-from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
 
 STUDENT_STEPS = 4  # its timesteps are those of so many steps
@@ -42,14 +42,13 @@ MARGIN = 2  # cells around a window
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(autoencoder.LossOptions):
     """`autoencoder` is the one whose latents stay, `student` the UNet whose latents are decoded.
 
     Blocks are listed as in an `autoencoder` recipe, from full resolution for the encoder and from the latents for the
     decoder, and one more of each than the old has doubles the side. Above the decoder's `window_from`-th size a window
     of `window` such cells a side stands for the picture (0: all of it). `student_share` of a batch passes through the
-    student. `perceptual` weighs LPIPS by the network in the file `perceptual_network`, on one random window of
-    `perceptual_window` px. `features` weighs how alike the discriminators find a picture and its decoding; they join at
+    student. `features` weighs how alike the discriminators find a picture and its decoding; they join at
     `adversarial_from`, and look at `scales` halvings of it.
     """
 
@@ -61,19 +60,11 @@ class Options:
     window: int = option(16, low=0, high=1024)
     window_from: int = option(1, low=0, high=16)
     student_share: float = option(0.75, low=0.0, high=1.0)
-    latent_noise: float = option(0.05, low=0.0, high=1.0)
     lr: float = option(5e-4, low=0.0, high=1.0)
-    l1: float = option(1.0, low=0.0)
-    gradient: float = option(1.0, low=0.0)
-    perceptual: float = option(0.0, low=0.0)
-    perceptual_network: str = option("")
-    perceptual_window: int = option(64, low=16, high=4096)
     adversarial: float = option(0.05, low=0.0)
     features: float = option(0.5, low=0.0)
     adversarial_from: int = option(200, low=0)
-    discriminator_width: int = option(32, low=4)
     scales: int = option(3, low=1, high=6)
-    discriminator_lr: float = option(5e-4, low=0.0, high=1.0)
     sheet_prompts: list[str] = option(SHEET_PROMPTS)
 
 
@@ -85,7 +76,7 @@ class Method:
     def __init__(self, options: Options, loop: LoopOptions) -> None:
         self.options, self.loop = options, loop
         torch.manual_seed(loop.seed)
-        self.old = LatentSpace(options.autoencoder)
+        self.old = LatentSpace.load(options.autoencoder)
         self.old.autoencoder.eval().requires_grad_(False)
         self.autoencoder = grown(self.old, options)
         unet = load_unet(options.student).eval().requires_grad_(False)
@@ -93,17 +84,13 @@ class Method:
         if unet.config["in_channels"] != self.old.channels:
             raise RecipeError("the student's and the autoencoder's latents differ: give the one it was trained on.")
         self.lpips = autoencoder.perceptual(options.perceptual, options.perceptual_network)
-        self.words: Any = open_text_encoder(options.text_encoder)
+        self.text_encoder: Any = open_text_encoder(options.text_encoder)
         self.discriminator = Discriminators(options.discriminator_width, options.scales)
         self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder, "discriminator": self.discriminator}
-        players: dict[str, tuple[nn.Module, float, float]] = {
-            "encoder": (self.autoencoder.encoder, options.lr, 0.9),
-            "decoder": (self.autoencoder.decoder, options.lr, 0.9),
-            "discriminator": (self.discriminator, options.discriminator_lr, 0.5),
-        }
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            name: torch.optim.AdamW(network.parameters(), lr=lr, betas=(beta1, 0.99), weight_decay=0.0, fused=True)
-            for name, (network, lr, beta1) in players.items()
+            "encoder": adamw(self.autoencoder.encoder, options.lr),
+            "decoder": adamw(self.autoencoder.decoder, options.lr),
+            "discriminator": adamw(self.discriminator, options.discriminator_lr, beta1=0.5),
         }
         self._shown: Tensor | None = None
         self._captions: list[str] = []
@@ -112,10 +99,10 @@ class Method:
         for network in (*self.networks.values(), self.student.unet, *([self.lpips] if self.lpips else [])):
             network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.old.to(device)
-        self.words.to(device)
+        self.text_encoder.to(device)
         self.student.unet = compiled(self.student.unet, self.loop, device)  # the rest is work enough for a GPU
 
-    def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
+    def step(self, state: TrainState, batch: Batch) -> Objectives:
         options = self.options
         x = batch["images"].to(next(self.autoencoder.parameters()).device)
         x = x.contiguous(memory_format=torch.channels_last)  # [B, 3, H, W] in [-1, 1]
@@ -129,12 +116,12 @@ class Method:
         # --- the encoder: a quarter is enough, as all but its first layers were trained before ---
         some = x[: max(1, len(x) // 4)]
         kept = F.mse_loss(most_likely_latents(self.autoencoder, some) * self.old.scale, clean[: len(some)])
-        update("encoder", kept)
+        yield "encoder", kept, {"kept": kept}
 
         # --- the decoder: the picture, as far as its latents know it, and always that it looks like one ---
         l1, edges = (known * (y - target).abs()).mean(), gradient_difference(known * target, known * y)
         loss = options.l1 * l1 + options.gradient * edges
-        metrics = {"kept": kept, "l1": l1, "edges": edges}
+        metrics = {"l1": l1, "edges": edges}
         if self.lpips is not None:
             seen_rows, seen_columns = autoencoder.window(y.shape[-1], options.perceptual_window, state)
             distance = self.lpips(target[:, :, seen_rows, seen_columns], y[:, :, seen_rows, seen_columns])  # [B]
@@ -149,12 +136,11 @@ class Method:
                 alike = sum((known * (a - b).abs()).mean() for a, b in zip(seen, wanted, strict=True)) / len(seen)
                 loss = loss + options.adversarial * hinge_generator(fake) + options.features * alike
                 metrics |= {"features": alike}
-            update("decoder", loss)
+            yield "decoder", loss, metrics
+
         if playing:
-            game = hinge_discriminator(self.discriminator(target)[0], self.discriminator(y.detach())[0])
-            update("discriminator", game)
-            metrics |= {"discriminator": game}
-        return metrics
+            hinge = hinge_discriminator(self.discriminator(target)[0], self.discriminator(y.detach())[0])
+            yield "discriminator", hinge, {"discriminator": hinge}
 
     @torch.no_grad()
     def latents(self, clean: Tensor, captions: Sequence[str], state: TrainState) -> tuple[Tensor, Tensor]:
@@ -169,8 +155,12 @@ class Method:
         at = table(tuple(self.student.schedule.timesteps(STUDENT_STEPS)), which.device)[which][:made].to(device)
         noise = draw.normal(*clean.shape).to(device)[:made]
         alpha, sigma = self.student.signal(at)
-        told = self.words(captions[:made]).to(device) if made else None
-        x0 = self.student.x0(add_noise(clean[:made], noise, alpha, sigma), at, told) if told else clean[:0]
+        conditioning = self.text_encoder(captions[:made]).to(device) if made else None
+        x0 = (
+            self.student.x0(add_noise(clean[:made], noise, alpha, sigma), at, conditioning)
+            if conditioning
+            else clean[:0]
+        )
         known = torch.cat([alpha, torch.ones(len(clean) - made, 1, 1, 1, device=device)])
         return torch.cat([x0, slight[made:]]), known
 
@@ -181,40 +171,33 @@ class Method:
         sizes = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Upsample)]
         cut = sizes[self.options.window_from]  # the layer that leaves the size whose windows are taken
         x = layers[:cut](x)
-        side = x.shape[-1]
-        window = min(self.options.window or side, side)
-        factor = 2 ** (len(blocks) - 1 - self.options.window_from)
-        # Half a window beyond the edges and back, or what lies at an edge would hardly ever be seen.
-        down, right = (min(max(at, 0), side - window) for at in state.draw.shared(-window // 2, side - window // 2, 2))
+        side, factor = x.shape[-1], 2 ** (len(blocks) - 1 - self.options.window_from)
+        window = autoencoder.window(side, self.options.window or side, state, beyond=0.5)
         # A few cells more on every side that has them, so that what is compared has seen what it will see.
-        top, left = max(0, down - MARGIN), max(0, right - MARGIN)
-        x = x[:, :, top : down + window + MARGIN, left : right + window + MARGIN]
-        y = layers[cut:](x).mul(2).sub(1)
-        rows, columns = ((at - start) * factor for at, start in ((down, top), (right, left)))
-        span = window * factor
-        y = y[:, :, rows : rows + span, columns : columns + span]
-        return y, (slice(down * factor, down * factor + span), slice(right * factor, right * factor + span))
+        rows, columns = (slice(max(0, part.start - MARGIN), part.stop + MARGIN) for part in window)
+        y = layers[cut:](x[:, :, rows, columns]).mul(2).sub(1)
+        inner, outer = list[slice](), list[slice]()
+        for part, wider in zip(window, (rows, columns), strict=True):
+            inner.append(slice((part.start - wider.start) * factor, (part.stop - wider.start) * factor))
+            outer.append(slice(part.start * factor, part.stop * factor))
+        return y[:, :, inner[0], inner[1]], (outer[0], outer[1])
 
     def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
         """Four real pictures, what becomes of them, and the student's one step for `sheet_prompts`."""
         assert self._shown is not None
-        averaged = grown(self.old, self.options).to(self._shown.device)
-        averaged.load_state_dict(state.averaged("autoencoder"))
-        told, empty = (self.words(prompts) for prompts in (self.options.sheet_prompts, [""]))
+        averaged = copy_with_weights(self.autoencoder, state.averaged("autoencoder"), self._shown.device)
+        conditioning, empty = (self.text_encoder(prompts) for prompts in (self.options.sheet_prompts, [""]))
         side = self._shown.shape[-1] // 2 // self.old.factor
-        made = self.student.sample(told, empty, (self.old.channels, side, side), 1)
+        made = self.student.sample(conditioning, empty, (self.old.channels, side, side), 1)
         with torch.no_grad():
             raw = torch.cat([most_likely_latents(averaged, self._shown), made / self.old.scale])
             y = torch.cat([averaged.decode(some).sample for some in torch.split(raw, 4)])
         names = self._captions + ["reconstruction"] * len(self._shown) + list(self.options.sheet_prompts)
-        return to_pictures(torch.cat([self._shown, y])), names
+        return to_uint8(torch.cat([self._shown, y])).cpu().numpy(), names
 
     def export(self, state: TrainState, folder: Path) -> None:
         """The averaged autoencoder in diffusers' format, with the scale of the one whose latents it keeps."""
-        averaged = grown(self.old, self.options)
-        averaged.load_state_dict({k: v.cpu() for k, v in state.averaged("autoencoder").items()})
-        if is_main():
-            averaged.save_pretrained(folder / "vae")
+        save_averaged(state, "autoencoder", folder / "vae")
 
 
 def halved(x: Tensor) -> Tensor:

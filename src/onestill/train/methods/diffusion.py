@@ -18,26 +18,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from onestill.errors import RecipeError
+from onestill.networks.denoiser import Denoiser, copy_with_weights, load_unet, training_schedule
+from onestill.networks.latents import LatentSpace
+from onestill.networks.text_encoder import open_text_encoder
 from onestill.schedule import NoiseSchedule, add_noise
-from onestill.train.conditioning import LatentSpace, TextEncoder, batch_condition
-from onestill.train.denoiser import (
-    SHEET_PROMPTS,
-    Denoiser,
-    UNetOptions,
-    build_like,
-    build_unet,
-    check_cached,
-    load_unet,
-    training_schedule,
-)  # fmt: skip
+from onestill.train.batches import batch_condition
+from onestill.train.export import save_averaged
 from onestill.train.losses import mean_where, min_snr_weight
 from onestill.train.noise import Draw
+from onestill.train.optim.adam import adamw
 from onestill.train.optim.muon import muon_with_adamw
-from onestill.train.optim.step import Batch, Update
-from onestill.train.recipe import LoopOptions, option
+from onestill.train.optim.step import Batch, Objectives
+from onestill.train.recipe import SHEET_PROMPTS, LoopOptions, option
 from onestill.train.runtime.compiling import compiled
-from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
+from onestill.train.unet import UNetOptions, build_unet, check_cached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +57,7 @@ class Options:
     log_snr_mean: float = option(-0.5, low=-20.0, high=20.0)
     log_snr_std: float = option(2.0, low=0.01, high=100.0)
     snr_gamma: float = option(5.0, low=0.0)
+    sheet_prompts: list[str] = option(SHEET_PROMPTS)
     sheet_steps: int = option(25, low=1, high=50)
     sheet_guidance: float = option(3.0, low=1.0)
 
@@ -79,14 +75,14 @@ class Method:
         self.optimizers: dict[str, torch.optim.Optimizer] = {"teacher": self.optimizer()}
         weights = log_snr_weights(training_schedule(), options.log_snr_mean, options.log_snr_std)
         self.timestep_weights = weights.tolist()
-        self.space = LatentSpace(options.autoencoder)
+        self.space = LatentSpace.load(options.autoencoder)
         if self.teacher.config["in_channels"] != self.space.channels:
             raise RecipeError(
                 f"the UNet takes {self.teacher.config['in_channels']} channels and the autoencoder makes "
                 f"{self.space.channels}: set diffusion.unet.channels."
             )
-        encoder = TextEncoder(options.text_encoder)
-        self.empty, self.sheet_text = encoder([""]), encoder(SHEET_PROMPTS)
+        encoder = open_text_encoder(options.text_encoder, parts=("",))
+        self.empty, self.sheet_text = encoder([""]), encoder(options.sheet_prompts)
         width = self.empty.text.shape[-1]
         if self.teacher.config["cross_attention_dim"] != width:
             raise RecipeError(
@@ -95,15 +91,13 @@ class Method:
             )
 
     def optimizer(self) -> torch.optim.Optimizer:
-        options, betas = self.options, (0.9, 0.99)
-        decay = options.weight_decay
+        options = self.options
         if options.optimizer == "adamw":
-            return torch.optim.AdamW(
-                self.teacher.parameters(), lr=options.lr, betas=betas, weight_decay=decay, fused=True
-            )
+            return adamw(self.teacher, options.lr, weight_decay=options.weight_decay)
         if self.loop.parallel == "fsdp":
             raise RecipeError("muon needs whole matrices, which fsdp splits: set loop.parallel to ddp.")
-        return muon_with_adamw(self.teacher, muon_lr=options.muon_lr, lr=options.lr, betas=betas, weight_decay=decay)
+        rates = {"muon_lr": options.muon_lr, "lr": options.lr, "weight_decay": options.weight_decay}
+        return muon_with_adamw(self.teacher, betas=(0.9, 0.99), **rates)
 
     def to(self, device: torch.device) -> None:
         self.teacher.to(device, memory_format=torch.channels_last)
@@ -111,7 +105,7 @@ class Method:
         self.empty, self.sheet_text = self.empty.to(device), self.sheet_text.to(device)
         self.denoiser = Denoiser(compiled(self.teacher, self.loop, device), training_schedule())
 
-    def step(self, state: TrainState, batch: Batch, update: Update) -> dict[str, Tensor]:
+    def step(self, state: TrainState, batch: Batch) -> Objectives:
         options, denoiser = self.options, self.denoiser
         device, draw = self.empty.text.device, state.draw
         x0, condition = batch["latents"].to(device), batch_condition(batch, device)
@@ -126,9 +120,8 @@ class Method:
         v = alpha * eps - sigma * x0  # [B, C, h, w]
         error = (denoiser.output(x_t, timesteps, condition) - v).square().flatten(1).mean(1)  # [B]
         loss = (self.weight(alpha, sigma) * error).mean()
-        update("teacher", loss)
         late, early = mean_where(error, timesteps >= 750), mean_where(error, timesteps < 250)
-        return {"loss": loss, "error": error.mean(), "error_late": late, "error_early": early}
+        yield "teacher", loss, {"loss": loss, "error": error.mean(), "error_late": late, "error_early": early}
 
     def timesteps(self, count: int, draw: Draw) -> Tensor:
         """The timesteps of one iteration, [B]."""
@@ -145,17 +138,15 @@ class Method:
 
     def sheet(self, state: TrainState) -> tuple[NDArray[np.uint8], list[str]]:
         """The fixed prompts, drawn by the averaged teacher with guidance."""
-        averaged = build_like(self.teacher, state.shipped("teacher"), self.empty.text.device)
+        averaged = copy_with_weights(self.teacher, state.shipped("teacher"), self.empty.text.device)
         options, config = self.options, self.teacher.config
         shape = (config["in_channels"], config["sample_size"], config["sample_size"])
         denoiser = Denoiser(averaged, training_schedule())
         latents = denoiser.sample(self.sheet_text, self.empty, shape, options.sheet_steps, options.sheet_guidance)
-        return self.space.pictures(latents), list(SHEET_PROMPTS)
+        return self.space.pictures(latents), list(options.sheet_prompts)
 
     def export(self, state: TrainState, folder: Path) -> None:
-        averaged = build_like(self.teacher, state.shipped("teacher"), torch.device("cpu"))
-        if is_main():
-            averaged.save_pretrained(folder / "unet")
+        save_averaged(state, "teacher", folder / "unet")
 
 
 def log_snr_weights(schedule: NoiseSchedule, mean: float, std: float, uniform: float = 0.1) -> Tensor:

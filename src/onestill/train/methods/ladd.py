@@ -1,20 +1,21 @@
 """Latent Adversarial Diffusion Distillation (arXiv 2403.12015): ADD in latents, judged by the teacher's own features.
 
 What differs from `add`: real and made latents are noised to a level t drawn from a logit-normal before the teacher's
-encoder looks at them, and the heads are told that level; the student first practises on little noise; and with images
-that the teacher itself drew, the adversarial loss is enough.
+encoder looks at them, and the heads are conditioned on that level; the student first practises on little noise; and
+with images that the teacher itself drew, the adversarial loss is enough.
 
 Shapes: B batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from onestill.errors import RecipeError
+from onestill.train.discriminator import heads, inputs
 from onestill.train.methods import add
 from onestill.train.noise import Draw
 from onestill.train.recipe import LoopOptions, option
@@ -22,37 +23,65 @@ from onestill.train.state import TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(add.Options):
-    """`level_mean` and `level_deviation` are the logit-normal's: higher means judge structure, lower ones texture.
+class StudentInputOptions(add.StudentInputOptions):
+    """Most weight on pure noise, after a warm-up with little noise."""
 
-    In the first `warm_iterations`, `warm_timestep_weights` stand in for `timestep_weights`.
-    """
+    weights: list[float] = option([0.7, 0.1, 0.1, 0.1], low=0.0, was="timestep_weights")
+    warm_weights: list[float] = option([0.0, 0.0, 0.5, 0.5], low=0.0, was="warm_timestep_weights")  # in the warm-up
+    warm_iterations: int = option(500, low=0)  # how long the warm-up lasts
 
-    feature_network: str = option("teacher", choices=("teacher",))
-    condition_on_image: bool = option(False)
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureOptions(inputs.FeatureOptions):
+    network: str = option("teacher", choices=("teacher",), was="feature_network")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputOptions(inputs.InputOptions):
+    """The noise under the features is t = 999 sigmoid(n), n normal; `t_low` and `t_high` are not used."""
+
+    logit_mean: float = option(1.0, low=-10.0, high=10.0, was="level_mean")  # of n; higher judges structure
+    logit_std: float = option(1.0, low=0.0, high=10.0, was="level_deviation")  # of n
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions(heads.HeadOptions):
+    condition_on_image: bool = option(False)  # the teacher's features have no embedding of a whole image
     condition_on_level: bool = option(True)
-    lambda_distill: float = option(0.0, low=0.0)
-    timestep_weights: list[float] = option([0.7, 0.1, 0.1, 0.1], low=0.0)
-    warm_timestep_weights: list[float] = option([0.0, 0.0, 0.5, 0.5], low=0.0)
-    warm_iterations: int = option(500, low=0)
-    level_mean: float = option(1.0, low=-10.0, high=10.0)
-    level_deviation: float = option(1.0, low=0.0, high=10.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationOptions(add.DistillationOptions):
+    lambda_distill: float = option(0.0, low=0.0)  # for images that the teacher drew; 1 to 2.5 for real ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(add.Options):
+    """ADD's tables with LADD's defaults."""
+
+    student_input: StudentInputOptions = field(default_factory=StudentInputOptions)
+    features: FeatureOptions = field(default_factory=FeatureOptions)
+    discriminator_input: InputOptions = field(default_factory=InputOptions)
+    heads: HeadOptions = field(default_factory=HeadOptions)
+    distillation: DistillationOptions = field(default_factory=DistillationOptions)
 
 
 class Method(add.Method):
     def __init__(self, options: Options, loop: LoopOptions) -> None:
-        if len(options.warm_timestep_weights) != len(options.student_timesteps):
-            raise RecipeError("warm_timestep_weights needs one number for each of student_timesteps.")
-        if options.warm_iterations and not sum(options.warm_timestep_weights) > 0:
-            raise RecipeError("warm_timestep_weights are all zero: give one a weight, or set warm_iterations to 0.")
+        given = options.student_input
+        if len(given.warm_weights) != len(given.timesteps):
+            raise RecipeError("student_input.warm_weights needs one number for each of student_input.timesteps.")
+        if given.warm_iterations and not sum(given.warm_weights) > 0:
+            raise RecipeError("student_input.warm_weights are all zero: give one a weight, or warm_iterations = 0.")
         super().__init__(options, loop)
 
     def timestep_weights(self, state: TrainState) -> list[float]:
         """The weights of the warm-up while it lasts."""
-        warm = state.iteration < self.options.warm_iterations
-        return list(self.options.warm_timestep_weights) if warm else super().timestep_weights(state)
+        options = self.options.student_input
+        return list(options.warm_weights if state.iteration < options.warm_iterations else options.weights)
 
     def draw_levels(self, count: int, draw: Draw) -> Tensor:
         """t in 0..999 as the sigmoid of a normal, [B]."""
-        normal = self.options.level_mean + self.options.level_deviation * draw.normal(count)
+        options = self.options.discriminator_input
+        normal = options.logit_mean + options.logit_std * draw.normal(count)
         return (torch.sigmoid(normal) * self.teacher_denoiser.last).round().long()

@@ -21,8 +21,8 @@ def _won(row: Row) -> bool:
 
 
 def _blind(row: Row) -> bool:
-    told_apart = _number(row, "real_logits") - _number(row, "fake_logits")
-    return heads(row) > 0 and 1.9 * heads(row) < _number(row, "hinge") < 2.2 * heads(row) and abs(told_apart) < 0.05
+    margin = _number(row, "real_logits") - _number(row, "fake_logits")
+    return heads(row) > 0 and 1.9 * heads(row) < _number(row, "hinge") < 2.2 * heads(row) and abs(margin) < 0.05
 
 
 def _steep(row: Row) -> bool:
@@ -37,19 +37,19 @@ def _steps_leave(row: Row) -> bool:
 SIGNS: dict[str, tuple[Callable[[Row], bool], str]] = {
     "saturation": (
         _won,
-        "the heads have won (hinge near 0): raise gamma_r1, lower discriminator_lr, or show them more noise "
-        "(feature_high, augment).",
+        "the heads have won (hinge near 0): raise adversarial.gamma_r1, lower heads.lr, or show them more noise "
+        "(discriminator_input: t_high, augment).",
     ),
     "blind": (
         _blind,
-        "the heads tell nothing apart (hinge near 2 for each): lower adversarial, as the student may outrun them, "
-        "raise discriminator_lr, or look at the feature network.",
+        "the heads tell nothing apart (hinge near 2 for each): lower adversarial.weight, as the student may outrun "
+        "them, raise heads.lr, or look at the feature network.",
     ),
-    "steep": (_steep, "R1 is above 10000, so the heads are very steep in their features: raise gamma_r1."),
+    "steep": (_steep, "R1 is above 10000: the heads are very steep in their features. Raise adversarial.gamma_r1."),
     "steps": (
         _steps_leave,
         "pictures of more steps are unlike those of one step from the same noise: the timesteps trained "
-        "(student_timesteps) may not be those sampled.",
+        "(student_input.timesteps) may not be those sampled.",
     ),
 }
 

@@ -87,7 +87,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimizers as one: each steps its own groups, in one turn and in one state."""
+    """Several optimizers as one: each steps its own groups, in one step and in one state."""
 
     def __init__(self, *members: torch.optim.Optimizer) -> None:
         super().__init__([group for member in members for group in member.param_groups], {})

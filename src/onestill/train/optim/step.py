@@ -1,10 +1,11 @@
-"""The players' turns in one iteration: backward, average, clip, step; in one pass over the batch or in several."""
+"""One optimization step: for each loss that a method yields, backward, average over processes, clip, optimizer step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,12 +19,11 @@ from onestill.train.runtime import parallel
 from onestill.train.state import TrainState
 
 Batch = Mapping[str, Any]
-Step = Callable[[TrainState, Batch, "Update"], dict[str, Tensor]]
-Update = Callable[[str, Tensor], Tensor]  # (optimizer's name, loss) -> gradient norm
-
-
-class TurnTaken(Exception):
-    """The turn that this pass over a part of the batch is for has been taken."""
+Metrics = dict[str, Tensor]  # scalars for the log
+# What a method's step yields, once for each optimizer: its name, the loss that it lowers, and what the log shows. What
+# follows the `yield` sees the weights after that optimizer's step.
+Objectives = Generator[tuple[str, Tensor, Metrics], None, None]
+Step = Callable[[TrainState, Batch], Objectives]
 
 
 def rows_at_once(options: LoopOptions, world: int) -> int:
@@ -47,38 +47,55 @@ def rows_at_once(options: LoopOptions, world: int) -> int:
     return rows
 
 
-def take_turns(
-    step: Step, state: TrainState, batch: Batch, update: Updater, autocast: Callable[[], AbstractContextManager[Any]]
-) -> dict[str, Tensor]:
+def optimize(
+    step: Step,
+    state: TrainState,
+    batch: Batch,
+    update: Update,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> Metrics:
     """One iteration of a method's step on this process's share of the batch; returns its metrics.
 
-    With `loop.accumulate` above 1, each turn has a pass of its own over the parts of the batch: the step runs on each
-    part, with the same noise, up to that turn. So the second player answers the first one's whole update, as it does
-    without accumulation; the price is the forward passes before a turn, once more.
+    With `loop.accumulate` above 1, each optimizer has passes of its own: the step runs on each part of the batch, with
+    the same noise, up to that optimizer's loss, and is closed there. So the student answers the discriminator's whole
+    update, as it does without accumulation. The price is that forward passes before a loss run again.
     """
-    turns, rank, world = update.options.accumulate, parallel.rank(), parallel.world()
-    if turns == 1:
+    rank, world, passes = parallel.rank(), parallel.world(), update.options.accumulate
+    metrics: Metrics = {}
+    if passes == 1:
         state.part = Part(rank, world)
-        with autocast():
-            return step(state, batch, update)
-    before = {name: generator.get_state() for name, generator in state.random.items()}
-    metrics: dict[str, Tensor] = {}
+        for name, loss, shown in forward(step(state, batch), autocast):
+            update(name, loss)
+            metrics |= {key: value.detach() for key, value in shown.items()}
+        return metrics
+    noise = {name: generator.get_state() for name, generator in state.random.items()}
     for number in range(len(state.optimizers)):
-        for turn, part in enumerate(split(batch, turns)):
+        for index, rows in enumerate(split(batch, passes)):
             for name, generator in state.random.items():
-                generator.set_state(before[name])
-            state.part = Part(rank, world, turn, turns)
-            update.begin(number, turn)
-            try:
-                with autocast():
-                    found = step(state, part, update)
-            except TurnTaken:
-                continue
-            for key, value in found.items():
-                metrics[key] = metrics.get(key, torch.zeros_like(value)) + value.detach() / turns
-        if metrics:  # the step ran to its end: it has no further turns in this iteration
-            break
+                generator.set_state(noise[name])
+            state.part = Part(rank, world, index, passes)
+            with closing(step(state, rows)) as objectives:
+                objective = next(islice(forward(objectives, autocast), number, None), None)
+                if objective is None:  # not every optimizer has a loss in every iteration
+                    return metrics
+                name, loss, shown = objective
+                update(name, loss / passes, first=index == 0, last=index == passes - 1)
+                for key, value in shown.items():
+                    metrics[key] = metrics.get(key, torch.zeros_like(value)) + value.detach() / passes
     return metrics
+
+
+def forward(objectives: Objectives, autocast: Callable[[], AbstractContextManager[Any]]) -> Objectives:
+    """The same objectives, computed under autocast and handed out outside it.
+
+    Backward and the optimizers have no part in autocast: in it, Muon's products lose so much that its steps go uphill.
+    """
+    while True:
+        with autocast():
+            objective = next(objectives, None)
+        if objective is None:
+            return
+        yield objective
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
@@ -89,7 +106,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """A player whose weights take no gradient, for the other one's turn; until that turn is over."""
+    """A network whose weights take no gradient while another one's loss passes through it."""
     # While FSDP2 has a network together it holds other parameters, and the flag must be set on those that stay.
     parallel.reshard([network])
     network.requires_grad_(False)
@@ -100,43 +117,38 @@ def frozen(network: nn.Module) -> Iterator[None]:
         network.requires_grad_(True)
 
 
-class Updater:
-    """One optimizer's turn. A gradient that is not finite skips the step and is remembered in `bad`.
-
-    Gradients are averaged over the processes before they are looked at, so that all of them decide alike.
+class Update:
+    """Backward, average, clip and step of an optimizer; one object for each iteration.
 
     Args:
-        on_device: let the device decide, and be asked later: `bad` is a tensor then. A GPU that had to answer would
-            stand still until it is given the next work.
+        on_device: let the device decide whether a step is skipped. A GPU that had to answer would stand still until it
+            is given the next work.
+
+    Attributes:
+        bad: whether a gradient of this iteration was not finite, which skips that optimizer's step; a tensor where the
+            device decides.
+        norms: the gradient norm before clipping for each optimizer, by its name in the log.
     """
 
     def __init__(self, state: TrainState, options: LoopOptions, *, on_device: bool = False) -> None:
         self.bad: bool | Tensor = False
-        self._on_device = on_device
-        self.norms: dict[str, Tensor] = {}
+        self.norms: Metrics = {}
         self.options = options
-        self._state = state
-        self._wanted: int | None = None
-        self._turn = self._call = 0
+        self._state, self._on_device = state, on_device
 
-    def begin(self, number: int, turn: int) -> None:
-        """From now on only the `number`-th call counts, and this is its `turn`-th part of the batch."""
-        self._wanted, self._turn, self._call = number, turn, 0
+    def __call__(self, name: str, loss: Tensor, *, first: bool = True, last: bool = True) -> None:
+        """Add the gradient of `loss`, a part of the batch's that may be its first, its last or both; then step.
 
-    def __call__(self, name: str, loss: Tensor) -> Tensor:
-        call, self._call = self._call, self._call + 1
-        if self._wanted is not None and call != self._wanted:
-            return torch.zeros(())
-        optimizer, turns = self._state.optimizers[name], self.options.accumulate
-        if self._turn == 0:
+        Args:
+            name: the optimizer's.
+        """
+        optimizer = self._state.optimizers[name]
+        if first:
             optimizer.zero_grad(set_to_none=True)
-        (loss / turns if turns > 1 else loss).backward()  # type: ignore[no-untyped-call]
-        norm = self._apply(name, optimizer) if self._turn == turns - 1 else torch.zeros(())
-        if self._wanted is not None and call < len(self._state.optimizers) - 1:
-            raise TurnTaken
-        return norm
-
-    def _apply(self, name: str, optimizer: torch.optim.Optimizer) -> Tensor:
+        loss.backward()  # type: ignore[no-untyped-call]
+        if not last:
+            return
+        # Averaged before they are looked at, so that all processes decide alike whether to skip.
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         parallel.average_gradients(parameters)
         found = nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], self.options.grad_clip)
@@ -156,7 +168,6 @@ class Updater:
             self.bad = True
         optimizer.zero_grad(set_to_none=True)
         parallel.reshard(self._state.networks.values())
-        return norm
 
 
 class Skipped:

@@ -2,9 +2,9 @@
 
 Launched by torchrun or accelerate, which tell each process its rank; gloo on CPUs, nccl on GPUs. Two forms:
 
-    ddp     every process holds all; each turn's gradients are averaged before its optimizer steps. Not by torch's
-            wrapper: two players, several forwards for one backward, R1's double backward and heads that are frozen in
-            the other's turn are each a trap of its own there, and none here.
+    ddp     every process holds all; the gradients of each loss are averaged before its optimizer steps. Not by torch's
+            wrapper: two optimizers, several forwards for one backward, R1's double backward and heads that are frozen
+            for the student's loss are each a trap of its own there, and none here.
     fsdp    torch's FSDP2 (`fully_shard`): parameters, gradients, moments and averages of what trains are split among
             the processes, layer group by layer group; the teacher too, if asked.
 """
@@ -88,7 +88,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def shard(network: nn.Module, *, bf16: bool) -> None:
     """Split a network's parameters among the processes, in place: each group of blocks by itself, then the rest.
 
-    A network without blocks, as the heads are, is put together for a whole turn, until `reshard`: R1 differentiates
+    A network without blocks, as the heads are, is put together for a whole loss, until `reshard`: R1 differentiates
     twice through it, and FSDP2 would let its weights go after the first time.
 
     Args:
@@ -107,7 +107,7 @@ def shard(network: nn.Module, *, bf16: bool) -> None:
 
 
 def reshard(networks: Iterable[nn.Module]) -> None:
-    """Let go of what a turn had put together, so that the next forward gathers the weights as they are now."""
+    """Let go of what a loss had put together, so that the next forward gathers the weights as they are now."""
     for network in networks:
         if isinstance(network, FSDPModule):
             network.reshard()

@@ -1,11 +1,11 @@
-// What visitors chose to show, where the server has a gallery: a grid of pictures, one's own with a way to delete them.
+// The gallery, where the server has one: a grid of the published pictures, the visitor's own with a button to delete them.
 import { t } from "./text.js";
 
 const $ = (id) => document.getElementById(id);
 const BIN = "M5 7h14M10 7V5h4v2M7 7l1 12h8l1-12M10.5 11v5M13.5 11v5";
 
 export class Gallery {
-  // rules: {days, each} as the server tells them; page: {key(), restore(entry), say(text)}
+  // rules: {days, each} from the server; page: {key(), restore(entry), say(text)}
   constructor(rules, page) {
     this.page = page;
     this.next = null;
@@ -34,7 +34,7 @@ export class Gallery {
     throw new Error(found.error?.message ?? answer.statusText);
   }
 
-  // The picture that may be saved now: the fields that name it, or null; url: to show it in the question.
+  // The picture that may be published now: its parameters, or null; url: shows it in the dialog.
   offer(fields, url = "", fromPicture = false) {
     this.offered = fields && !fromPicture ? { fields, url } : null;
     $("show").disabled = !this.offered;
@@ -68,7 +68,7 @@ export class Gallery {
     try {
       await this.more();
     } catch {
-      this.count(); // a server that needs a key says so elsewhere
+      this.count(); // the page itself says where a key is needed
     }
   }
 
@@ -142,7 +142,7 @@ export class Gallery {
     this.page.say(t("deleted"));
   }
 
-  // An <img> cannot send a key, so with one the file is fetched.
+  // An <img> cannot send a key, so where there is one a request fetches the file.
   async load(image, url) {
     if (!this.page.key()) return (image.src = url);
     try {

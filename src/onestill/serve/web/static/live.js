@@ -1,5 +1,5 @@
-// The live connection: the newest request wins, on this side too, and the connection is made again when it breaks.
-const IN_FLIGHT = 2; // one that is drawn and one that waits; a newer one is kept here until either is answered
+// The live connection. The newest request replaces older ones, as in the server, and a broken connection is opened again.
+const IN_FLIGHT = 2; // one being drawn and one that waits; a newer one stays here until either is answered
 const encoder = new TextEncoder(), decoder = new TextDecoder();
 
 export class Live {
@@ -42,7 +42,7 @@ export class Live {
   }
 
   closed() {
-    // What was under way is asked again, the newest only.
+    // Of the requests without an answer only the newest is sent again.
     const last = [...this.asked.values()].pop();
     this.pending ??= last ?? null;
     this.asked.clear();
@@ -53,7 +53,7 @@ export class Live {
     this.timer = setTimeout(() => this.open(), seconds * 1000);
   }
 
-  // fields as in the protocol, without id; image: bytes of a picture to start from
+  // fields: as in the protocol, without id; image: bytes of a picture to start from
   ask(fields, image = null) {
     this.pending = { fields, image, at: performance.now() };
     this.flush();
@@ -94,8 +94,8 @@ export class Live {
     this.flush();
   }
 
-  // Something was refused, and what is not told. Nothing is waited for any more; the newest is not sent again at once,
-  // as it may be what was wrong, but when this.on asks or the connection is made again.
+  // A refusal without an id: nothing is waited for any more. The newest request may be what was wrong, so it is sent again
+  // only when this.on asks or the connection is opened again.
   giveUp(message) {
     const newest = [...this.asked.values()].pop();
     this.asked.clear();

@@ -1,4 +1,4 @@
-// The page: what is typed and chosen goes up, what comes down is shown. See live.js for the connection.
+// The page: sends what is typed and chosen, shows what comes back. The connection is in live.js.
 import { Gallery } from "./gallery.js";
 import { Live } from "./live.js";
 import { Past } from "./past.js";
@@ -7,7 +7,7 @@ import { t, translatePage } from "./text.js";
 import { showTimes } from "./times.js";
 
 const $ = (id) => document.getElementById(id);
-const PAUSE_MS = 1200; // after that a picture is one to keep
+const PAUSE_MS = 1200; // after that pause in typing a picture goes into the history
 const KEY = "onestill.key", KEY_LETTERS = /^[\x21-\x7e]*$/;
 
 const shown = { id: 0, urls: [], seeds: [], request: null, blobs: [] };
@@ -24,7 +24,7 @@ function store(name, value) {
     if (value === undefined) return localStorage.getItem(name) ?? "";
     localStorage.setItem(name, value);
   } catch {
-    return ""; // a browser that keeps nothing; all else works
+    return ""; // the browser stores nothing; all else works
   }
 }
 
@@ -38,7 +38,7 @@ function fields() {
   return found;
 }
 
-// Once a frame at most, however fast keys and pens are.
+// At most one request a frame, however fast keys and pens are.
 function ask() {
   if (frameAsked) return;
   frameAsked = true;
@@ -47,7 +47,7 @@ function ask() {
     if (!$("prompt").value.trim()) return blank();
     const image = await sketch.bytes();
     const request = fields();
-    if (image && request.num_inference_steps < 2) request.num_inference_steps = 2; // one step would not see the picture
+    if (image && request.num_inference_steps < 2) request.num_inference_steps = 2; // one step would ignore the picture
     live.ask(request, image);
     clearTimeout(pauseTimer);
     paused = false;
@@ -82,7 +82,7 @@ async function show(header, blobs, request, took) {
   const seeds = header.seeds ?? [header.seed];
   const alt = request.fields.prompt;
   const images = urls.map((url) => Object.assign(new Image(), { src: url, alt }));
-  await Promise.all(images.map((image) => image.decode().catch(() => null))); // no flicker between two
+  await Promise.all(images.map((image) => image.decode().catch(() => null))); // so that nothing flickers between two pictures
   if (header.id <= shown.id || header.id < (shown.blankedAt ?? 0)) return urls.forEach(URL.revokeObjectURL); // a newer one came first
   shown.urls.forEach(URL.revokeObjectURL);
   Object.assign(shown, { id: header.id, urls, seeds, request, blobs });
@@ -116,7 +116,7 @@ function say(text) {
   if ($("notice").textContent !== text) $("notice").textContent = text;
 }
 
-// The typing has stopped: the picture goes into the history and the address, and is spoken of once.
+// The typing has stopped: the picture goes into the history and the address, and is announced once.
 async function settle() {
   const { request, seeds, blobs } = shown;
   if (!request || request.fields.prompt !== words()) return;
@@ -126,7 +126,7 @@ async function settle() {
   await past.add(entry, blobs[0]);
 }
 
-// What names the picture that is shown, whatever is typed by now.
+// The parameters of the picture that is shown, whatever is typed by now.
 function shownEntry() {
   const { prompt: all, num_inference_steps, size } = shown.request.fields;
   const style = model.styles.find((one) => all.endsWith(`, ${one}`)) ?? "";
@@ -224,7 +224,7 @@ function refused(error, request, retry) {
   if (error.type === "server_error" || error.code === "rate_limit") {
     $("link").dataset.state = "busy";
     $("link-text").textContent = t("busy");
-    // The newest words are asked for again once the server had a moment.
+    // The newest request is sent again after a pause.
     setTimeout(() => { if (live.ready) state("live"); if (request) ask(); }, 1000 * Math.min(30, retry ?? 1));
   }
 }
@@ -236,7 +236,7 @@ function askKey() {
 }
 
 function takeKey() {
-  // Chromium gives the focus back, but not the keys, until the field is focused anew.
+  // Chromium restores the focus, but sends no keys until the field is focused again.
   $("prompt").blur();
   $("prompt").focus();
   if ($("key-dialog").returnValue !== "save") return;

@@ -1,4 +1,4 @@
-// What was drawn before, kept in this browser: what names each, and a small picture of it.
+// The history, stored in this browser: the parameters and a thumbnail of each picture.
 import { t } from "./text.js";
 
 const NAME = "onestill.past", MOST = 48, SIDE = 128;
@@ -18,7 +18,7 @@ export class Past {
   }
 
   async add(entry, blob) {
-    // One that started from a picture is like no other: what it started from is not kept.
+    // A picture with a starting picture is never equal to another, as the starting picture is not stored.
     const same = (one) => !one.fromPicture && NAMING.every((name) => one[name] === entry[name]);
     if (!entry.fromPicture && this.entries.some(same)) return;
     this.entries.unshift({ ...entry, picture: await small(blob) });
@@ -38,7 +38,7 @@ export class Past {
         break;
       } catch {
         if (!this.entries.length) break;
-        this.entries.pop(); // the browser's room is full: the oldest goes
+        this.entries.pop(); // the browser's storage is full: the oldest goes
       }
     }
     this.show();

@@ -1,4 +1,4 @@
-// Every word of the page. A language is one more object here; `data-t` in the HTML and `t()` in scripts look words up.
+// All text of the page. A language is one more object here; `data-t` in the HTML and `t()` in scripts look texts up.
 const LANGUAGES = {
   en: {
     motto: "Type and see", connecting: "Connecting", live: "Live", offline: "Offline", busy: "Busy",

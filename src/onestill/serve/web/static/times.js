@@ -1,10 +1,10 @@
-// What a picture's time went into: a figure, a bar and a list.
+// The time of each stage of a picture: a figure, a bar and a list.
 import { t } from "./text.js";
 
 const $ = (id) => document.getElementById(id);
 const PARTS = ["queue", "encode", "denoise", "decode", "compress", "network"];
 
-// timings: as the server tells them; took: milliseconds from asking to having
+// timings: from the server; took: milliseconds from the request to the picture
 export function showTimes(timings, took) {
   const parts = Object.fromEntries(PARTS.map((name) => [name, timings[`${name}_ms`] ?? 0]));
   parts.network = Math.max(0, took - PARTS.reduce((sum, name) => sum + parts[name], 0));

@@ -1,4 +1,4 @@
-"""Figures for Prometheus, in its text format. Labels are few and fixed: never a prompt, a key or an address."""
+"""Metrics in Prometheus's text format. Labels are few and fixed: never a prompt, a key or an address."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Metrics:
             cells[-1] += seconds
 
     def render(self, gauges: dict[str, tuple[str, float]], events: Counter[str]) -> str:
-        """All of it as text.
+        """All metrics as text.
 
         Args:
-            gauges: name -> (help, value) of what is only known now.
-            events: what the scheduler counted.
+            gauges: current values: name -> (help, value).
+            events: the counts of the scheduler.
         """
         with self._lock:
             counters = dict(self._counters)
@@ -65,8 +65,8 @@ class Metrics:
                 if own == name:
                     lines += _histogram(name, labels, cells)
         gauges = gauges | {"onestill_start_time_seconds": ("When the server started.", self._started)}
-        for name, (told, value) in sorted(gauges.items()):
-            lines += [f"# HELP {name} {told}", f"# TYPE {name} gauge", f"{name} {value:g}"]
+        for name, (text, value) in sorted(gauges.items()):
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge", f"{name} {value:g}"]
         return "\n".join(lines) + "\n"
 
 

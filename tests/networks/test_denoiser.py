@@ -3,13 +3,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
 from onestill.errors import CheckpointError
+from onestill.networks.condition import Condition
+from onestill.networks.denoiser import (
+    Denoiser,
+    guidance_embedding,
+    load_unet,
+    read_schedule,
+    training_schedule,
+    unet_folder,
+)
+from onestill.networks.libraries import quiet_libraries
 from onestill.sampling import sample_consistency
-from onestill.train.conditioning import Condition
-from onestill.train.denoiser import Denoiser, load_unet, read_schedule, training_schedule, unet_folder
 from tests.train.models import PREDICTION, SIDE, write_model
 
 
@@ -113,3 +122,14 @@ def test_noise_is_predicted_in_float32_under_autocast(models: Path) -> None:
         alpha, sigma = denoiser.schedule.at(999)
         wrong = (sigma / alpha) * (output - exact).square().mean().sqrt() / exact.square().mean().sqrt()
         assert wrong < 1e-4 if is_exact else wrong > 0.01
+
+
+def test_guidance_is_embedded_as_diffusers_does(models: Path) -> None:
+    with quiet_libraries():
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(models / "sd15")
+    w = torch.tensor([1.0, 3.5, 15.0])
+    expected = pipeline.get_guidance_scale_embedding(w - 1, embedding_dim=256)
+    torch.testing.assert_close(guidance_embedding(w, 256, torch.device("cpu")), expected, rtol=1e-4, atol=2e-3)
+    one = guidance_embedding(3.5, 256, torch.device("cpu"))
+    torch.testing.assert_close(one, expected[1:2], rtol=1e-4, atol=2e-3)
+    assert torch.equal(guidance_embedding(torch.tensor(3.5), 256, torch.device("cpu")), one)

@@ -14,8 +14,8 @@ from onestill import __version__
 from onestill.cli import main
 from onestill.errors import ImageError, OnestillError
 from onestill.pipeline import Pipeline
-from onestill.serve.web.provenance import Stamp, read_provenance
-from onestill.serve.web.state import Settings
+from onestill.serve.provenance import Stamp, read_provenance
+from onestill.serve.web.server import Settings
 from tests.serve.certificates import certificates
 from tests.serve.client import serving
 
@@ -84,7 +84,7 @@ def test_what_is_no_picture_and_what_is_no_certificate(tmp_path: Path, capsys: A
             read_provenance(tmp_path / name)
     with pytest.raises(OnestillError, match="PEM"):
         Stamp(tmp_path / "none.pem", tmp_path / "a.png")
-    with pytest.raises(OnestillError, match="C2PA does not take"):
+    with pytest.raises(OnestillError, match="C2PA does not accept"):
         Stamp(tmp_path / "a.png", tmp_path / "a.png")
     assert main(["serve", "--port", "0", "--sign-key", str(tmp_path / "a.png")]) == 2
     assert "--sign-with" in capsys.readouterr().err

@@ -1,7 +1,7 @@
-"""`/v1/gallery`: look at what visitors chose to show, show a picture, take it back. Only where the gallery is on.
+"""`/v1/gallery`: list published pictures, publish one, delete it. The routes exist only where the gallery is on.
 
-A picture comes in by its words and seed, and the server draws it: so nothing is shown that the model did not draw, and
-no file of a stranger's is ever handed to others.
+A visitor publishes a picture by its prompt and seed, and the server draws it again. So the gallery shows only what the
+model drew, and never hands a stranger's file to others.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 import re
 import secrets
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,17 +17,15 @@ from fastapi import APIRouter, Path, Request
 from fastapi.responses import JSONResponse, Response
 
 from onestill.serve.access.quota import Visitor
-from onestill.serve.access.rate_limit import Buckets
+from onestill.serve.access.rate_limit import TokenBuckets
+from onestill.serve.errors import ApiError
 from onestill.serve.gallery.store import Entry, Gallery
-from onestill.serve.queue.jobs import Picture
-from onestill.serve.web.errors import ApiError, ErrorBody
-from onestill.serve.web.images import REFUSALS, checked, json_body, unless_gone
-from onestill.serve.web.requests import job_of
-from onestill.serve.web.state import Server
+from onestill.serve.web.bodies import json_body, validate
+from onestill.serve.web.errors import REFUSALS, ErrorBody, content
+from onestill.serve.web.server import File, Server
 
 __all__ = ["gallery_router"]
 
-KIND, QUALITY = "WEBP", 90
 MOST_LISTED = 48
 ID = "[0-9a-f]{32}"
 NAME = Path(json_schema_extra={"pattern": f"^{ID}$", "minLength": 32, "maxLength": 32})
@@ -45,7 +43,7 @@ ENTRY: dict[str, Any] = {
         **{name: {"type": "integer"} for name in ("created", "expires", "seed", "num_inference_steps")},
         **{name: {"type": "integer"} for name in ("width", "height")},
         **{name: {"type": "string"} for name in ("id", "url")},
-        "prompt": {"type": ["string", "null"], "description": "Null where its owner keeps the words."},
+        "prompt": {"type": ["string", "null"], "description": "Null where its owner does not show it."},
         "mine": {"type": "boolean", "description": "Whether you may delete it."},
     },
 }
@@ -55,7 +53,7 @@ LIST: dict[str, Any] = {
     "properties": {
         "object": {"type": "string"},
         "data": {"type": "array", "items": ENTRY},
-        "next": {"type": ["string", "null"], "description": "What `after` must be for those that follow."},
+        "next": {"type": ["string", "null"], "description": "The value of `after` for the next page."},
     },
 }
 PAGING = [
@@ -73,9 +71,9 @@ def gallery_router(server: Server, gallery: Gallery) -> APIRouter:
     routes = _Routes(server, gallery)
     router = APIRouter(prefix="/v1/gallery", tags=["gallery"])
     add = router.add_api_route
-    body = _content("application/json", server.forms.shown.model_json_schema())
-    entry, listing = (_content("application/json", schema) for schema in (ENTRY, LIST))
-    file = _content("image/webp", {"type": "string", "format": "binary"})
+    body = content("application/json", server.forms.shown.model_json_schema())
+    entry, listing = (content("application/json", schema) for schema in (ENTRY, LIST))
+    file = content("image/webp", {"type": "string", "format": "binary"})
     add(
         "",
         routes.listed,
@@ -98,73 +96,72 @@ def gallery_router(server: Server, gallery: Gallery) -> APIRouter:
 
 
 class _Routes:
-    """What the routes do."""
+    """The handlers. OpenAPI's operation ids are made from their names."""
 
     def __init__(self, server: Server, gallery: Gallery) -> None:
         self._server, self._access, self._gallery = server, server.access, gallery
         rules = gallery.rules
-        self._looks = Buckets(rules.looks_a_second, 6 * rules.looks_a_second)
-        self._saves = Buckets(rules.saves_a_minute / 60, rules.saves_a_minute)
+        self._looks = TokenBuckets(rules.looks_a_second, 6 * rules.looks_a_second)
+        self._saves = TokenBuckets(rules.saves_a_minute / 60, rules.saves_a_minute)
 
     async def listed(self, request: Request) -> Response:
-        """What is shown, newest first."""
+        """List the pictures, newest first."""
         viewer = await self._viewer(request)
         limit, before = _paging(request)
         entries = await self._access.in_pool(self._gallery.page, limit + 1, before)
         last = entries[limit - 1] if len(entries) > limit else None
         following = None if last is None else f"{last.made_ms}.{last.id}"
-        data = [_told(entry, viewer) for entry in entries[:limit]]
+        data = [_entry_json(entry, viewer) for entry in entries[:limit]]
         return _json({"object": "list", "data": data, "next": following})
 
     async def shown(self, request: Request) -> Response:
-        """Show a picture: it is drawn once more, and counts as one. `consent` must be true."""
+        """Publish a picture: it is drawn once more, and counts as one. `consent` must be true."""
         server, gallery = self._server, self._gallery
         visitor, owner = await self._owner(request)
-        form = checked(server, server.forms.shown, await json_body(request))
+        form = validate(server, server.forms.shown, await json_body(request))
         if not form.consent:
-            raise ApiError(400, "Say 'consent': true: everyone here will see it.", "no_consent", param="consent")
-        # Asked again by someone between, as its server died, it is still one picture.
+            raise ApiError(
+                400, "Set 'consent' to true; everyone here will see the picture.", "no_consent", param="consent"
+            )
+        # A proxy sends the request again where its server died; the id makes that the same picture.
         request_id = request.headers.get("x-request-id")
-        name = self._access.hidden(f"gallery {owner} {request_id}") if request_id else secrets.token_hex(16)
+        name = self._access.keyed_hash(f"gallery {owner} {request_id}") if request_id else secrets.token_hex(16)
         known = await self._access.in_pool(gallery.find, name)
         if known is not None:
-            return _json(_told(known, owner), 201)
-        job = job_of(form, server.info, request_id=request_id)
+            return _json(_entry_json(known, owner), 201)
         await self._access.in_pool(gallery.check_room, owner, visitor.address)
-        await server.check_prompt(job.prompt)
-        await self._access.check(visitor, 1)
-        pictures = await unless_gone(request, server.scheduler.submit(job, visitor.name, visitor.address))
-        await server.check_pictures(pictures)
-        (picture,) = pictures
-        file = await _file(server, picture, form.show_prompt)
-        await self._access.in_pool(gallery.check_room, owner, visitor.address, len(file))
-        await self._access.spend(visitor, 1)  # what is refused counts nothing
+        drawing = await server.draw(visitor, form, request_id=request_id)
+
+        async def check_room(files: Sequence[File]) -> None:
+            await self._access.in_pool(gallery.check_room, owner, visitor.address, len(files[0].data))
+
+        (file,) = await drawing.files(await drawing.pictures(request), check_room)
         add = partial(
             gallery.add,
             name=name,
             owner=owner,
             address=visitor.address,
-            prompt=job.prompt if form.show_prompt else None,
-            seed=picture.seed,
-            num_inference_steps=job.num_inference_steps,
-            width=job.width,
-            height=job.height,
+            prompt=form.prompt if form.show_prompt else None,
+            seed=file.picture.seed,
+            num_inference_steps=drawing.job.num_inference_steps,
+            width=drawing.job.width,
+            height=drawing.job.height,
         )
-        entry = await self._access.in_pool(add, file)
-        server.count_picture("gallery", picture.timings)
-        return _json(_told(entry, owner), 201)
+        entry = await self._access.in_pool(add, file.data)
+        server.count_picture("gallery", file.picture.timings)
+        return _json(_entry_json(entry, owner), 201)
 
     async def one(self, request: Request, name: str = NAME) -> Response:
-        """One picture's entry."""
+        """The entry of one picture."""
         viewer = await self._viewer(request)
-        return _json(_told(await self._found(name), viewer))
+        return _json(_entry_json(await self._found(name), viewer))
 
     async def file(self, request: Request, name: str = NAME) -> Response:
-        """Its file, a WebP."""
+        """The file of one picture, a WebP."""
         await self._viewer(request)
         entry = await self._found(name)
         tag = f'"{entry.id}"'
-        # Asked for again each time, so that what was deleted is gone at once; but not sent again.
+        # Browsers ask again each time, so a deleted picture is gone at once; an unchanged file is not sent again.
         headers = {"etag": tag, "cache-control": "private, no-cache"}
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)
@@ -174,7 +171,7 @@ class _Routes:
         return Response(found, media_type="image/webp", headers=headers)
 
     async def taken_back(self, request: Request, name: str = NAME) -> Response:
-        """Delete one of your own, for good."""
+        """Delete one of your own pictures for good."""
         _, owner = await self._owner(request)
         entry = await self._found(name)
         if not hmac.compare_digest(entry.owner, owner):
@@ -183,17 +180,17 @@ class _Routes:
         return Response(status_code=204)
 
     async def _viewer(self, request: Request) -> str:
-        """Who looks, as owners are kept; "" for one who can own nothing."""
+        """The keyed hash of who looks; "" for a visitor who can own nothing."""
         visitor = await self._access.identify(request)
         _take(self._looks, visitor)
-        return self._access.hidden(visitor.owner) if visitor.owner else ""
+        return self._access.keyed_hash(visitor.owner) if visitor.owner else ""
 
     async def _owner(self, request: Request) -> tuple[Visitor, str]:
         visitor = await self._access.identify(request)
         if not visitor.owner:
-            raise ApiError(401, "Open the page first, or send a key: a picture needs an owner.", "no_owner")
+            raise ApiError(401, "A picture needs an owner; open the page first, or send a key.", "no_owner")
         _take(self._saves, visitor)
-        return visitor, self._access.hidden(visitor.owner)
+        return visitor, self._access.keyed_hash(visitor.owner)
 
     async def _found(self, name: str) -> Entry:
         known = re.fullmatch(ID, name, re.ASCII) is not None
@@ -203,14 +200,10 @@ class _Routes:
         return entry
 
 
-def _content(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"content": {media_type: {"schema": schema}}}
-
-
-def _take(buckets: Buckets, visitor: Visitor) -> None:
-    # By address where there is one, as a new cookie costs nothing.
+def _take(buckets: TokenBuckets, visitor: Visitor) -> None:
+    # By address where there is one, as a visitor can get a new cookie at any time.
     if not buckets.take(visitor.address or visitor.name):
-        raise ApiError(429, "That is too often; wait a moment.", "rate_limit", retry_after_s=6)
+        raise ApiError(429, "Too many requests; wait a moment.", "rate_limit", retry_after_s=6)
 
 
 def _paging(request: Request) -> tuple[int, tuple[int, str] | None]:
@@ -226,16 +219,10 @@ def _paging(request: Request) -> tuple[int, tuple[int, str] | None]:
 
 
 def _no_such() -> ApiError:
-    return ApiError(404, "There is no such picture in the gallery any more.", "not_found")
+    return ApiError(404, "The gallery has no such picture; it may have expired.", "not_found")
 
 
-async def _file(server: Server, picture: Picture, show_prompt: bool) -> bytes:
-    """Its file, which has the words in it only where they may be shown."""
-    metadata = picture.metadata if show_prompt else {**picture.metadata, "prompt": ""}
-    return await server.signed(await server.file_of(replace(picture, metadata=metadata), KIND, QUALITY), KIND)
-
-
-def _told(entry: Entry, mine: str) -> dict[str, Any]:
+def _entry_json(entry: Entry, mine: str) -> dict[str, Any]:
     return {
         "id": entry.id,
         "created": entry.made_ms // 1000,

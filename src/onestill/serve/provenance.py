@@ -1,7 +1,7 @@
-"""Where a picture came from: its parameters, and a C2PA manifest signed by whoever runs the server. `[c2pa]` signs.
+"""Where a picture came from: its parameters, and a C2PA manifest signed by the server's operator. Needs `[c2pa]`.
 
-A manifest says that a model made the picture and who vouches for it; any change of the file's pixels or metadata breaks
-the signature. Parameters alone can be edited by anyone.
+The manifest says that a model made the picture and who signed it; any change of the file's pixels or metadata breaks
+the signature. Anyone can edit the parameters alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from onestill.errors import ImageError, OnestillError, require
 __all__ = ["Stamp", "read_provenance"]
 
 MIME = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
-# A name that IPTC gave; nothing is fetched from there.
+# A name that IPTC defines; nothing is downloaded from there.
 MADE_BY_A_MODEL = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 EXIF_DESCRIPTION = 0x010E
 
@@ -34,7 +34,7 @@ class Stamp:
         key: its private key, PKCS#8 PEM, ECDSA on P-256.
 
     Raises:
-        OnestillError: they cannot be read, or C2PA does not take them.
+        OnestillError: they cannot be read, or C2PA does not accept them.
     """
 
     def __init__(self, certificates: Path, key: Path) -> None:
@@ -46,7 +46,7 @@ class Stamp:
         try:
             info = self._c2pa.C2paSignerInfo(b"es256", chain, secret, None)
             self._signer = self._c2pa.Signer.from_info(info)
-            # A copy of so small a picture inside itself would only make it larger.
+            # A thumbnail would be as large as so small a picture.
             self._context = self._c2pa.Context(
                 self._c2pa.Settings.from_dict({"builder": {"thumbnail": {"enabled": False}}})
             )
@@ -54,7 +54,9 @@ class Stamp:
             PIL.Image.new("RGB", (8, 8)).save(file, "PNG")
             self(file.getvalue(), "PNG")
         except self._c2pa.C2paError as error:
-            raise OnestillError(f"C2PA does not take '{certificates}' with '{key}' ({error}).") from error
+            raise OnestillError(
+                f"C2PA does not accept '{certificates}' with '{key}' ({error}); see docs/serve.md."
+            ) from error
 
     def __call__(self, data: bytes, kind: str) -> bytes:
         """A PNG, JPEG or WEBP with a signed manifest in it."""
@@ -75,7 +77,7 @@ class Stamp:
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """What a picture says of itself.
+    """The parameters and the manifest in a picture's file.
 
     Returns:
         `file`, `format`, `width`, `height`; `parameters`, the text they were written as, or None; and `manifest`: None
@@ -109,7 +111,7 @@ def read_provenance(path: Path) -> dict[str, Any]:
 
 def _described(picture: PIL.Image.Image) -> str | None:
     text = picture.getexif().get(EXIF_DESCRIPTION)
-    # Pillow reads each byte as a letter; what is no UTF-8 is of another program, and stays as Pillow read it.
+    # Pillow decodes as Latin-1. A text that is no UTF-8 is from another program, and stays as Pillow read it.
     with suppress(UnicodeError):
         return text.encode("latin-1").decode() if isinstance(text, str) else None
     return text
@@ -117,7 +119,7 @@ def _described(picture: PIL.Image.Image) -> str | None:
 
 def _manifest(c2pa: Any, path: Path, mime: str) -> dict[str, Any] | None:
     try:
-        # From memory: c2pa still asks a file how it is when the reader is gone, and Python dies of a closed one.
+        # From memory: c2pa still reads a file object after its reader is gone, which crashes Python where it is closed.
         with c2pa.Reader(mime, io.BytesIO(path.read_bytes())) as reader:
             report = json.loads(reader.json())
     except c2pa.C2paError.ManifestNotFound:

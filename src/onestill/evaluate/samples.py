@@ -1,4 +1,4 @@
-"""What is kept of a contender's pictures: features of all, pixels of a few. Drawn once, saved, read again.
+"""A contender's samples: the features of all its pictures and the pixels of a few, drawn once, saved and read again.
 
 Shapes: N prompts, F feature width, P diversity prompts, S diversity seeds, H W pixels.
 """
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +25,14 @@ from onestill.evaluate.alignment import clip_scores, pixel_diversity
 from onestill.evaluate.colour import colour_prompts, named_colour
 from onestill.evaluate.protocol import Contender, Network, Pictures, Protocol
 
-__all__ = ["Drawn", "Observed", "draw", "load_drawn", "observe", "save_drawn", "slug"]
+__all__ = ["PromptSamples", "Samples", "draw_samples", "load_samples", "observe", "save_samples", "slug"]
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """The raw material of every figure about one contender.
+class PromptSamples:
+    """One picture for each of the N prompts, of a contender or of the reference.
 
     Attributes:
         features: network name -> [N, F] float32.
@@ -40,6 +40,20 @@ class Drawn:
         worst: indices of the pictures with the lowest CLIP scores, worst first.
         worst_scores: their CLIP scores.
         worst_pictures: those pictures.
+    """
+
+    features: dict[str, NDArray[np.float32]]
+    kept: Pictures
+    worst: tuple[int, ...]
+    worst_scores: tuple[float, ...]
+    worst_pictures: Pictures
+
+
+@dataclass(frozen=True)
+class Samples(PromptSamples):
+    """Everything that the figures of one contender are computed from.
+
+    Attributes:
         diversity_features: [P, S, F] float32 of the first network.
         diversity_pictures: [P, S, H, W, 3] for the first few prompts only.
         pixel_diversity: [P].
@@ -48,11 +62,6 @@ class Drawn:
         seconds: spent in `generate` for the N pictures.
     """
 
-    features: dict[str, NDArray[np.float32]]
-    kept: Pictures
-    worst: tuple[int, ...]
-    worst_scores: tuple[float, ...]
-    worst_pictures: Pictures
     diversity_features: NDArray[np.float32]
     diversity_pictures: Pictures
     pixel_diversity: NDArray[np.float64]
@@ -61,25 +70,18 @@ class Drawn:
     seconds: float
 
 
-_SHOWN_DIVERSITY_PROMPTS = 8
+_SHOWN_DIVERSITY_PROMPTS = 8  # with four seeds each, what fits on one screen of the report
 _ARRAYS = ("kept", "worst_pictures", "diversity_features", "diversity_pictures", "pixel_diversity", "colour_pictures")
 _FACTS = ("worst", "worst_scores", "colours_seen", "seconds")
-
-
-class Observed(NamedTuple):
-    """The fields of `Drawn` that come of the N prompts; see there."""
-
-    features: dict[str, NDArray[np.float32]]
-    kept: Pictures
-    worst: tuple[int, ...]
-    worst_scores: tuple[float, ...]
-    worst_pictures: Pictures
+_HEADER = "onestill.drawn"  # names the facts in a file's metadata, since version 0.1
 
 
 def _checked(pictures: Any, count: int, who: str) -> Pictures:
     array = np.asarray(pictures)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or len(array) != count:
-        raise DataError(f"{who} gave {array.dtype} {list(array.shape)} where uint8 [{count}, H, W, 3] was asked for")
+        raise DataError(
+            f"{who} gave {array.dtype} {list(array.shape)} where uint8 [{count}, H, W, 3] is needed; convert to RGB"
+        )
     return array
 
 
@@ -89,7 +91,7 @@ def observe(
     networks: list[Network],
     texts: NDArray[Any],
     who: str,
-) -> Observed:
+) -> PromptSamples:
     """Stream the pictures of the N prompts, in order, through the feature networks.
 
     One batch of pictures is held at a time, and those to be shown.
@@ -131,7 +133,7 @@ def observe(
         raise DataError(f"{who} gave pictures for {start} of the {len(protocol.prompts)} prompts; give one a prompt")
     worst = sorted(heap, key=lambda entry: (-entry[0], entry[1]))
     joined = {name: np.concatenate(parts) for name, parts in features.items()}
-    return Observed(
+    return PromptSamples(
         joined,
         _stack(kept),
         worst=tuple(index for _, index, _ in worst),
@@ -148,13 +150,13 @@ def _stack(pictures: list[Pictures]) -> Pictures:
     return np.stack(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
 
 
-def draw(
+def draw_samples(
     contender: Contender,
     protocol: Protocol,
     networks: list[Network],
     texts: NDArray[Any],
     progress: Progress | None = None,
-) -> Drawn:
+) -> Samples:
     """Draw everything that the protocol asks of a contender.
 
     Args:
@@ -162,7 +164,7 @@ def draw(
         protocol: the prompts, seeds and sets.
         networks: the first one is the headline's.
         texts: the prompts' embeddings by the first network [N, D].
-        progress: told (pictures done, pictures in all) after each batch.
+        progress: called with (pictures done, pictures in all) after each batch.
     """
     seeds = protocol.diversity_seeds
     pairs = colour_prompts(protocol.colour_test) if protocol.colour_test else []
@@ -193,8 +195,8 @@ def draw(
 
     asked = [prompt for prompt, _ in pairs for _ in protocol.colour_seeds]
     coloured = _joined(list(batches(asked, list(protocol.colour_seeds) * len(pairs))))
-    return Drawn(
-        **observed._asdict(),
+    return Samples(
+        **vars(observed),
         diversity_features=np.stack(spread) if spread else np.zeros((0, 2, 1), np.float32),
         diversity_pictures=groups[:_SHOWN_DIVERSITY_PROMPTS],
         pixel_diversity=np.array([pixel_diversity(group) for group in groups]),
@@ -209,26 +211,26 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.casefold()).strip("-") or "contender"
 
 
-def save_drawn(drawn: Drawn, folder: Path, name: str, fingerprint: str) -> None:
-    """Write a contender's material so that a killed evaluation continues after it; each file appears whole.
+def save_samples(samples: Samples, folder: Path, name: str, fingerprint: str) -> None:
+    """Write a contender's samples so that a killed evaluation continues after it; each file appears whole.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    tensors: dict[str, NDArray[Any]] = {f"features.{key}": value for key, value in drawn.features.items()}
-    tensors |= {key: np.ascontiguousarray(getattr(drawn, key)) for key in _ARRAYS}
-    facts = {"fingerprint": fingerprint, "name": name} | {key: getattr(drawn, key) for key in _FACTS}
+    tensors: dict[str, NDArray[Any]] = {f"features.{key}": value for key, value in samples.features.items()}
+    tensors |= {key: np.ascontiguousarray(getattr(samples, key)) for key in _ARRAYS}
+    facts = {"fingerprint": fingerprint, "name": name} | {key: getattr(samples, key) for key in _FACTS}
     path = folder / f"{slug(name)}.safetensors"
     try:
         # One file holds all, so that arrays and facts can never come from different runs.
         with written_whole(path) as unfinished:
-            save_file(tensors, unfinished, metadata={"onestill.drawn": json.dumps(facts)})
+            save_file(tensors, unfinished, metadata={_HEADER: json.dumps(facts)})
     except OSError as error:
         raise OutputError(f"cannot write {path} ({error.strerror or error}); choose another folder") from error
 
 
-def load_drawn(folder: Path, name: str, fingerprint: str) -> Drawn | None:
-    """Read what `save_drawn` wrote; None when it is missing, damaged, or of another protocol or contender."""
+def load_samples(folder: Path, name: str, fingerprint: str) -> Samples | None:
+    """Read what `save_samples` wrote; None when it is missing, damaged, or of another protocol or contender."""
     path = folder / f"{slug(name)}.safetensors"
     try:
         facts = _facts(path)
@@ -236,7 +238,7 @@ def load_drawn(folder: Path, name: str, fingerprint: str) -> Drawn | None:
             return None
         tensors = load_file(path)
         prefix = "features."
-        return Drawn(
+        return Samples(
             features={key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)},
             worst=tuple(facts["worst"]),
             worst_scores=tuple(facts["worst_scores"]),
@@ -254,5 +256,5 @@ def _facts(path: Path) -> dict[str, Any]:
         if not 0 < length < 100_000_000:
             raise ValueError("no safetensors header")
         header = json.loads(file.read(length))
-    facts: dict[str, Any] = json.loads(header["__metadata__"]["onestill.drawn"])
+    facts: dict[str, Any] = json.loads(header["__metadata__"][_HEADER])
     return facts
