@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from onestill.checkpoint.header import Header, Tensor, read_header
 from onestill.errors import CheckpointError
 
-__all__ = ["SD", "SDXL", "Found", "Network", "identify", "networks", "tiny_vae_network", "unet_network"]
+__all__ = ["SD", "SDXL", "FileInfo", "Network", "identify", "networks", "tiny_vae_network", "unet_network"]
 
 # Each network's tensors start with these in the original key layout, that of the first training code.
 UNET_PREFIX = "model.diffusion_model."
@@ -57,7 +57,7 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Found:
+class FileInfo:
     """What a file turned out to be.
 
     Attributes:
@@ -77,7 +77,7 @@ class Found:
     notes: Mapping[str, str]
 
 
-def identify(path: Path) -> Found:
+def identify(path: Path) -> FileInfo:
     """Say what a safetensors file is.
 
     Raises:
@@ -86,7 +86,7 @@ def identify(path: Path) -> Found:
     """
     header = read_header(path)
     tensors = header.tensors
-    return Found(
+    return FileInfo(
         path,
         _kind(tensors),
         CLASSES_OF_WIDTH.get(_text_width(tensors), ""),
