@@ -22,10 +22,10 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from onestill.checkpoint.layout import CLIP_PREFIXES, OPEN_CLIP_PREFIXES, UNET_PREFIX, VAE_PREFIX
+from onestill.checkpoint.single_file import CLIP_PREFIXES, OPEN_CLIP_PREFIXES, UNET_PREFIX, VAE_PREFIX
 from onestill.networks.libraries import quiet_libraries
-from onestill.networks.load import place_of
 from onestill.text.tokenize import clip_vocabulary
+from tests.original_layout import place_of
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 TEXT = 64  # the width of a text encoder, and of one head

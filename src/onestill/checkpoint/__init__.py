@@ -23,14 +23,14 @@ from onestill.checkpoint.files import (
 from onestill.checkpoint.header import PICKLE_SUFFIXES, is_pickle, pickle_error
 from onestill.checkpoint.info import Additions, Lora, ModelInfo, describe
 from onestill.checkpoint.presets import PRESETS
-from onestill.checkpoint.single_file import Found, Network, identify
+from onestill.checkpoint.single_file import FileInfo, Network, identify
 from onestill.errors import CheckpointError, ModelNotFoundError, near
 
 __all__ = [
     "MANIFEST",
     "PRESETS",
     "Additions",
-    "Found",
+    "FileInfo",
     "Lora",
     "ModelInfo",
     "Network",

@@ -157,7 +157,9 @@ def sha256(path: Path) -> str:
 
 
 def check_contents(folder: Path, files: Mapping[str, Mapping[str, Any]], use_stamps: bool) -> None:
-    # Hashing costs a tenth of a second, every start; so what was found right is remembered with the files' times.
+    """Compare files with their SHA-256; `files` is name in `folder` -> an object with `sha256`."""
+    # Hashing the shipped model takes a tenth of a second at every start, so files found right are remembered with
+    # their sizes and times.
     stamp_file = cache_folder() / "verified" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.json"
     stamps = _read_stamps(stamp_file) if use_stamps else {}
     found = {name: [facts["sha256"], *_touched(folder / name)] for name, facts in files.items()}
@@ -189,9 +191,9 @@ def _changed_error(path: Path) -> CheckpointError:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: `ONESTILL_CACHE`, else the system's place for caches. May not exist."""
-    if told := os.environ.get("ONESTILL_CACHE"):
-        return Path(told)
+    """The folder of caches: `ONESTILL_CACHE`, else the operating system's own. It may not exist."""
+    if folder := os.environ.get("ONESTILL_CACHE"):
+        return Path(folder)
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "onestill"
     if sys.platform == "win32":

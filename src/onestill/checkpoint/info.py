@@ -29,7 +29,7 @@ SAMPLER_OF_SCHEDULER = {
 EULER = ("EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler")
 # Stable Diffusion's schedule, which a single file does not hold: every model of these families was trained on it.
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
-GIVEN_TO_UNET = ("in_channels", "cross_attention_dim", "addition_embed_type")  # latents, words, sizes
+UNET_INPUTS = ("in_channels", "cross_attention_dim", "addition_embed_type")  # latents, text states, sizes
 NATIVE_PX = {SD: 512, SDXL: 1024}
 ONE_STEP_PX = 512  # of SDXL Turbo and SD Turbo
 
@@ -92,17 +92,17 @@ class ModelInfo:
         vae_scale_factor: pixels per latent along each side.
         scaling_factor: what the autoencoder's latents are multiplied by to get the diffusion model's.
         max_tokens: K, tokens a prompt is padded or cut to, the special ones included.
-        use_attention_mask: whether the text encoder is told which tokens are padding.
+        use_attention_mask: whether the text encoder gets a mask of the padding tokens.
         zero_negative: whether guidance steers away from zeros where no negative prompt is given.
-        embeds_guidance: whether its network is told the guidance scale, at no more work, in place of being guided.
+        embeds_guidance: whether the UNet takes the guidance scale as an input, in place of guidance by two passes.
         schedule: the noise schedule it was trained on.
         sampler: the name in `onestill.sampling.SAMPLERS` that its scheduler stands for.
         unit_noise: whether drawing starts from noise of variance 1 rather than sigma^2.
         own_timesteps: number of steps -> the timesteps to take, where they follow no rule.
         num_inference_steps, guidance_scale: what it draws with unless asked otherwise; a guidance of 1 is none.
         preset: the preset it was taken for, "" where its own configs said all.
-        version, licence: of the model, the licence by its SPDX name; "" if not told.
-        styles: style words it was trained with, from the manifest.
+        version, licence: of the model, the licence by its SPDX name; "" where unknown.
+        styles: the styles that its prompts may name, from the manifest.
         made: how it was made, free-form, from the manifest.
         classes: component -> (library, class), from `model_index.json`.
         networks: those whose weights lie in single files: of a single-file model, and what was put on top of any.
@@ -140,7 +140,7 @@ class ModelInfo:
 
     @property
     def is_xl(self) -> bool:
-        """Whether it has SDXL's two text encoders and is told sizes."""
+        """Whether it has SDXL's two text encoders and takes sizes as inputs."""
         return self.family == SDXL
 
     def timesteps(self, num_inference_steps: int) -> list[int]:
@@ -235,7 +235,7 @@ def _of_folder(folder: Path) -> ModelInfo:
 
 
 def _usual(scheduler: Mapping[str, Any]) -> Preset:
-    """Steps and guidance for a model that does not tell: few-step models say that they start at pure noise."""
+    """Steps and guidance of a model without a manifest: schedulers of few-step models have trailing timesteps."""
     if scheduler.get("_class_name") == "LCMScheduler":
         return PRESETS["lcm"]
     return PRESETS["turbo" if scheduler.get("timestep_spacing") == "trailing" else "base"]
@@ -327,11 +327,11 @@ def _with_additions(info: ModelInfo, additions: Additions) -> ModelInfo:
         network = unet_network(file)
         found["unet"] = replace(network, config=config or network.config)
         own = info.networks["unet"].config if "unet" in info.networks else read_json(info.path, "unet/config.json")
-        for told in GIVEN_TO_UNET:
-            if found["unet"].config.get(told) != own.get(told):
+        for name in UNET_INPUTS:
+            if found["unet"].config.get(name) != own.get(name):
                 raise CheckpointError(
-                    f"The UNet in '{additions.unet}' has {told} {found['unet'].config.get(told)} where that of "
-                    f"'{info.name}' has {own.get(told)}: it is for another family; give one of the model's own."
+                    f"The UNet in '{additions.unet}' has {name} {found['unet'].config.get(name)} where that of "
+                    f"'{info.name}' has {own.get(name)}: it is for another family; give one of the model's own."
                 )
         info = replace(info, embeds_guidance=found["unet"].config.get("time_cond_proj_dim") is not None)
     if additions.tiny_vae is not None:

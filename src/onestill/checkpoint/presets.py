@@ -1,7 +1,7 @@
 """How a model was made to draw in few steps, as what must be known to draw with it.
 
-No file's keys tell: SDXL and SDXL Turbo differ in nothing but numbers. A folder's scheduler says it; for a single file
-or a LoRA it is taken for Turbo's unless one of these is named.
+The keys of a file do not show it: SDXL and SDXL Turbo have the same tensors. A folder's scheduler config does. A single
+file is taken for a Turbo model unless a preset is named.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a single safetensors file is, by the names and shapes of its tensors, never by its own name.
 
 A whole checkpoint in the original key layout becomes configs for diffusers' and transformers' classes; widths, depths
-and counts are read from the shapes, so that any size of the same architecture is understood. What no shape tells has
-the value that its family always has: 64 numbers a head (8 heads in Stable Diffusion 1), the scale of the latents.
+and counts are read from the shapes, so that any size of the same architecture can be read. What no shape shows has
+the value of every published model of the family: heads of width 64 (8 heads in Stable Diffusion 1), the latents' scale.
 """
 
 from __future__ import annotations
@@ -14,13 +14,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from onestill.checkpoint.header import Header, Tensor, read_header
-from onestill.checkpoint.layout import CLIP_PREFIXES, OPEN_CLIP_PREFIXES, UNET_PREFIX, VAE_PREFIX, unet_place
 from onestill.errors import CheckpointError
 
-__all__ = ["SD", "SDXL", "Found", "Network", "identify", "networks", "tiny_vae_network", "unet_network"]
+__all__ = ["SD", "SDXL", "FileInfo", "Network", "identify", "networks", "tiny_vae_network", "unet_network"]
+
+# Each network's tensors start with these in the original key layout, that of the first training code.
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+CLIP_PREFIXES = ("conditioner.embedders.0.transformer.", "cond_stage_model.transformer.")  # SDXL; SD 1
+OPEN_CLIP_PREFIXES = ("conditioner.embedders.1.model.", "cond_stage_model.model.")  # SDXL; SD 2
 
 SD, SDXL = "stable-diffusion", "stable-diffusion-xl"
 HEAD_WIDTH = 64
@@ -40,7 +45,8 @@ class Network:
         config: what that class is made from.
         file: the safetensors file.
         prefix: what every name of this network starts with in the file.
-        layout: "diffusers" where names are the module's own; else how they are told, see `onestill.networks.load`.
+        layout: "diffusers" where the names are the module's own; else "unet", "vae", "clip", "open_clip" or "tiny_vae",
+            of the original key layout, which `onestill.networks.load` converts.
     """
 
     kind: str
@@ -51,12 +57,12 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Found:
+class FileInfo:
     """What a file turned out to be.
 
     Attributes:
         kind: "checkpoint", "unet", "lora", "autoencoder", "tiny autoencoder", "text encoder" or "unknown".
-        family: of the models it belongs to, in words; "" where the tensors do not tell.
+        family: of the models that it belongs to, for people; "" where the tensors do not show it.
         tensors, parameters: how many.
         dtypes: type -> how many tensors have it.
         notes: what its maker wrote into it.
@@ -71,7 +77,7 @@ class Found:
     notes: Mapping[str, str]
 
 
-def identify(path: Path) -> Found:
+def identify(path: Path) -> FileInfo:
     """Say what a safetensors file is.
 
     Raises:
@@ -80,7 +86,7 @@ def identify(path: Path) -> Found:
     """
     header = read_header(path)
     tensors = header.tensors
-    return Found(
+    return FileInfo(
         path,
         _kind(tensors),
         CLASSES_OF_WIDTH.get(_text_width(tensors), ""),
@@ -111,7 +117,7 @@ def _kind(names: Iterable[str]) -> str:
 
 
 def _text_width(tensors: Mapping[str, Tensor]) -> int:
-    """The width of the words that the UNet, or the LoRA for it, listens to; 0 where there is none."""
+    """The width of the text states that a UNet, or a LoRA for one, attends to; 0 where there is none."""
     for name, tensor in tensors.items():
         is_key = "attn2" in name and ("to_k" in name) and ("up" not in name.split(".")[-2] and "lora_B" not in name)
         if is_key and len(tensor.shape) == 2:
@@ -152,11 +158,9 @@ def unet_network(path: Path, header: Header | None = None) -> Network:
     header = header or read_header(path)
     prefix = UNET_PREFIX if any(name.startswith(UNET_PREFIX) for name in header.tensors) else ""
     shapes = _under(header, prefix)
-    layout = "unet" if "input_blocks.0.0.weight" in shapes else "diffusers"
-    if layout == "diffusers":
-        shapes = _as_original(shapes)
+    layout = "unet" if any(name.startswith("input_blocks.") for name in shapes) else "diffusers"
     try:
-        config = _unet_config(shapes)
+        config = _unet_config(shapes, _original_names(shapes) if layout == "unet" else _diffusers_names(shapes))
     except (KeyError, IndexError, ValueError) as error:
         missing = f" ({error} is missing)" if isinstance(error, KeyError) else ""
         raise CheckpointError(f"'{path}' holds no whole UNet{missing}; copy the file again.") from error
@@ -173,44 +177,77 @@ def _under(header: Header, prefix: str) -> Shapes:
     return {name[len(prefix) :]: value.shape for name, value in header.tensors.items() if name.startswith(prefix)}
 
 
-def _as_original(shapes: Shapes) -> Shapes:
+class _UNetNames(NamedTuple):
+    """Where a UNet's shapes lie, without the `.weight`, and how many layers each of its blocks has."""
+
+    layers: int
+    resnets: list[str]  # the first convolution of each resolution
+    attentions: list[str]  # the first transformer of each resolution
+    middle: str
+    conv_in: str
+    conv_out: str
+    added: str  # takes in the sizes and the pooled text, of SDXL
+    guidance: str  # embeds the guidance scale, of consistency models
+
+
+def _diffusers_names(shapes: Shapes) -> _UNetNames:
     layers = _count(shapes, r"down_blocks\.0\.resnets\.(\d+)\.")
-    ups = frozenset(int(match[1]) for name in shapes if (match := re.match(r"up_blocks\.(\d+)\.attentions\.", name)))
-    places = {name: unet_place(name, layers, ups) for name in shapes}
-    return {place.name: shapes[name] for name, place in places.items() if place is not None}
+    blocks = [f"down_blocks.{block}" for block in range(_count(shapes, r"down_blocks\.(\d+)\."))]
+    return _UNetNames(
+        layers,
+        [f"{block}.resnets.0.conv1" for block in blocks],
+        [f"{block}.attentions.0" for block in blocks],
+        "mid_block.attentions.0",
+        "conv_in",
+        "conv_out",
+        "add_embedding.linear_1",
+        "time_embedding.cond_proj",
+    )
 
 
-def _unet_config(shapes: Shapes) -> dict[str, Any]:
+def _original_names(shapes: Shapes) -> _UNetNames:
+    # Blocks are numbered through, and each resolution but the last ends in one that halves the size.
     layers = min(int(match[1]) for name in shapes if (match := re.match(r"input_blocks\.(\d+)\.0\.op\.", name))) - 1
-    levels = _count(shapes, r"input_blocks\.(\d+)\.") // (layers + 1)
-    firsts = [1 + level * (layers + 1) for level in range(levels)]
-    channels = [shapes[f"input_blocks.{first}.0.out_layers.3.weight"][0] for first in firsts]
-    depths = [_depth(shapes, f"input_blocks.{first}.1") for first in firsts]
-    middle = _depth(shapes, "middle_block.1")
+    firsts = range(1, _count(shapes, r"input_blocks\.(\d+)\."), layers + 1)
+    return _UNetNames(
+        layers,
+        [f"input_blocks.{first}.0.in_layers.2" for first in firsts],
+        [f"input_blocks.{first}.1" for first in firsts],
+        "middle_block.1",
+        "input_blocks.0.0",
+        "out.2",
+        "label_emb.0.0",
+        "time_embed.cond_proj",
+    )
+
+
+def _unet_config(shapes: Shapes, names: _UNetNames) -> dict[str, Any]:
+    channels = [shapes[f"{name}.weight"][0] for name in names.resnets]
+    depths = [_depth(shapes, name) for name in names.attentions]
     keys = [shape for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")]
-    is_linear = len(shapes["middle_block.1.proj_in.weight"]) == 2
+    is_linear = len(shapes[f"{names.middle}.proj_in.weight"]) == 2
     config: dict[str, Any] = {
         "sample_size": 64,
-        "in_channels": shapes["input_blocks.0.0.weight"][1],
-        "out_channels": shapes["out.2.weight"][0],
+        "in_channels": shapes[f"{names.conv_in}.weight"][1],
+        "out_channels": shapes[f"{names.conv_out}.weight"][0],
         "block_out_channels": channels,
-        "layers_per_block": layers,
+        "layers_per_block": names.layers,
         "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
         "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)],
-        "transformer_layers_per_block": [depth or 1 for depth in (*depths[:-1], middle)],
+        "transformer_layers_per_block": [depth or 1 for depth in (*depths[:-1], _depth(shapes, names.middle))],
         "cross_attention_dim": keys[0][1],
         # In these configs, for historical reasons, the number of heads.
         "attention_head_dim": [width // HEAD_WIDTH for width in channels] if is_linear else 8,
         "use_linear_projection": is_linear,
     }
-    if "label_emb.0.0.weight" in shapes:
+    if added := shapes.get(f"{names.added}.weight"):
         config |= {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": shapes["label_emb.0.0.weight"][1],
+            "projection_class_embeddings_input_dim": added[1],
         }
-    if "time_embed.cond_proj.weight" in shapes:
-        config["time_cond_proj_dim"] = shapes["time_embed.cond_proj.weight"][1]
+    if guidance := shapes.get(f"{names.guidance}.weight"):
+        config["time_cond_proj_dim"] = guidance[1]
     return config
 
 
@@ -311,7 +348,7 @@ def _open_clip_config(shapes: Shapes, projected: bool) -> dict[str, Any]:
     layers = _count(shapes, r"transformer\.resblocks\.(\d+)\.")
     inner = shapes["transformer.resblocks.0.mlp.c_fc.weight"][0]
     projection = shapes["text_projection"][1] if projected else width
-    # Stable Diffusion 2 listens to the last layer but one, so its config leaves the last one out.
+    # Stable Diffusion 2 attends to the last layer but one, so its config leaves the last one out.
     layers = layers if projected else layers - 1
     return _text_config(vocabulary, width, layers, inner, shapes["positional_embedding"][0], "gelu", projection)
 

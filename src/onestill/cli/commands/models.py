@@ -11,7 +11,7 @@ from onestill.cli.console import print_json, stdout_console
 from onestill.cli.options import Json, Preset
 
 if TYPE_CHECKING:
-    from onestill.checkpoint import Found, ModelInfo
+    from onestill.checkpoint import FileInfo, ModelInfo
 
 __all__ = ["models"]
 
@@ -65,7 +65,7 @@ def part_of_a_model(name: str) -> dict[str, object] | None:
     }
 
 
-def counted(found: Found) -> dict[str, object]:
+def counted(found: FileInfo) -> dict[str, object]:
     """What a safetensors file holds, in numbers, and what its maker wrote into it."""
     return {
         "tensors": found.tensors,

@@ -1,35 +1,15 @@
-"""Where a tensor of diffusers' and transformers' modules lies in a single file of the original key layout.
+"""The inverse of diffusers' converters: where a tensor of a module lies in a single file of the original key layout.
 
-Single files (`sd_xl_turbo_1.0_fp16.safetensors` and the like) name their tensors as the first training code did:
-`model.diffusion_model.input_blocks.4.1...`. Every function here turns a module's own name into that one, so one table
-serves reading, writing and LoRA files.
-
-Names of text encoders are the short ones, without the `text_model.` that some versions of transformers put in front.
+Published checkpoints name their tensors as the first training code did: `model.diffusion_model.input_blocks.4.1...`.
+Tests write such files with this table, which `tests/checkpoint/test_single_file.py` compares with diffusers' own.
 """
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
-
-__all__ = [
-    "CLIP_PREFIXES",
-    "OPEN_CLIP_PREFIXES",
-    "UNET_PREFIX",
-    "VAE_PREFIX",
-    "Place",
-    "clip_place",
-    "open_clip_place",
-    "short_text_name",
-    "tiny_vae_place",
-    "unet_place",
-    "vae_place",
-]
-
-UNET_PREFIX = "model.diffusion_model."
-VAE_PREFIX = "first_stage_model."
-CLIP_PREFIXES = ("conditioner.embedders.0.transformer.", "cond_stage_model.transformer.")  # SDXL; SD 1
-OPEN_CLIP_PREFIXES = ("conditioner.embedders.1.model.", "cond_stage_model.model.")  # SDXL; SD 2
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 
 class Place(NamedTuple):
@@ -128,11 +108,6 @@ def vae_place(name: str, levels: int) -> Place | None:
     return Place(name.replace("conv_norm_out", "norm_out"))
 
 
-def clip_place(name: str) -> Place | None:
-    """Where a tensor of OpenAI's CLIP text encoder lies, whose file has transformers' own names."""
-    return Place(f"text_model.{name}")
-
-
 def open_clip_place(name: str) -> Place | None:
     """Where a tensor of OpenCLIP's text encoder lies; None where it has no counterpart."""
     ends = {
@@ -153,22 +128,23 @@ def open_clip_place(name: str) -> Place | None:
     return Place(f"{layer}.{_CLIP_LAYER[part]}.{kind}") if part in _CLIP_LAYER else None
 
 
-def tiny_vae_place(name: str) -> Place | None:
-    """Where a tensor of an AutoencoderTiny's decoder lies in TAESD's own file, which counts a first clamp as layer 0.
-
-    Names of the encoder give None: TAESD keeps it in a file of its own, and only the decoder is used here.
-    """
-    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-    return Place(f"{int(match[1]) + 1}.{match[2]}") if match else None
-
-
-def short_text_name(name: str) -> str:
-    """A text encoder's name without what some versions of transformers put in front."""
-    return name.removeprefix("text_model.")
-
-
 def _renamed_start(name: str, names: dict[str, str]) -> str:
     for ours, theirs in names.items():
         if name.startswith(f"{ours}."):
             return theirs + name.removeprefix(ours)
     return name
+
+
+def place_of(layout: str, config: Mapping[str, Any], names: Mapping[str, Any]) -> Callable[[str], Place | None]:
+    """The function that gives a tensor's place in a file: of a "unet", "vae", "clip" or "open_clip"."""
+    match layout:
+        case "unet":
+            ups = frozenset(
+                int(name.split(".")[1]) for name in names if name.startswith("up_blocks.") and ".attentions." in name
+            )
+            return partial(unet_place, layers=config["layers_per_block"], attention_ups=ups)
+        case "vae":
+            return partial(vae_place, levels=len(config["block_out_channels"]))
+        case "open_clip":
+            return lambda name: open_clip_place(name.removeprefix("text_model."))
+    return lambda name: Place(f"text_model.{name.removeprefix('text_model.')}")

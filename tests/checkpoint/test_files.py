@@ -1,8 +1,9 @@
+"""The files of a model: whether they are whole, and how they are written."""
+
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import sys
 from itertools import count
@@ -11,20 +12,14 @@ from types import FrameType
 
 import pytest
 
-import onestill
 from onestill.checkpoint import (
     MANIFEST,
-    _shipped,
     cache_folder,
-    describe,
-    list_models,
-    model_path,
-    resolve,
     verify,
     weights_file,
     written_whole,
 )
-from onestill.errors import CheckpointError, ModelNotFoundError, UnsafeFormatError
+from onestill.errors import CheckpointError, UnsafeFormatError
 
 
 @pytest.fixture
@@ -35,117 +30,6 @@ def folder(tiny_folder: Path, tmp_path: Path) -> Path:
 
 def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-# --- finding ---
-
-
-def test_every_shipped_model_has_a_folder_that_verifies() -> None:
-    for name in list_models():
-        assert resolve(name) == model_path(name)
-        verify(model_path(name), contents=True, use_stamps=False)
-        assert describe(model_path(name)).name == name
-
-
-def test_shipped_models_lie_in_the_package() -> None:
-    assert _shipped() == Path(onestill.__file__).parent / "models"
-
-
-def test_a_folder_is_found_by_its_path(tiny_folder: Path) -> None:
-    assert resolve(tiny_folder) == tiny_folder
-    assert resolve(str(tiny_folder)) == tiny_folder
-
-
-def test_a_wrong_name_gets_the_near_one(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
-    monkeypatch.setattr("onestill.checkpoint._shipped", lambda: tiny_folder.parent)
-    assert list_models() == ["tiny"]
-    with pytest.raises(ModelNotFoundError, match="Did you mean 'tiny'"):
-        resolve("tinny")
-
-
-@pytest.mark.parametrize(
-    "name", ["../tiny", "nowhere/at/all", "./missing", "gone.safetensors", "owner/gone.safetensors"]
-)
-def test_a_path_that_is_not_there_is_one_sentence(name: str) -> None:
-    with pytest.raises(ModelNotFoundError, match=r"give a folder in diffusers' format"):
-        resolve(name)
-
-
-def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no model_index"):
-        resolve(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "model.safetensors", "model"])
-def test_a_pickle_is_refused_by_its_bytes_whatever_its_name(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(pickle.dumps({"weights": [1.0]}))
-    with pytest.raises(UnsafeFormatError, match="pickle"):
-        resolve(tmp_path / name)
-
-
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-    with pytest.raises(CheckpointError, match="no model but of the kind: unknown"):
-        describe(resolve(tmp_path / "model.safetensors"))
-    (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(CheckpointError, match="not a model"):
-        resolve(tmp_path / "notes.txt")
-
-
-def test_a_folder_of_pickles_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    with pytest.raises(UnsafeFormatError):
-        resolve(tmp_path)
-
-
-# --- describing ---
-
-
-def test_what_a_model_is(tiny_folder: Path) -> None:
-    info = describe(tiny_folder)
-    assert (info.name, info.version, info.licence) == ("tiny", "1", "Apache-2.0")
-    assert (info.height, info.width, info.sizes) == (32, 32, ((32, 32),))
-    assert (info.latent_shape, info.vae_scale_factor, info.scaling_factor) == ((4, 4, 4), 8, 0.5)
-    assert (info.max_tokens, info.use_attention_mask, info.sampler) == (16, False, "euler_ancestral")
-    assert info.schedule.prediction_type == "v_prediction"
-    assert info.schedule.alphas_cumprod[-1] == 0
-    assert info.schedule.timesteps(1) == [999]
-    assert info.made == {"by": "tests/tiny.py"}
-
-
-def test_a_model_without_a_manifest_takes_its_folders_name(folder: Path) -> None:
-    (folder / MANIFEST).unlink()
-    info = describe(folder)
-    assert (info.name, info.num_inference_steps, info.guidance_scale) == (folder.name, 1, 1.0)
-
-
-def test_another_kind_of_pipeline_is_refused(folder: Path) -> None:
-    edit_json(folder / "model_index.json", _class_name="FluxPipeline")
-    with pytest.raises(CheckpointError, match="FluxPipeline"):
-        describe(folder)
-
-
-@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "tokenizer/tokenizer_config.json"])
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
-def test_a_spoilt_config_is_named(folder: Path, name: str, content: bytes | None) -> None:
-    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=name.rsplit("/", 1)[-1]):
-        describe(folder)
-
-
-def test_configs_that_do_not_fit_together_are_one_sentence(folder: Path) -> None:
-    edit_json(folder / "vae/config.json", block_out_channels=None)
-    with pytest.raises(CheckpointError, match="do not fit together"):
-        describe(folder)
-
-
-def test_a_schedule_that_cannot_be_drawn_with_is_refused(folder: Path) -> None:
-    edit_json(folder / "scheduler/scheduler_config.json", beta_schedule="mystery")
-    with pytest.raises(CheckpointError, match="mystery"):
-        describe(folder)
-
-
-# --- verifying ---
 
 
 def test_the_tiny_model_is_whole(tiny_folder: Path) -> None:
@@ -224,9 +108,6 @@ def test_stamps_are_not_needed(folder: Path, tmp_path: Path, monkeypatch: pytest
     (stamps,) = (cache_folder() / "verified").iterdir()
     stamps.write_text("[]")
     verify(folder, contents=True)
-
-
-# --- writing ---
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:

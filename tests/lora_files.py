@@ -1,4 +1,4 @@
-"""Files of weights that tests put on top of tiny models: LoRAs, UNets, tiny decoders."""
+"""LoRA files that tests put on top of tiny models."""
 
 from __future__ import annotations
 
