@@ -41,6 +41,6 @@ def bars(results: Sequence[Mapping[str, Any]]) -> str:
     height = TOP + ROW * len(results) + 10
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 100}" height="{height}" '
-        f'font-family="sans-serif" font-size="12" role="img"><title>Words to pixels, medians</title>'
+        f'font-family="sans-serif" font-size="12" role="img"><title>Prompt to pixels, medians</title>'
         f"{''.join(rows)}</svg>\n"
     )

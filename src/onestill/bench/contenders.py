@@ -112,9 +112,9 @@ def our_contender(pipe: Pipeline, setting: Setting) -> Loaded:
 
 
 def _our_dtypes(engine: Any) -> dict[str, str]:
-    networks = getattr(engine, "_networks", None)  # torch's engines alone keep parts in types of their own
-    if networks is None:
+    if engine.name != "torch":  # torch's engines alone keep parts in types of their own
         return dict.fromkeys(NETWORKS, str(engine.dtype))
+    networks = engine._networks
     parts = (networks.text_encoder.towers[0], networks.unet, networks.latent_space.decoder)
     return {name: _dtype_of(part) for name, part in zip(NETWORKS, parts, strict=True)}
 

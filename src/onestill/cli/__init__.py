@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: what follows the program's name; `sys.argv[1:]` when None.
 
     Returns:
-        0 when all went well, 2 for a mistake the user can put right (one line on standard error says how),
+        0 on success, 2 for a mistake the user can put right (one line on standard error says how),
         130 when interrupted, 128 and its number when a training was ended by another signal.
     """
     gc.set_threshold(MANY_OBJECTS)

@@ -41,7 +41,7 @@ def load_engine(
         options: how torch computes.
 
     Raises:
-        OnestillError: the model, engine, device or dtype is not to be had; the sentence says what is.
+        OnestillError: the model, engine, device or dtype is not available; the sentence says what is.
     """
     if name == AUTO:
         name = None

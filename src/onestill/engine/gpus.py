@@ -63,7 +63,7 @@ class TorchDevices:
         rocm: the ROCm that it is built for, likewise.
         gpus: the names of the GPUs that it calls cuda:0, cuda:1 and so on.
         mps: whether it sees Apple's GPU.
-        trouble: why it cannot compute on the first of its GPUs, or what it said of seeing none; "" where all is well.
+        trouble: why it cannot compute on the first of its GPUs, or what it said of seeing none; "" where it can.
     """
 
     version: str
@@ -116,7 +116,7 @@ def _from_kernel(root: Path) -> tuple[tuple[str, ...], str]:
 
 
 def _from_tool(tool: str) -> tuple[str, str]:
-    """What the tool prints, and what it says is wrong, "" where all is well."""
+    """What the tool prints, and what it says is wrong, "" if nothing is."""
     try:
         done = subprocess.run([tool, "-q"], capture_output=True, text=True, errors="replace", timeout=MOST_S)
     except subprocess.TimeoutExpired:

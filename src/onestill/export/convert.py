@@ -1,7 +1,7 @@
 """A model's torch networks -> OpenVINO's graphs, the same for every form. Needs `[torch]`.
 
 The UNet is two graphs. `time` makes one vector of the timestep and, for SDXL, of the pooled prompt and the sizes. It is
-always in float32: to bfloat16, timestep 999 is 1000. `unet` goes on from there.
+always in float32: to bfloat16, timestep 999 is 1000. `unet` takes its output.
 
 Shapes: B batch, K tokens, P width of a pooled prompt, E of the timestep's embedding, h w latent size.
 """

@@ -35,7 +35,7 @@ class TrainState:
         ema: for each averaged role, the float32 running mean of its weights, by parameter name.
         generator: the one source of training noise, on the device where that is a GPU, else on the CPU. host: what
             Python's own choices come from, on the CPU; the same generator where that is there. part: which rows of a
-            batch are in hand; `draw` gives the noise of those.
+            batch this process computes; `draw` gives the noise of those.
         iteration: optimisation steps done. nimg: images seen. bad_steps: steps skipped for a NaN, in all.
         data: where the batches stand, as their `state()` says it.
     """

@@ -128,7 +128,7 @@ def check_saved(run: Path, here: Path) -> int:
     assert int(saved.name) == rows(run)[-1]["iteration"]
     assert [path.name for path in (run / "checkpoints").iterdir()] == [saved.name]
     said = (here / "said.txt").read_text(encoding="utf-8")
-    assert f"saved at iteration {int(saved.name)}: --resume goes on from there" in said
+    assert f"saved at iteration {int(saved.name)}: --resume continues from there" in said
     return int(saved.name)
 
 

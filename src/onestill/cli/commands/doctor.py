@@ -35,7 +35,7 @@ def doctor(
 ) -> None:
     """Say what this machine has, check the model's files, draw one picture, and advise the owner of an unused GPU.
 
-    Exits with 0 when all is well, else with 2. Advice is no problem.
+    Exits with 0 when everything works, else with 2. Advice is no problem.
     """
     from onestill.bench.machine import cpu, torch
     from onestill.engine.gpu_advice import advice
@@ -179,7 +179,7 @@ def show(report: Facts) -> None:
     for sentence in report["advice"]:  # type: ignore[attr-defined]
         console.print(f"[yellow]advice:[/] {escape(sentence)}")
     if report["ok"]:
-        console.print("[green]all is well[/]")
+        console.print("[green]everything works[/]")
 
 
 def as_text(facts: object) -> str:

@@ -63,7 +63,7 @@ def train(
         train_recipe(recipe, overrides or [], reader=reader, resume=resume, dry_run=dry_run, devices=devices)
     except Interrupted as stop:
         if stop.iteration:
-            note(f"saved at iteration {stop.iteration}: --resume goes on from there.")
+            note(f"saved at iteration {stop.iteration}: --resume continues from there.")
         raise typer.Exit(SIGNALLED + stop.signum) from None
     for one in readers:
         left_out = dict(one.shards.skipped)  # a copy, as its thread still reads ahead

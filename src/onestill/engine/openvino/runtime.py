@@ -18,7 +18,7 @@ _CONVERTER = "openvino.tools.ovc"
 def _import_without_converter() -> Any:
     if "openvino" in sys.modules or _CONVERTER in sys.modules:
         return require("openvino", "base")
-    sys.modules[_CONVERTER] = None  # type: ignore[assignment] # Python's way to say that a module is not to be had
+    sys.modules[_CONVERTER] = None  # type: ignore[assignment] # makes an import of it fail at once
     try:
         openvino = require("openvino", "base")
     finally:

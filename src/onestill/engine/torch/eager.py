@@ -146,7 +146,7 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def _drawing(latents: NDArray[np.float32], info: ModelInfo) -> str:
-    """What to say was done with latents [B, C, h, w] where memory runs out."""
+    """The work that an out-of-memory error names, for latents [B, C, h, w]."""
     height, width = (side * info.vae_scale_factor for side in latents.shape[2:])
     return f"draw {len(latents)} pictures of {width}x{height}"
 

@@ -119,7 +119,7 @@ class Scheduler:
 
         Args:
             job: what to draw.
-            client: the name of who asks; jobs of one client take turns with those of others.
+            client: the name of who asks; the fair queue alternates between clients.
             address: where from, as many clients may be one person; "" where that says nothing.
             on_picture: called in the model's thread with each picture's index as it is drawn, in any order.
 

@@ -52,7 +52,7 @@ def create_app(server: Server) -> FastAPI:
     app = FastAPI(
         title="onestill",
         version=__version__,
-        description="Pictures from words in one step.",
+        description="Images from prompts in one step.",
         lifespan=lifespan,
         docs_url=None,  # FastAPI's pages load scripts from another site
         redoc_url=None,

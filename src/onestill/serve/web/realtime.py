@@ -152,7 +152,7 @@ class _Connection:
             if not in_time:
                 each_s = self._server.bounds.messages_each_s
                 raise ApiError(429, f"Send at most {each_s:g} messages a second.", "rate_limit", retry_after_s=1)
-            # Asked again for each message, as keys are revoked meanwhile.
+            # Checked for each message: keys may be revoked meanwhile.
             visitor = await self._server.access.identify(self._socket, self._key)
             form = self._server.forms.live.model_validate(fields)
             drawing = await self._draw(visitor, form, upload or None)
