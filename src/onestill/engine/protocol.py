@@ -147,7 +147,7 @@ class TorchOptions:
         channels_last: keep images as [H, W, C] in memory, which convolutions on GPUs read best, while CUDA's group norm
             copies them to the other layout and back unless it is compiled; None does on a GPU where all is compiled.
         fuse: compute an attention's q, k and v as one product; None does on a GPU.
-        compile: "none"; "regional", each kind of block once, half a minute; or "whole", minutes, cached between starts.
+        compile: "none"; "regional", each kind of block once, about a minute; "whole", minutes, cached between starts.
         quantize: "none"; "int8" or "fp8", the UNet's larger linear layers by torchao. Changes pictures a little.
         attention: the name of one of diffusers' attention backends; None is torch's own choice.
         cudnn_benchmark: let cuDNN measure its ways to compute each convolution when a shape is first drawn, in place of
