@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,6 +210,21 @@ def test_lcm_starts_as_its_teacher_and_agrees_on_a_path_that_is_there(models: Pa
         student, teacher = method.student_denoiser.x0(x0, t, told, w), method.teacher_denoiser.x0(x0, t, told)
         torch.testing.assert_close(student, teacher)
         assert torch.equal(method.consistent(x0, torch.zeros(4, dtype=torch.long), told, w), x0)
+
+
+def test_lcm_embeds_the_guidance_scale_where_the_teachers_config_is_older_than_that(
+    models: Path, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(models / "sd21", teacher)
+    config = teacher / "unet/config.json"
+    known = json.loads(config.read_text())
+    del known["time_cond_proj_dim"]  # Stable Diffusion 1.5's own config does not name it
+    config.write_text(json.dumps(known))
+    recipe = recipe_for(teacher, "lcm", tmp_path)
+    method = lcm.Method(recipe.options, recipe.loop)
+    assert method.student.config["time_cond_proj_dim"] == 256
+    assert method.student.time_embedding.cond_proj is not None
 
 
 def test_ladd_practises_on_little_noise_first_and_judges_at_its_own_levels(models: Path, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ class TorchOptions:
         fuse: compute an attention's q, k and v as one product; None does on a GPU.
         compile: "none"; "regional", each kind of block once, about a minute; "whole", minutes, cached between starts.
         quantize: "none"; "int8" or "fp8", the UNet's larger linear layers by torchao. Changes pictures a little.
-        attention: the name of one of diffusers' attention backends; None is torch's own choice.
+        attention: torch's kernel, by its name in `onestill.engine.torch.compiling.ATTENTIONS`; None lets torch choose.
         cudnn_benchmark: let cuDNN measure its ways to compute each convolution when a shape is first drawn, in place of
             guessing; in the whole process while this model draws.
     """
@@ -176,7 +176,7 @@ class GenerationRequest:
         time_ids: [B, 6] float32 as in `Conditioning`, or None.
         sampler: a name in `onestill.sampling.SAMPLERS`.
         timesteps: falling, each one call of the network.
-        guidance_scale: used where `negatives` are given.
+        guidance_scale: used where `negatives` are given, and by networks that take it as an input (LCM's).
     """
 
     prompts: Sequence[str]

@@ -71,7 +71,9 @@ class Method(Distiller):
         """The teacher's copy, with a layer for the guidance scale that starts at no effect."""
         if not self.options.embed_guidance:
             return super().new_student(unet)
-        student = type(unet).from_config({**unet.config, "time_cond_proj_dim": EMBEDDING})
+        # Without the config's notes on itself: of an older UNet they would put diffusers' default, none, in its place.
+        config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+        student = type(unet).from_config({**config, "time_cond_proj_dim": EMBEDDING})
         missing, unexpected = student.load_state_dict(unet.state_dict(), strict=False)
         assert not unexpected
         assert set(missing) <= {"time_embedding.cond_proj.weight"}
