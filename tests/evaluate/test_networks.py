@@ -94,6 +94,8 @@ def test_other_folders_are_refused(tmp_path: Path, tiny_folder: Path) -> None:
         load_network(tiny_folder, tiny_folder)
     with pytest.raises(CheckpointError, match="trained on latents"):
         load_network(contrastive(tmp_path, space="latents"), tiny_folder)
+    with pytest.raises(CheckpointError, match="no image_size"):
+        load_network(contrastive(tmp_path / "size", image_size="wide"), tiny_folder)
     (tmp_path / "image_tower" / "model.safetensors").write_bytes(b"broken")
     (tmp_path / "contrastive.json").write_text('{"image_size": 32}')
     with pytest.raises(CheckpointError, match="cannot be opened"):

@@ -69,7 +69,7 @@ def load_network(
         raise CheckpointError(
             f"'{folder}' was trained on {model.space} and cannot see pictures; use one trained on pixels"
         )
-    if "image_size" not in model.facts:
+    if not isinstance(model.facts.get("image_size"), int):
         raise CheckpointError(f"'{folder}' holds no contrastive model for pictures: contrastive.json has no image_size")
     image_projection, text_projection = (
         layer.weight.numpy() for layer in (model.image_projection, model.text_projection)
@@ -99,7 +99,7 @@ def _features(model: ContrastiveModel, device: str, batch_size: int) -> Callable
     import torch
     from torch.nn.functional import interpolate
 
-    size = (int(model.facts["image_size"]),) * 2
+    size = (model.facts["image_size"],) * 2
     model.to(device)
 
     def pooled(images: torch.Tensor) -> Float:
