@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,24 +26,25 @@ Float = NDArray[np.float32]
 Shape = tuple[int, ...]
 
 
-class Graph(Protocol):
-    """One network as a source of weights has it."""
+@dataclass(frozen=True)
+class Graph(ABC):
+    """One network as a source of weights has it.
 
-    @property
-    def name(self) -> str:
-        """Such as "unet"; the cache names files by it."""
+    Attributes:
+        name: such as "unet"; the cache names files by it.
+        path: the file of the graph, for error messages.
+        options: how OpenVINO is to compile it.
+    """
 
-    @property
-    def path(self) -> Path:
-        """The file of the graph, for error messages."""
+    name: str
+    path: Path
+    options: Mapping[str, Any]
 
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """How OpenVINO is to compile it."""
-
+    @abstractmethod
     def fingerprint(self) -> str:
         """What changes when the network does."""
 
+    @abstractmethod
     def read(self, core: Any, shape: Shape) -> tuple[Any, Any]:
         """The network with static shapes, for a first input of `shape`.
 
@@ -91,7 +93,9 @@ class Network:
         with explain_oom("cpu", "hold the model"), self._running:
             network = self._for(shape, cached=True).network
         if runs:
-            self._run({port.any_name: np.zeros(list(port.shape), _dtype(port)) for port in network.inputs})
+            self._run(
+                {port.any_name: np.zeros(list(port.shape), port.element_type.to_dtype()) for port in network.inputs}
+            )
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]], **shared: NDArray[Any]) -> list[Float]:
         """Run B images, in batches of the sizes there are.
@@ -163,7 +167,3 @@ class Network:
             raise CheckpointError(
                 f"OpenVINO cannot load '{self._graph.path}' for an input of {shape}; copy or export the model again."
             ) from error
-
-
-def _dtype(port: Any) -> Any:
-    return port.element_type.to_dtype()

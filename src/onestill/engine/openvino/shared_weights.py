@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from onestill.checkpoint import ModelInfo, read_json, sha256
 from onestill.engine.openvino.cpu import fastest_float, multiplies_int8
 from onestill.engine.openvino.int8 import DYNAMIC, Layers, quantize
-from onestill.engine.openvino.network import static_shapes
+from onestill.engine.openvino.network import Graph, static_shapes
 from onestill.engine.openvino.private_api import UNCHAINED, can_unchain
 from onestill.errors import CheckpointError
 
@@ -216,17 +216,9 @@ def read_int8(folder: Path) -> Int8 | None:
 
 
 @dataclass(frozen=True)
-class _Graph:
-    """See `onestill.engine.openvino.network.Graph`."""
-
-    name: str
+class _Graph(Graph):
     files: PartFiles
-    options: Mapping[str, Any]
     layers: Layers
-
-    @property
-    def path(self) -> Path:
-        return self.files.graph
 
     def fingerprint(self) -> str:
         """Of all files, and of the layers in int8."""
@@ -281,4 +273,4 @@ class SharedWeights:
                 options |= UNCHAINED
             if None in layers.values():
                 options |= DYNAMIC
-            yield _Graph(part, files, options, layers)
+            yield _Graph(part, files.graph, options, files, layers)
