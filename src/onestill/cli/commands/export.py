@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onestill.cli.options import Loras, Model, Preset, TinyVae, Unet, parse_loras
+from onestill.cli.options import AdditionOptions, Model, with_groups
 from onestill.errors import OnestillError, OutputError, near, require
 
 if TYPE_CHECKING:
@@ -22,18 +22,16 @@ FORMS = ("openvino",)
 WEIGHTS = ("float16", "int8")
 
 
+@with_groups
 def export(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="A new folder for the result.")],
+    *,
     model: Model = "icons",
-    to: Annotated[
-        str, typer.Option("--to", metavar="FORM", help="The form to make; openvino is the only one.")
-    ] = "openvino",
+    to: Annotated[str, typer.Option(metavar="FORM", help="The form to make; openvino is the only one.")] = "openvino",
     weights: Annotated[
         str | None,
         typer.Option(
-            "--weights",
-            metavar="TYPE",
-            help="Weights of SD and SDXL: float16, or int8 at half the size. (default: float16)",
+            metavar="TYPE", help="Weights of SD and SDXL: float16, or int8 at half the size. (default: float16)"
         ),
     ] = None,
     int8: Annotated[
@@ -42,10 +40,7 @@ def export(
             "--int8", help="Measure int8 for a small model too, and use it where pictures stay close; takes minutes."
         ),
     ] = False,
-    unet: Unet = None,
-    lora: Loras = None,
-    tiny_vae: TinyVae = None,
-    preset: Preset = None,
+    additions: AdditionOptions,
 ) -> None:
     """Copy a model and give the copy the form that an engine runs. Needs the extra `torch`."""
     if to not in FORMS:
@@ -54,19 +49,18 @@ def export(
         raise OutputError(f"'{out}' exists; give the name of a new folder.")
     for package in ("torch", "diffusers", "transformers"):
         require(package, "torch")
-    from onestill.checkpoint import MANIFEST, Additions, Lora, describe, read_json, resolve, verify
+    from onestill.checkpoint import MANIFEST, Additions, describe, read_json, resolve, verify
 
-    loras = tuple(Lora(path, scale) for path, scale in parse_loras(lora).items())
-    additions = Additions(unet=unet, loras=loras, tiny_vae=tiny_vae, preset=preset)
+    added = Additions.of(**additions.arguments())
     folder = resolve(model)
-    info = describe(folder, additions)
+    info = describe(folder, added)
     verify(folder, contents=True)
     if info.size_multiple:
         if int8:
             raise OnestillError("Models of this kind take int8 weights by --weights int8; leave out --int8.")
         export_large(info, out, weights or WEIGHTS[0])
         return
-    if weights is not None or additions != Additions():
+    if weights is not None or added != Additions():
         raise OnestillError(f"The model '{info.name}' is exported as it is; leave out --weights and what goes on top.")
     from onestill.engine.openvino.shared_weights import has_int8
     from onestill.export.folder import write_manifest

@@ -34,10 +34,7 @@ def train(
     devices: Annotated[
         int,
         typer.Option(
-            "--devices",
-            min=0,
-            metavar="N",
-            help="Number of devices that a dry run plans for; 0 is as many as there are processes.",
+            min=0, metavar="N", help="Number of devices that a dry run plans for; 0 is as many as there are processes."
         ),
     ] = 0,
 ) -> None:
