@@ -77,7 +77,7 @@ def _configs(info: ModelInfo) -> dict[str, tuple[str, dict[str, Any]]]:
     names = ["text_encoder", *(["text_encoder_2"] if info.is_xl else []), "unet", "vae", "tiny_vae"]
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     for name in names:
-        if network := info.networks.get(name):
+        if network := info.component_files.get(name):
             found[name] = (network.kind, dict(network.config))
         elif name in info.classes:
             found[name] = (info.classes[name][1], read_json(info.path, f"{name}/config.json"))

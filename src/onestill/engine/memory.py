@@ -32,9 +32,9 @@ MESSAGES = re.compile(
 
 def parameters(info: ModelInfo) -> int:
     """How many parameters a model has."""
-    count = sum(_count(network.file, network.prefix) for network in info.networks.values())
+    count = sum(_count(network.file, network.prefix) for network in info.component_files.values())
     for name in NETWORKS:
-        if name in info.classes and name not in info.networks:
+        if name in info.classes and name not in info.component_files:
             file = weights_file(info.path, name)
             parts = read_json(file.parent, file.name)["weight_map"].values() if file.suffix == ".json" else [file.name]
             count += sum(_count(file.parent / part) for part in set(parts))

@@ -54,7 +54,7 @@ def export_sd(info: ModelInfo, folder: Path, *, weights: str = "float16") -> Pat
     target = folder / FOLDER
     target.mkdir(parents=True)
     configs: dict[str, Any] = {}
-    decoder = "tiny_vae" if "tiny_vae" in info.networks else "vae"
+    decoder = "tiny_vae" if "tiny_vae" in info.component_files else "vae"
     names = ["text_encoder", *(["text_encoder_2"] if info.is_xl else []), "unet", "vae", decoder]
     for name in dict.fromkeys(names):
         module = load_components(info, "float16", None if info.loras else (name,))[name]
