@@ -12,8 +12,6 @@ from onestill.engine.device import automatic
 from onestill.engine.gpus import TorchDevices, torch_devices
 from onestill.errors import require
 
-__all__ = ["PACKAGES", "Facts", "cpu", "machine", "machine_for_report", "torch", "versions"]
-
 PACKAGES = {
     "base": ("numpy", "openvino", "Pillow", "rich", "safetensors", "typer"),
     "serve": (

@@ -14,8 +14,6 @@ from onestill.checkpoint import ModelInfo, read_json
 from onestill.engine.device import synchronize
 from onestill.errors import require
 
-__all__ = ["count_gflop", "floor", "matrix_tflops"]
-
 SIDES = {"cpu": 1536, "cuda": 8192}  # of the matrices that are multiplied
 OTHER_SIDE = 4096  # on other GPUs
 TRIES = 8

@@ -15,8 +15,6 @@ from onestill.checkpoint.single_file import SD, SDXL, ComponentFile, component_f
 from onestill.errors import CheckpointError, ModelNotFoundError, ScheduleError
 from onestill.schedule import NoiseSchedule
 
-__all__ = ["Additions", "Lora", "ModelInfo", "describe"]
-
 PIPELINES = {"StableDiffusionPipeline": SD, "StableDiffusionXLPipeline": SDXL}
 SAMPLER_OF_SCHEDULER = {
     "DDIMScheduler": "ddim",

@@ -19,8 +19,6 @@ from typing import Any, NamedTuple
 from onestill.checkpoint.header import Header, Tensor, read_header
 from onestill.errors import CheckpointError
 
-__all__ = ["SD", "SDXL", "ComponentFile", "FileInfo", "component_files", "identify", "tiny_vae_file", "unet_file"]
-
 # Each network's tensors start with these in the original key layout, that of the first training code.
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."

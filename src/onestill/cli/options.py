@@ -21,23 +21,6 @@ from onestill.errors import OnestillError, SizeError
 if TYPE_CHECKING:
     from onestill.engine.protocol import TorchOptions
 
-__all__ = [
-    "AdditionOptions",
-    "CompileOptions",
-    "Database",
-    "Device",
-    "Json",
-    "KeysFile",
-    "Model",
-    "Preset",
-    "RuntimeOptions",
-    "Size",
-    "parse_daily",
-    "parse_loras",
-    "parse_size",
-    "with_groups",
-]
-
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     """A command as Typer reads it: each argument that is a dataclass becomes one option for each of its fields."""
@@ -148,11 +131,7 @@ class AdditionOptions:
     preset: Preset = None
 
     def arguments(self) -> dict[str, Any]:
-        """As `onestill.load` and `Additions.of` take them.
-
-        Raises:
-            OnestillError: the scale of a LoRA is no number.
-        """
+        """As `onestill.load` and `Additions.of` take them."""
         return vars(self) | {"lora": parse_loras(self.lora)}
 
 
@@ -188,11 +167,7 @@ class CompileOptions:
 
 
 def parse_size(text: str | None) -> tuple[int | None, int | None]:
-    """(height, width) in pixels from `256x128`, which is width x height, or from `256`; (None, None) from None.
-
-    Raises:
-        SizeError: the text is neither.
-    """
+    """(height, width) in pixels from `256x128`, which is width x height, or from `256`; (None, None) from None."""
     if text is None:
         return None, None
     match = re.fullmatch(r"\s*(\d{1,6})(?:\s*[xX×]\s*(\d{1,6}))?\s*", text)  # noqa: RUF001 (people paste that sign)
@@ -203,11 +178,7 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
 
 
 def parse_daily(text: str | None) -> int | None:
-    """Pictures a day from `50/day` or `50`; None from None.
-
-    Raises:
-        OnestillError: the text is neither.
-    """
+    """Pictures a day from `50/day` or `50`; None from None."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*(\d{1,9})\s*(/\s*day)?\s*", text)
@@ -217,11 +188,7 @@ def parse_daily(text: str | None) -> int | None:
 
 
 def parse_loras(texts: list[str] | None) -> dict[Path, float]:
-    """LoRA files and what each is multiplied by, from `file.safetensors` or `file.safetensors:0.7`.
-
-    Raises:
-        OnestillError: what follows the colon is no number.
-    """
+    """LoRA files and what each is multiplied by, from `file.safetensors` or `file.safetensors:0.7`."""
     found = {}
     for text in texts or []:
         path, colon, scale = text.rpartition(":") if not Path(text).exists() else (text, "", "")

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 
 from onestill.engine.gpus import Gpus, TorchDevices
 
-__all__ = ["advice", "explanation", "why_no_cuda", "why_no_mps"]
-
 HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 DEFAULT_BUILD = "Linux x86_64"  # the platform on which pip takes a build for CUDA by default
 DEFAULT_CUDA = 13  # what that build, of torch 2.11 and later, is for

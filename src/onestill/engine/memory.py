@@ -17,8 +17,6 @@ from onestill.checkpoint.files import NETWORKS
 from onestill.checkpoint.header import read_header
 from onestill.errors import NotEnoughMemoryError, require
 
-__all__ = ["check_memory", "check_memory_left", "explain_oom", "is_memory_error", "parameters"]
-
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # The messages of libraries that run out of memory. First torch, CUDA, Triton and other vendors' GPUs; then cuBLAS,
 # cuSOLVER, cuSPARSE, cuDNN and cuFFT, cuDNN from 9 on, and CUDA's and HIP's error codes; last torch on a CPU, C++,

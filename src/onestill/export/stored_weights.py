@@ -23,8 +23,6 @@ from onestill.export.convert import convert, example_inputs, wrapped
 from onestill.networks.load import load_components
 from onestill.text.tokenize import write_clip_vocabulary
 
-__all__ = ["WEIGHTS", "export_sd"]
-
 WEIGHTS = ("float16", "int8")
 TRACED = (16, 16)  # latent size to trace with; graphs hold for every size, and a small one is traced fast
 FREE_AXES = {"sample": (2, 3), "latents": (2, 3), "image": (2, 3)}  # height and width

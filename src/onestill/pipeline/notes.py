@@ -8,8 +8,6 @@ from onestill.engine.protocol import GenerationResult
 from onestill.pipeline.checks import shortened
 from onestill.pipeline.plan import Plan
 
-__all__ = ["notes_on"]
-
 
 def notes_on(plan: Plan, prompts: Sequence[str], drawn: GenerationResult, *, has_negative: bool) -> list[str]:
     """All of a call's; `has_negative` where a negative prompt was given."""

@@ -12,8 +12,6 @@ from onestill.pipeline.checks import MOST_STEPS, checked_guidance, checked_pair,
 from onestill.pipeline.loaded import LoadedInfo
 from onestill.sampling import strength_timesteps
 
-__all__ = ["MicroConditioning", "Plan"]
-
 
 @dataclass(frozen=True)
 class MicroConditioning:

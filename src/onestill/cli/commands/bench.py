@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from onestill.bench.latency import MeasuringError
     from onestill.bench.setting import Setting
 
-__all__ = ["bench"]
-
 
 @with_groups
 def bench(
@@ -56,8 +54,7 @@ def bench(
         typer.Option(metavar="NAME", help="Also measure diffusers on the same weights. (default: onestill alone)"),
     ] = None,
     plot: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.svg", help="Write a chart of the time of each part. (default: none)"),
+        Path | None, typer.Option(metavar="FILE.svg", help="Write a chart of the time of each part. (default: none)")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -156,19 +153,7 @@ def show(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for heading in (
-        "contender",
-        "batch",
-        "encode",
-        "denoise",
-        "decode",
-        "total",
-        "p95",
-        "images/s",
-        "load",
-        "memory",
-        "floor",
-    ):
+    for heading in "contender batch encode denoise decode total p95 images/s load memory floor".split():
         table.add_column(heading, justify="left" if heading == "contender" else "right")
     for one in report["results"]:
         parts = [f"{one[part]['p50']:.1f} ms" for part in ("encode_ms", "denoise_ms", "decode_ms", "total_ms")]

@@ -13,8 +13,6 @@ from onestill.cli.options import Device, Json
 from onestill.cli.output import Target, is_file_name
 from onestill.errors import DataError, OnestillError, OutputError, require
 
-__all__ = ["app"]
-
 Shards = Annotated[
     list[str] | None,
     typer.Argument(metavar="SHARD|FOLDER", help="Tar files or folders of them. (default: sample, the packaged set)"),

@@ -18,11 +18,9 @@ from onestill.errors import DataError, require
 
 if TYPE_CHECKING:
     from onestill.data import Sample
-    from onestill.evaluate import Contender, Evaluation
+    from onestill.evaluate import Evaluation
     from onestill.evaluate.protocol import Pictures
     from onestill.pipeline import Pipeline
-
-__all__ = ["evaluate"]
 
 BATCH = 16
 SHOWN = 24  # prompts on the sheet side by side
@@ -57,12 +55,10 @@ def evaluate(
         typer.Option(metavar="N", help="Number of sampling steps. May be repeated. (default: the model's)"),
     ] = None,
     guidance_scale: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="The guidance scale of all models. (default: each model's own)"),
+        float | None, typer.Option(metavar="X", help="The guidance scale of all models. (default: each model's own)")
     ] = None,
     text_model: Annotated[
-        str,
-        typer.Option(metavar="NAME|FOLDER", help="The model whose text encoder the network was trained with."),
+        str, typer.Option(metavar="NAME|FOLDER", help="The model whose text encoder the network was trained with.")
     ] = "icons",
     number: Annotated[int, typer.Option(min=2, metavar="N", help="Number of prompts at most.")] = 2000,
     seed: Annotated[
@@ -78,16 +74,16 @@ def evaluate(
     for package in ("torch", "transformers"):
         require(package, "evaluate")
     from onestill.engine.device import choose
-    from onestill.evaluate import Protocol, load_network
+    from onestill.evaluate import Protocol, load_network, pipeline_contender
     from onestill.evaluate import evaluate as run
     from onestill.pipeline import load
 
     asked = models or ["icons"]
     pipes = [load(model, **vars(runtime)) for model in asked]
     contenders = [
-        one
+        pipeline_contender(pipe, name, count, pipe.info.guidance_scale if guidance_scale is None else guidance_scale)
         for pipe, name in zip(pipes, names_of(asked, pipes), strict=True)
-        for one in contenders_of(pipe, name, steps, guidance_scale)
+        for count in steps or [pipe.info.num_inference_steps]
     ]
     samples = read_reference(reference, number, seed, pipes[0])
     protocol = Protocol(
@@ -122,22 +118,8 @@ def names_of(asked: Sequence[str], pipes: Sequence[Pipeline]) -> list[str]:
     return [pipe.info.name if count[pipe.info.name] == 1 else one for one, pipe in zip(asked, pipes, strict=True)]
 
 
-def contenders_of(
-    pipe: Pipeline, name: str, steps: Sequence[int] | None, guidance_scale: float | None
-) -> list[Contender]:
-    """A pipeline at each number of steps, or at its own, under the name `MODEL, N steps`."""
-    from onestill.evaluate import pipeline_contender
-
-    guidance = pipe.info.guidance_scale if guidance_scale is None else guidance_scale
-    return [pipeline_contender(pipe, name, count, guidance) for count in steps or [pipe.info.num_inference_steps]]
-
-
 def read_reference(sources: list[str], number: int, seed: int, pipe: Pipeline) -> list[Sample]:
-    """At most `number` samples of the size that the model draws, chosen by `seed`.
-
-    Raises:
-        DataError: there are fewer than two.
-    """
+    """At most `number` samples of the size that the model draws, two at least, chosen by `seed`."""
     size = (pipe.info.height, pipe.info.width)
     from onestill.data import ShardReader
 

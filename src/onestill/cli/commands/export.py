@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from onestill.cli.options import AdditionOptions, Model, with_groups
 from onestill.errors import OnestillError, OutputError, near, require
-
-if TYPE_CHECKING:
-    from onestill.checkpoint import ModelInfo
-
-__all__ = ["export"]
 
 FORMS = ("openvino",)
 WEIGHTS = ("float16", "int8")
@@ -50,6 +44,7 @@ def export(
     for package in ("torch", "diffusers", "transformers"):
         require(package, "torch")
     from onestill.checkpoint import MANIFEST, Additions, describe, read_json, resolve, verify
+    from onestill.export.folder import folder_written_whole, write_manifest
 
     added = Additions.of(**additions.arguments())
     folder = resolve(model)
@@ -58,32 +53,21 @@ def export(
     if info.size_multiple:
         if int8:
             raise OnestillError("Models of this kind take int8 weights by --weights int8; leave out --int8.")
-        export_large(info, out, weights or WEIGHTS[0])
+        from onestill.export.stored_weights import export_sd
+
+        with folder_written_whole(out, force=False) as unfinished:
+            export_sd(info, unfinished, weights=weights or WEIGHTS[0])
+        print(out)
         return
     if weights is not None or added != Additions():
         raise OnestillError(f"The model '{info.name}' is exported as it is; leave out --weights and what goes on top.")
     from onestill.engine.openvino.shared_weights import has_int8
-    from onestill.export.folder import write_manifest
     from onestill.export.shared_weights import export_openvino
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        # Beside the result, so that it appears whole by a rename, or not at all.
-        copy = Path(scratch) / out.name
-        shutil.copytree(folder, copy)
+    with folder_written_whole(out, force=False) as copy:
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
         export_openvino(copy, int8=int8 or has_int8(folder))
         if (copy / MANIFEST).is_file():
             facts = read_json(copy, MANIFEST)
             write_manifest(copy, **{name: facts[name] for name in facts if name not in ("files", "format", "onestill")})
-        copy.rename(out)
-    print(out)
-
-
-def export_large(info: ModelInfo, out: Path, weights: str) -> None:
-    """Write a model of Stable Diffusion's families in OpenVINO's form as the new folder `out`, whole or not at all."""
-    from onestill.export.stored_weights import export_sd
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        export_sd(info, Path(scratch) / out.name, weights=weights).rename(out)
     print(out)

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from onestill.pipeline import Pipeline
 
-__all__ = ["generate"]
-
 MOST_PICTURES = 1000  # of one prompt
 QUICK_START_STEPS = 50  # in all; up to there a quick start saves more than it costs
 PICTURES_PER_CALL = 8  # of the pipeline: so few that the bar moves and Ctrl-C loses little
@@ -46,8 +44,7 @@ def generate(
     model: Model = "icons",
     runtime: RuntimeOptions,
     steps: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Number of sampling steps, 1 to 50. (default: the model's)"),
+        int | None, typer.Option(metavar="N", help="Number of sampling steps, 1 to 50. (default: the model's)")
     ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", "-s", metavar="N", help="Picture i has seed SEED + i. (default: random)")
@@ -63,19 +60,16 @@ def generate(
         ),
     ] = None,
     negative_prompt: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="What guidance steers away from. (default: nothing)"),
+        str | None, typer.Option(metavar="TEXT", help="What guidance steers away from. (default: nothing)")
     ] = None,
     sampler: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="How to step from noise to a picture. (default: the model's)"),
+        str | None, typer.Option(metavar="NAME", help="How to step from noise to a picture. (default: the model's)")
     ] = None,
     image: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A picture to start from. (default: noise)")
     ] = None,
     strength: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="With --image: 0 keeps it, 1 ignores it. (default: 0.5)"),
+        float | None, typer.Option(metavar="X", help="With --image: 0 keeps it, 1 ignores it. (default: 0.5)")
     ] = None,
     out: Annotated[
         Path | None,
@@ -179,11 +173,7 @@ def draw(
 
 
 def read_image(path: Path) -> Image:
-    """The picture in the file `path`, read whole.
-
-    Raises:
-        ImageError: there is none, or it is too large to be opened safely.
-    """
+    """The picture in the file `path`, read whole."""
     import PIL.Image
 
     try:

@@ -13,8 +13,6 @@ from onestill.cli.options import Json, Preset
 if TYPE_CHECKING:
     from onestill.checkpoint import FileInfo, ModelInfo
 
-__all__ = ["models"]
-
 NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
 
 

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from onestill.serve.safety import ImageFilter, PromptFilter
     from onestill.serve.web.server import Server, Settings
 
-__all__ = ["serve"]
-
 
 @dataclass(frozen=True)
 class AccessOptions:
@@ -48,11 +46,9 @@ class AccessOptions:
 
     @property
     def daily(self) -> int | None:
-        """Pictures a day for each visitor without a key, None for any number.
-
-        Where there are keys and no trial limit, everyone needs a key.
-        """
+        """Pictures a day for each visitor without a key, None for any number."""
         limit = parse_daily(self.trial_limit)
+        # Where there are keys and no trial limit, everyone needs a key.
         return 0 if limit is None and (self.keys is not None or self.database is not None) else limit
 
     def open(self, *, gallery: bool) -> tuple[Access, Ledger | None]:
@@ -73,8 +69,7 @@ class GalleryOptions:
         bool, typer.Option("--gallery", help="Let visitors show pictures to each other, and delete their own.")
     ] = False
     gallery_days: Annotated[
-        int,
-        typer.Option(min=1, max=3650, metavar="N", help="Number of days that a picture is shown."),
+        int, typer.Option(min=1, max=3650, metavar="N", help="Number of days that a picture is shown.")
     ] = 30
     gallery_most: Annotated[int, typer.Option(min=1, metavar="N", help="Number of pictures shown at most.")] = 1000
 
@@ -88,8 +83,7 @@ class Hooks:
         typer.Option(metavar="FILE", help="Refuse prompts with a word from this file, one a line. (default: none)"),
     ] = None
     image_filter: Annotated[
-        str | None,
-        typer.Option(metavar="MODULE:NAME", help="A Python function that refuses pictures. (default: none)"),
+        str | None, typer.Option(metavar="MODULE:NAME", help="A Python function that refuses pictures. (default: none)")
     ] = None
     no_filter: Annotated[
         bool, typer.Option("--no-filter", help="Serve without the image filter that the model asks for.")
@@ -99,16 +93,11 @@ class Hooks:
         typer.Option(metavar="PEM", help="Sign pictures with this C2PA certificate chain. (default: unsigned)"),
     ] = None
     sign_key: Annotated[
-        Path | None,
-        typer.Option(metavar="PEM", help="The private key of the certificate for --sign-with."),
+        Path | None, typer.Option(metavar="PEM", help="The private key of the certificate for --sign-with.")
     ] = None
 
     def filters(self, info: ModelInfo) -> tuple[PromptFilter | None, ImageFilter | None]:
-        """The two filters, None where none is wanted.
-
-        Raises:
-            OnestillError: the model asks for an image filter, and none is given.
-        """
+        """The two filters, None where none is wanted."""
         from onestill.serve.safety import blocked_words, card_asks_for_filter, named_filter
 
         if card_asks_for_filter(info) and self.image_filter is None and not self.no_filter:
@@ -137,8 +126,7 @@ def serve(
     model: Model = "icons",
     runtime: RuntimeOptions,
     threads: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="CPU threads to compute with. (default: the engine's choice)"),
+        int | None, typer.Option(min=1, metavar="N", help="CPU threads to compute with. (default: the engine's choice)")
     ] = None,
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="The address to listen on; 0.0.0.0 is every interface.")
@@ -159,8 +147,7 @@ def serve(
         typer.Option(metavar="URL", help="Another site whose pages may ask. May be repeated. (default: none)"),
     ] = None,
     trust_proxy: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="The proxy whose X-Forwarded-For is believed. (default: none)"),
+        str | None, typer.Option(metavar="ADDRESS", help="The proxy whose X-Forwarded-For is believed. (default: none)")
     ] = None,
     gallery: GalleryOptions,
     queue: Annotated[int, typer.Option(min=1, metavar="N", help="Number of pictures that may wait.")] = 64,
@@ -172,8 +159,7 @@ def serve(
         int, typer.Option(min=0, metavar="N", help="Run N replicas under Ray Serve; 0 serves without Ray.")
     ] = 0,
     ray_gpus: Annotated[
-        float,
-        typer.Option(min=0, metavar="X", help="Number of GPUs for each replica; a fraction shares one."),
+        float, typer.Option(min=0, metavar="X", help="Number of GPUs for each replica; a fraction shares one.")
     ] = 0.0,
     additions: AdditionOptions,
     compiling: CompileOptions,

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from onestill.data.recipe_reader import RecipeReader
     from onestill.train.recipe import DataOptions
 
-__all__ = ["train"]
-
 MOST_NAMED = 10  # of the samples that could not be used
 
 

@@ -29,8 +29,6 @@ from onestill.errors import NotFiniteError, OnestillError
 from onestill.pixels import to_images, to_pictures
 from onestill.text.tokenize import PromptTokenizer
 
-__all__ = ["OpenVinoEngine"]
-
 DTYPES = ("float32", "bfloat16", "int8")
 
 

@@ -17,8 +17,6 @@ from onestill.engine.memory import explain_oom, is_memory_error
 from onestill.engine.openvino.compile_cache import compile_into_folder, compile_to_blob, network_key
 from onestill.errors import CheckpointError
 
-__all__ = ["LARGEST_BATCH", "WORTH_COMPILING", "Float", "Graph", "Network", "static_shapes"]
-
 LARGEST_BATCH = 4  # images to a call; each batch size is compiled for itself, as static shapes run fastest
 WORTH_COMPILING = 8  # images asked for at once; fewer are done one by one before a larger batch would have compiled
 

@@ -36,23 +36,6 @@ from onestill.engine.openvino.network import Graph, static_shapes
 from onestill.engine.openvino.private_api import UNCHAINED, can_unchain
 from onestill.errors import CheckpointError
 
-__all__ = [
-    "ALIGNMENT",
-    "EXACT",
-    "FOLDER",
-    "FORMAT",
-    "INT8",
-    "INT8_FORMAT",
-    "PARTS",
-    "Int8",
-    "PartFiles",
-    "SharedWeights",
-    "aligned",
-    "has_int8",
-    "read_index",
-    "read_int8",
-]
-
 FOLDER = "openvino"
 # `time` is the UNet's embedding of the timestep. It is a graph of its own because it must stay in float32 (to bfloat16,
 # timestep 999 is 1000), and because the other pictures at the same timestep need not compute it again.

@@ -23,8 +23,6 @@ from onestill.engine.openvino.int8 import round_inputs
 from onestill.engine.openvino.network import Graph, static_shapes
 from onestill.errors import CheckpointError
 
-__all__ = ["FOLDER", "FORM", "StoredWeights"]
-
 FOLDER = "openvino"
 FORM = "sd-1"  # of the index; others are of other versions, or share their weights
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}  # of what is not a product of int8 weights

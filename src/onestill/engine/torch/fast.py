@@ -30,10 +30,6 @@ from onestill.engine.torch.cuda_graphs import Buckets, Graphs, Recorder
 from onestill.engine.torch.eager import TorchEngine
 from onestill.engine.torch.stages import decode_latents, encode_prompts, take_steps
 from onestill.engine.torch.step_table import step_table
-from onestill.errors import NotFiniteError
-from onestill.networks.latents import to_uint8
-
-__all__ = ["BATCHES", "FastEngine"]
 
 BATCHES = (1, 2, 4, 8)  # images to a call; other numbers are padded to the next, as each size is a graph of its own
 PROMPTS_CACHED = 256  # whose states stay on the device; SDXL's take 0.3 MB each
@@ -115,11 +111,9 @@ class FastEngine(TorchEngine):
             NotFiniteError: the model produced NaN or infinity.
         """
         found = []
-        height, width = (side * self.info.vae_scale_factor for side in request.noise.shape[3:])
-        doing = f"draw {len(request.prompts)} pictures of {width}x{height}"
         with self._lock, torch.inference_mode(), _current(self._device):
             try:
-                with explain_oom(self._device, doing):
+                with explain_oom(self._device, self._drawing(request.noise[0])):
                     for first in range(0, len(request.prompts), BATCHES[-1]):
                         found.append(self._generate(request, slice(first, first + BATCHES[-1])))
             except MemoryError:
@@ -178,13 +172,8 @@ class FastEngine(TorchEngine):
         if bool(is_finite):
             found: NDArray[np.uint8] = pictures[:count].cpu().numpy()
             return found
-        try:
-            # Decode again, eagerly and in float32: either that succeeds, or the error names what overflowed.
-            checked = self._networks.latent_space.checked_decode(latents[:count])
-            decoded: NDArray[np.uint8] = to_uint8(checked).cpu().numpy()
-            return decoded
-        except FloatingPointError as error:
-            raise NotFiniteError.of(str(error), self.dtype) from None
+        # Decode again, eagerly and in float32: either that succeeds, or the error names what overflowed.
+        return self._checked_pictures(latents[:count])
 
     # --- prompts ---
 
