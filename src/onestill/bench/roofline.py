@@ -72,9 +72,8 @@ def count_gflop(info: ModelInfo, *, batch: int, height: int, width: int) -> dict
 
 
 def _configs(info: ModelInfo) -> dict[str, tuple[str, dict[str, Any]]]:
-    names = ["text_encoder", *(["text_encoder_2"] if info.is_xl else []), "unet", "vae", "tiny_vae"]
     found: dict[str, tuple[str, dict[str, Any]]] = {}
-    for name in names:
+    for name in (*info.text_encoders, "unet", "vae", "tiny_vae"):
         if network := info.component_files.get(name):
             found[name] = (network.kind, dict(network.config))
         elif name in info.classes:

@@ -142,6 +142,16 @@ class ModelInfo:
         """Whether it has SDXL's two text encoders and takes sizes as inputs."""
         return self.family == SDXL
 
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The components that encode prompts."""
+        return ("text_encoder", "text_encoder_2")[: 1 + self.is_xl]
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """The tokenizer of each text encoder."""
+        return ("tokenizer", "tokenizer_2")[: 1 + self.is_xl]
+
     def timesteps(self, num_inference_steps: int) -> list[int]:
         """The falling timesteps at which it draws in this many steps; raises `StepsError` as the schedule does."""
         own = self.own_timesteps.get(num_inference_steps)

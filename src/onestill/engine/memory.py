@@ -56,11 +56,7 @@ def check_memory(info: ModelInfo, dtype: str) -> None:
 
 
 def check_memory_left(name: str, needed: int, dtype: str, smaller: str) -> None:
-    """Refuse weights of `needed` bytes where less memory is left; `smaller` says what to do then.
-
-    Raises:
-        NotEnoughMemoryError: they are too large.
-    """
+    """Refuse weights of `needed` bytes where less memory is left; `smaller` says what to do then."""
     left = _available()
     if left is not None and needed >= left:
         raise NotEnoughMemoryError(

@@ -53,8 +53,7 @@ def export_sd(info: ModelInfo, folder: Path, *, weights: str = "float16") -> Pat
     target.mkdir(parents=True)
     configs: dict[str, Any] = {}
     decoder = "tiny_vae" if "tiny_vae" in info.component_files else "vae"
-    names = ["text_encoder", *(["text_encoder_2"] if info.is_xl else []), "unet", "vae", decoder]
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys((*info.text_encoders, "unet", "vae", decoder)):
         module = load_components(info, "float16", None if info.loras else (name,))[name]
         configs[name] = module.config
         for part in _parts(name, decoder):
@@ -114,7 +113,7 @@ def _write_configs(info: ModelInfo, configs: Mapping[str, Any], folder: Path) ->
     scheduler = {"_class_name": "EulerDiscreteScheduler", **info.schedule.to_config()}
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
-    for name in ("tokenizer", "tokenizer_2") if info.is_xl else ("tokenizer",):
+    for name in info.tokenizers:
         _write_tokenizer(info, name, folder / name)
     facts = {
         "name": info.name,

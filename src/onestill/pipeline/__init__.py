@@ -30,7 +30,7 @@ from onestill.pipeline.loaded import LoadedInfo
 from onestill.pipeline.notes import notes_on
 from onestill.pipeline.output import Output, Timings
 from onestill.pipeline.picture import fitted, save_picture
-from onestill.pipeline.plan import MicroConditioning, Plan
+from onestill.pipeline.plan import Plan
 from onestill.pipeline.prompt_cache import PromptCache
 from onestill.sampling import DRAWING, classifier_free_guidance, sample
 
@@ -129,7 +129,11 @@ class Pipeline:
             width=width,
             sampler=sampler,
             strength=None if image is None else strength,
-            micro_conditioning=MicroConditioning(original_size, crops_coords_top_left, target_size),
+            micro_conditioning={
+                "original_size": original_size,
+                "crops_coords_top_left": crops_coords_top_left,
+                "target_size": target_size,
+            },
         )
         negatives = matched_negatives(negative_prompt, prompts, each)
         seeds = seeds_of(seed, len(prompts))

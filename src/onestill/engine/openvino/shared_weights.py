@@ -73,11 +73,7 @@ class PartFiles:
     weights_sha256: str
 
     def fingerprint(self) -> str:
-        """What changes when any of the files does, as far as `onestill.checkpoint.verify` has not seen to it.
-
-        Raises:
-            CheckpointError: a file is missing.
-        """
+        """What changes when any of the files does, as far as `onestill.checkpoint.verify` has not seen to it."""
         try:
             content = self.graph.read_bytes() + self.rest.read_bytes()
             size = self.weights.stat().st_size
@@ -110,11 +106,7 @@ class PartFiles:
         return graph, space
 
     def model(self, core: Any, shape: tuple[int, ...]) -> tuple[Any, NDArray[np.uint8]]:
-        """The network for a first input of `shape`, and the memory that its constants point into.
-
-        Raises:
-            CheckpointError: as `read`.
-        """
+        """The network for a first input of `shape`, and the memory that its constants point into."""
         graph, space = self.read()
         model = core.read_model(graph, openvino.Tensor(space, shared_memory=True))
         model.reshape(static_shapes(model, shape))

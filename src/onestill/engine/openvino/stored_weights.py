@@ -86,7 +86,7 @@ class StoredWeights:
         """
         del core
         self._check_memory(dtype)
-        texts = ("text_encoder", "text_encoder_2")[: 1 + self._info.is_xl]
+        texts = self._info.text_encoders
         # The group is given even where it is 0, as OpenVINO rounds to int8 by default where the weights are.
         group = GROUP if dtype == "int8" else 0
         for name in (*texts, "unet", "decoder", "encoder"):

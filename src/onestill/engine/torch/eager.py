@@ -54,8 +54,7 @@ class TorchEngine:
         self._device = torch.device(self.device)
         if threads is not None:
             torch.set_num_threads(threads)
-        components = ("tokenizer", "tokenizer_2") if info.is_xl else ("tokenizer",)
-        tokenizers = [PromptTokenizer(info, component) for component in components]
+        tokenizers = [PromptTokenizer(info, component) for component in info.tokenizers]
         check_memory(info, self.dtype)
         parts = load_components(info, self.dtype)
         if parts["vae"].dtype != DTYPES[self.dtype] and _has_bfloat16(self._device):
@@ -100,11 +99,7 @@ class TorchEngine:
         return np.concatenate(outputs)
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Latents [B, C, h, w] -> pictures [B, H, W, 3].
-
-        Raises:
-            NotFiniteError: the network or the decoder produced NaN or infinity.
-        """
+        """Latents [B, C, h, w] -> pictures [B, H, W, 3]."""
         pictures = []
         with torch.inference_mode(), explain_oom(self._device, self._drawing(latents)):
             for part in _batches(latents):

@@ -51,17 +51,12 @@ class FastEngine(TorchEngine):
     Any number of threads may call it; one at a time is served.
 
     Args:
-        info: the model.
+        info, device, dtype, threads: as `TorchEngine` takes them.
         options: how to compute.
-        device: as `onestill.engine.device.choose` takes it; None and "auto" are a GPU where torch has one.
-        dtype: one of `onestill.networks.load.DTYPES`; None is float32 on a CPU and float16 elsewhere.
-        threads: how many CPU threads torch uses, in the whole process; None leaves them as they are.
         recorder: what makes graphs; None is CUDA where it is there and `options.graphs` asks for it.
 
     Raises:
-        OnestillError: an option cannot be had here; the sentence says which.
-        CheckpointError: the weights do not fit the configs, or are of a class that is not supported.
-        NotEnoughMemoryError: the weights do not fit into memory.
+        OnestillError: as `TorchEngine`, or an option cannot be had here; the sentence says which.
     """
 
     def __init__(
@@ -104,12 +99,7 @@ class FastEngine(TorchEngine):
         return sizes if self._recorder is None else tuple(size for size in sizes for _ in range(2))
 
     def generate(self, request: GenerationRequest) -> GenerationResult:
-        """Draw B pictures.
-
-        Raises:
-            NotEnoughMemoryError: they do not fit; the engine works on for the next request.
-            NotFiniteError: the model produced NaN or infinity.
-        """
+        """See `onestill.engine.protocol.EndToEndEngine`."""
         found = []
         with self._lock, torch.inference_mode(), _current(self._device):
             try:
