@@ -18,8 +18,6 @@ from PIL.PngImagePlugin import PngInfo
 from onestill.checkpoint import written_whole
 from onestill.errors import ImageError, OutputError
 
-__all__ = ["fitted", "on_white", "picture_bytes", "save_picture"]
-
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 EXIF_DESCRIPTION = 0x010E
 
