@@ -70,7 +70,7 @@ def make_server(
 ) -> uvicorn.Server:
     """The uvicorn server that `run` runs. Another thread ends it by setting `should_exit`."""
     config = _config(create_app(server), server.bounds.message, trusted_proxies, lifespan="on")
-    return _DrainingServer(config, lambda: server.scheduler.close(DRAIN_S), ready)
+    return _DrainingServer(config, lambda: server.drain(DRAIN_S), ready)
 
 
 def make_proxy_server(

@@ -90,10 +90,15 @@ class Server:
         """What the model is, and what runs it."""
         return self.pipe.info
 
-    def close(self, grace_s: float = 0.0) -> None:
-        """End the scheduler, as `Scheduler.close` says, and everything else."""
+    def drain(self, grace_s: float) -> None:
+        """End the scheduler, as `Scheduler.close` says; uploads that are not decoded by then are refused."""
+        self._decoder.refuse()
         self.scheduler.close(grace_s)
         self._decoder.close()
+
+    def close(self, grace_s: float = 0.0) -> None:
+        """End the scheduler, as `Scheduler.close` says, and everything else."""
+        self.drain(grace_s)
         self._pool.shutdown(wait=True)
         self.access.close()
 
