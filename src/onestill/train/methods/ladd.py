@@ -78,7 +78,7 @@ class Method(add.Method):
     def timestep_weights(self, state: TrainState) -> list[float]:
         """The weights of the warm-up while it lasts."""
         options = self.options.student_input
-        return list(options.warm_weights if state.iteration < options.warm_iterations else options.weights)
+        return list(options.warm_weights if state.age("student") < options.warm_iterations else options.weights)
 
     def draw_levels(self, count: int, draw: Draw) -> Tensor:
         """t in 0..999 as the sigmoid of a normal, [B]."""
