@@ -38,7 +38,10 @@ class FeatureOptions(inputs.FeatureOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class InputOptions(inputs.InputOptions):
-    """The noise under the features is t = 999 sigmoid(n), n normal; `t_low` and `t_high` are not used."""
+    """The noise under the features is t = 999 sigmoid(n), n normal; `t_low` and `t_high` are not used.
+
+    Not quite the paper's: its sigmoid(n) is rectified flow's time, where sigma / alpha is e^n; docs/distil.md compares.
+    """
 
     logit_mean: float = option(1.0, low=-10.0, high=10.0, was="level_mean")  # of n; higher judges structure
     logit_std: float = option(1.0, low=0.0, high=10.0, was="level_deviation")  # of n
