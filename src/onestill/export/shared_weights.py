@@ -20,10 +20,11 @@ from onestill.engine.openvino.runtime import openvino, opset13
 import numpy as np
 
 from onestill.checkpoint import ModelInfo, describe, sha256, verify, weights_file
+from onestill.engine.openvino.cpu import lacks_vnni
 from onestill.engine.openvino.engine import OpenVinoEngine
 from onestill.engine.openvino.shared_weights import FOLDER, FORMAT, PARTS, aligned
 from onestill.engine.torch.eager import TorchEngine
-from onestill.errors import CheckpointError
+from onestill.errors import CheckpointError, OnestillError
 from onestill.export.calibrate import write_int8
 from onestill.export.convert import convert, example_inputs, wrapped
 from onestill.export.folder import folder_written_whole
@@ -55,9 +56,12 @@ def export_openvino(folder: Path, *, int8: bool = False) -> Path:
 
     Raises:
         CheckpointError: the folder is no such model, or OpenVINO computes something else than torch.
+        OnestillError: int8 cannot be measured on this CPU.
     """
     info = describe(folder)
     verify(folder)
+    if int8 and lacks_vnni():
+        raise OnestillError("int8 is measured by drawing, and this CPU has no VNNI for that; leave out --int8.")
     components = load_components(info)
     target = folder / FOLDER
     with folder_written_whole(target, force=True) as unfinished:

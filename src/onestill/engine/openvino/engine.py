@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from onestill.checkpoint import ModelInfo
 from onestill.engine.device import runs_on_cpu
+from onestill.engine.openvino.cpu import lacks_vnni
 from onestill.engine.openvino.network import LARGEST_BATCH, WORTH_COMPILING, Float, Network
 from onestill.engine.openvino.shared_weights import SharedWeights
 from onestill.engine.openvino.stored_weights import StoredWeights
@@ -47,7 +48,7 @@ class OpenVinoEngine:
             quarter slower. Other models ignore it.
 
     Raises:
-        OnestillError: another device or dtype was asked for, or the model has no int8 form.
+        OnestillError: another device or dtype was asked for, or the model or the CPU has no int8.
         CheckpointError: the OpenVINO form is incomplete, was made from other weights, or cannot be loaded.
         NotEnoughMemoryError: the weights do not fit into memory.
     """
@@ -71,6 +72,8 @@ class OpenVinoEngine:
         source = StoredWeights(info) if info.size_multiple else SharedWeights(info, quick_start=quick_start)
         if dtype == "int8" and not source.has_int8:
             raise OnestillError(f"The model '{info.name}' has no int8 form; choose float32 or bfloat16, or export one.")
+        if dtype == "int8" and lacks_vnni():
+            raise OnestillError("This CPU has no VNNI, without which int8 draws wrong images; choose float32.")
         self.info = info
         self.device = "cpu"
         self.dtype = dtype or source.fastest_dtype(core)

@@ -19,7 +19,7 @@ from typing import Any
 
 from onestill.checkpoint import ModelInfo, read_json
 from onestill.engine.memory import check_memory_left
-from onestill.engine.openvino.cpu import fastest_float
+from onestill.engine.openvino.cpu import fastest_float, lacks_vnni
 from onestill.engine.openvino.int8 import round_inputs
 from onestill.engine.openvino.network import static_shapes
 from onestill.errors import CheckpointError
@@ -82,7 +82,7 @@ class StoredWeights:
     def fastest_dtype(self, core: Any) -> str:
         """What the CPU computes this form fastest in."""
         # Where OpenVINO has int8 at all, as the same weights in a wider type take more memory, too.
-        if self.has_int8 and "INT8" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if self.has_int8 and "INT8" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") and not lacks_vnni():
             return "int8"
         return fastest_float(core)
 
