@@ -14,6 +14,7 @@ from pathlib import Path
 from onestill.checkpoint.files import (
     MANIFEST,
     cache_folder,
+    home,
     read_json,
     seal,
     sha256,
@@ -38,6 +39,7 @@ __all__ = [
     "Network",
     "cache_folder",
     "describe",
+    "home",
     "identify",
     "list_models",
     "model_path",
@@ -88,7 +90,7 @@ def resolve(name_or_path: str | os.PathLike[str] = DEFAULT_MODEL) -> Path:
     text = os.fspath(name_or_path)
     if text in list_models():
         return model_path(text)
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # which pathlib fails at where there is no home
     if path.is_dir():
         return _checked_folder(path)
     if path.exists():

@@ -21,6 +21,7 @@ __all__ = [
     "MANIFEST",
     "NETWORKS",
     "cache_folder",
+    "home",
     "read_json",
     "seal",
     "sha256",
@@ -215,15 +216,23 @@ def _changed_error(path: Path) -> CheckpointError:
 # --- places and files -----------------------------------------------------------------------------------------------
 
 
+def home() -> Path:
+    """The user's home folder; where the system knows none, a path at which nothing can be read or written."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(os.devnull)
+
+
 def cache_folder() -> Path:
     """The folder of caches: `ONESTILL_CACHE`, else the operating system's own. It may not exist."""
     if folder := os.environ.get("ONESTILL_CACHE"):
         return Path(folder)
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "onestill"
+        return home() / "Library" / "Caches" / "onestill"
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "onestill"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onestill"
+        return Path(os.environ.get("LOCALAPPDATA") or home()) / "onestill"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "onestill"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -161,7 +162,7 @@ def parse_loras(texts: list[str] | None) -> dict[Path, float]:
         OnestillError: what follows the colon is no number.
     """
     found = {}
-    for text in texts or []:
+    for text in map(os.path.expanduser, texts or []):
         path, colon, scale = text.rpartition(":") if not Path(text).exists() else (text, "", "")
         if colon and not re.fullmatch(r"-?\d*\.?\d+", scale):
             raise OnestillError(f"The LoRA '{text}' is not understood; write it as FILE or FILE:SCALE, such as x:0.7.")

@@ -206,7 +206,7 @@ def read_image(path: Path) -> Image:
     from onestill.pipeline.picture import read_picture
 
     try:
-        return read_picture(path.expanduser())
+        return read_picture(path)
     except FileNotFoundError as error:
         raise ImageError(f"There is no picture '{path}'; check the path.") from error
     except (OSError, ImageError) as error:
