@@ -17,20 +17,6 @@ from typing import Any
 from onestill.checkpoint.header import PICKLE_SUFFIXES, check_safetensors, pickle_error
 from onestill.errors import CheckpointError
 
-__all__ = [
-    "MANIFEST",
-    "NETWORKS",
-    "cache_folder",
-    "home",
-    "read_json",
-    "seal",
-    "sha256",
-    "unsealed",
-    "verify",
-    "weights_file",
-    "written_whole",
-]
-
 MANIFEST = "onestill.json"
 NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")  # diffusers' names of a model's components with weights
 SEAL = b"onestill seal 1\n"

@@ -8,8 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["fastest_float", "lacks_vnni", "multiplies_int8"]
-
 # oneDNN's names for sets of instructions that multiply no int8, or no bfloat16.
 WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
 WITHOUT_BFLOAT16 = (*WITHOUT_VNNI, "AVX2_VNNI", "AVX512_CORE_VNNI")

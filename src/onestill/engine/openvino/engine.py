@@ -30,8 +30,6 @@ from onestill.errors import NotFiniteError, OnestillError
 from onestill.pixels import to_images, to_pictures
 from onestill.text.tokenize import PromptTokenizer
 
-__all__ = ["OpenVinoEngine"]
-
 DTYPES = ("float32", "bfloat16", "int8")
 
 
@@ -85,7 +83,7 @@ class OpenVinoEngine:
             graph.name: Network(core, graph, options | dict(graph.options), is_large=source.is_large)
             for graph in source.graphs(core, self.dtype)
         }
-        self._text_encoders = [self._networks[name] for name in ("text_encoder", "text_encoder_2")[: 1 + info.is_xl]]
+        self._text_encoders = [self._networks[name] for name in info.text_encoders]
         self._time_embeddings: dict[int, Float] = {}  # filled as timesteps come up; there are few
         # The UNet first, as the others fit beside it. Two large networks at most load at once, for the sake of memory.
         # The encoder waits until there is a picture to encode.
@@ -97,8 +95,7 @@ class OpenVinoEngine:
                 *(pool.submit(encoder.load, (1, info.max_tokens), runs=runs) for encoder in self._text_encoders),
                 pool.submit(self._networks["time"].load, (1,), runs=runs),
             ]
-            components = ("tokenizer", "tokenizer_2")[: 1 + info.is_xl]
-            self._tokenizers = [PromptTokenizer(info, component) for component in components]
+            self._tokenizers = [PromptTokenizer(info, component) for component in info.tokenizers]
             for future in loading:
                 future.result()
 
@@ -138,11 +135,7 @@ class OpenVinoEngine:
         return self._time_embeddings[timestep]
 
     def decode(self, latents: Float) -> NDArray[np.uint8]:
-        """Latents [B, C, h, w] -> pictures [B, H, W, 3].
-
-        Raises:
-            NotFiniteError: the decoder produced NaN or infinity.
-        """
+        """Latents [B, C, h, w] -> pictures [B, H, W, 3]."""
         image = self._networks["decoder"]({"latents": latents / self._decoder_scale})[0]
         if not np.isfinite(image).all():
             raise NotFiniteError.of("the picture", self.dtype)
