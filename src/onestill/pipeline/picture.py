@@ -21,7 +21,9 @@ from onestill.errors import ImageError, OutputError
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 EXIF_DESCRIPTION = 0x010E
 EXIF_ORIENTATION = 0x0112
-TURNS = dict(enumerate((0, 3, 1, 5, 4, 6, 2), 2))  # EXIF's orientations -> Pillow's transpositions; 1 is upright
+TRANSPOSITIONS = dict(
+    enumerate((0, 3, 1, 5, 4, 6, 2), 2)
+)  # EXIF's orientations -> Pillow's transpositions; 1 is upright
 TURNED_BY = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow finds an orientation
 MOST_EXIF_BYTES = 65_000  # of text in a JPEG, whose segments hold 65,533
 MOST_VALUE_BYTES = 20_000  # of a prompt where both would not fit into that
@@ -106,7 +108,7 @@ def read_picture(source: str | os.PathLike[str] | bytes) -> Image:
     try:
         with PIL.Image.open(io.BytesIO(data)) as picture:
             return on_white(upright(picture))
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except PIL.UnidentifiedImageError as error:
         raise ImageError("its image is of no known kind") from error
@@ -120,6 +122,8 @@ def fitted(image: Image | NDArray[np.uint8], height: int, width: int) -> NDArray
         picture = on_white(PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else upright(image))
         if picture.size != (width, height):
             picture = PIL.ImageOps.fit(picture, (width, height), PIL.Image.Resampling.LANCZOS)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow decodes only now, and raises anything on damaged bytes
         raise ImageError(f"The image cannot be used ({error}); give a PIL image or uint8 [H, W, 3].") from error
     return np.asarray(picture, dtype=np.uint8)
@@ -132,7 +136,7 @@ def upright(picture: Image) -> Image:
     """
     picture.load()  # which turns a TIFF
     try:
-        turn = TURNS.get(picture.getexif().get(EXIF_ORIENTATION))
+        turn = TRANSPOSITIONS.get(picture.getexif().get(EXIF_ORIENTATION))
     except Exception:  # of EXIF that is no EXIF
         return picture
     if turn is None:

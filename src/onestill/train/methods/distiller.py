@@ -72,7 +72,7 @@ class Distiller:
     splits = True
     guidance_note = "no guidance (`guidance_scale=0`)"
     sampler = "euler_ancestral"
-    sampler_config: Mapping[str, Any] = MappingProxyType({})  # what the exported scheduler is told besides
+    sampler_config: Mapping[str, Any] = MappingProxyType({})  # further settings of the exported scheduler
     sheet_steps: tuple[int, ...] = (1, 4)
 
     options: Any  # a method's own, which mypy cannot narrow in a subclass
