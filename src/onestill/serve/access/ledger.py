@@ -22,6 +22,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from onestill.checkpoint import home
 from onestill.errors import OnestillError, require
 from onestill.serve.access.keys import Key, hash_of, new_key
 from onestill.serve.errors import Unavailable
@@ -51,7 +52,7 @@ _COUNTS = sa.Table(
 
 def default_url() -> str:
     """The URL of a SQLite file in the user's data folder, which is made if need be."""
-    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    base = os.environ.get("XDG_DATA_HOME") or home() / ".local" / "share"
     folder = Path(base) / "onestill"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
