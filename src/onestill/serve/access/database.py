@@ -22,6 +22,7 @@ from alembic.util.exc import CommandError
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
+from onestill.checkpoint import home
 from onestill.errors import OnestillError, require
 from onestill.serve.errors import Unavailable
 
@@ -38,7 +39,7 @@ MIGRATION_LOCK = 0x6F6E6573  # PostgreSQL's advisory lock while tables are made:
 
 def default_url() -> str:
     """The URL of a SQLite file in the user's data folder, which is made if need be."""
-    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    base = os.environ.get("XDG_DATA_HOME") or home() / ".local" / "share"
     folder = Path(base) / "onestill"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
