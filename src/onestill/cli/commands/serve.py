@@ -36,10 +36,14 @@ if TYPE_CHECKING:
     from onestill.serve.access.ledger import Ledger
     from onestill.serve.access.quota import Access
     from onestill.serve.provenance import Stamp
+    from onestill.serve.queue.scheduler import Limits
     from onestill.serve.safety import ImageFilter, PromptFilter
     from onestill.serve.web.server import Server, Settings
 
 __all__ = ["serve"]
+
+SLOWER = 5  # than the slowest call while warming up: no call of an engine that is well
+COMPILE_S = 900.0  # torch compiles an image size that is new to it for no longer
 
 
 def serve(
@@ -138,6 +142,20 @@ def serve(
         float,
         typer.Option("--ray-gpus", min=0, metavar="X", help="Number of GPUs for each replica; a fraction shares one."),
     ] = 0.0,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout",
+            min=1,
+            max=3600,
+            metavar="SECONDS",
+            help="Answer what waits for longer, and replace an engine that hangs for longer. (default: 30, or more "
+            "where the engine is slow)",
+        ),
+    ] = None,
+    no_restart: Annotated[
+        bool, typer.Option("--no-restart", help="Do not start the server again when it dies or its engine hangs.")
+    ] = False,
     unet: Unet = None,
     lora: Loras = None,
     tiny_vae: TinyVae = None,
@@ -150,6 +168,10 @@ def serve(
     ] = False,
 ) -> None:
     """Serve the page, the realtime socket and the images API, until Ctrl-C."""
+    from onestill.serve.supervisor import Supervised, supervise
+
+    # First, while this process is small. Ray has its own way to replace replicas.
+    supervised = Supervised() if no_restart or ray else supervise()
     from onestill.serve.queue.scheduler import Limits
     from onestill.serve.run import listen, run
     from onestill.serve.web.server import Settings
@@ -158,7 +180,7 @@ def serve(
     settings = Settings(
         hosts=tuple(allow_host or ()),
         origins=tuple(allow_origin or ()),
-        limits=Limits(waiting=queue, waiting_each=max(10, queue // 2), batch=batch),
+        limits=limits(Limits(waiting=queue, waiting_each=max(10, queue // 2), batch=batch), timeout),
         metrics_for_all=metrics_for_all,
     )
     hooks = Hooks(blocked, image_filter, no_filter, sign_with, sign_key)
@@ -172,9 +194,11 @@ def serve(
         added,
         {"database": database, "keys": keys, "daily": daily},
         {"days": gallery_days, "most": gallery_most} if gallery else None,
+        is_patient=timeout is None,
     )
     check(settings, hooks, model, added)
-    with listen(host, port) as bound:
+    with supervised.bound or listen(host, port) as bound:
+        supervised.keep(bound)
         found_host, found_port = bound.getsockname()[:2]
         shown = f"[{found_host}]" if ":" in found_host else found_host
 
@@ -187,12 +211,20 @@ def serve(
         if not ray:
             server = build()
             note_device(device, server.info.engine, server.info.device)
-            run(server, bound, trusted_proxies=trust_proxy, ready=partial(ready, f" on {server.info.device}"))
+            said = None if supervised.bound else partial(ready, f" on {server.info.device}")
+            run(server, bound, trusted_proxies=trust_proxy, ready=said, beat=supervised.beat)
             return
         require("ray.serve", "ray")
         from onestill.serve.cluster.ray import run_on_ray
 
         run_on_ray(build, settings, bound, replicas=ray, gpus=ray_gpus, trusted_proxies=trust_proxy, ready=ready)
+
+
+def limits(found: Limits, timeout: float | None) -> Limits:
+    """These limits with a timeout that somebody chose."""
+    if timeout is None:
+        return found
+    return replace(found, timeout_s=timeout, stuck_s=timeout / 2, hung_s=timeout)
 
 
 class Hooks(NamedTuple):
@@ -222,8 +254,13 @@ def built(
     added: dict[str, Any],
     access: dict[str, Any],
     gallery: dict[str, int] | None,
+    *,
+    is_patient: bool,
 ) -> Server:
-    """A server, its model loaded and warm. Under Ray this runs in each replica, so its arguments can be pickled."""
+    """A server, its model loaded and warm. Under Ray this runs in each replica, so its arguments can be pickled.
+
+    With `is_patient` the engine may take as long for a stage as it seems to need.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     from onestill.pipeline import load
@@ -233,20 +270,27 @@ def built(
 
     settings = check(settings, hooks, model["model"], added)
 
+    slowest_s = 0.0
+
     def loaded() -> Pipeline:
+        nonlocal slowest_s
         pipe = load(**model, **added)
-        warm_up(pipe, settings.limits.batch, note)
+        slowest_s = warm_up(pipe, settings.limits.batch, note)
         return pipe
 
     # In a thread that steps back, so that the engine's own threads, which it starts here, do so too.
     with ThreadPoolExecutor(1, initializer=lower_priority) as pool:
         pipe = pool.submit(loaded).result()
+    if is_patient:
+        compiles = model["options"] is not None and model["options"].compile != "none"
+        stage_s = max(SLOWER * slowest_s, COMPILE_S if compiles else 0.0)
+        settings = replace(settings, limits=settings.limits.within(stage_s))
     opened, ledger = opened_access(**access, gallery=gallery is not None)
     if gallery is None or ledger is None:
-        return Server(pipe, settings, opened)
+        return Server(pipe, settings, opened, load=loaded)
     from onestill.serve.gallery.store import Gallery, Rules
 
-    return Server(pipe, settings, opened, Gallery(ledger, Rules(**gallery)))
+    return Server(pipe, settings, opened, Gallery(ledger, Rules(**gallery)), loaded)
 
 
 def opened_access(
