@@ -23,17 +23,17 @@ from onestill.checkpoint.files import (
 from onestill.checkpoint.header import PICKLE_SUFFIXES, is_pickle, pickle_error
 from onestill.checkpoint.info import Additions, Lora, ModelInfo, describe
 from onestill.checkpoint.presets import PRESETS
-from onestill.checkpoint.single_file import FileInfo, Network, identify
+from onestill.checkpoint.single_file import ComponentFile, FileInfo, identify
 from onestill.errors import CheckpointError, ModelNotFoundError, near
 
 __all__ = [
     "MANIFEST",
     "PRESETS",
     "Additions",
+    "ComponentFile",
     "FileInfo",
     "Lora",
     "ModelInfo",
-    "Network",
     "cache_folder",
     "describe",
     "identify",

@@ -16,17 +16,6 @@ from typing import Any
 from onestill.checkpoint.header import PICKLE_SUFFIXES, check_safetensors, pickle_error
 from onestill.errors import CheckpointError
 
-__all__ = [
-    "MANIFEST",
-    "NETWORKS",
-    "cache_folder",
-    "read_json",
-    "sha256",
-    "verify",
-    "weights_file",
-    "written_whole",
-]
-
 MANIFEST = "onestill.json"
 NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")  # diffusers' names of a model's components with weights
 MAX_JSON_BYTES = 64 * 2**20  # of a config; a larger one is no config

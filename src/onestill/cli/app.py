@@ -15,25 +15,10 @@ import onestill
 from onestill.cli.console import SIGNALLED, note, say_error, say_interrupted
 from onestill.errors import OnestillError
 
-__all__ = ["COMMANDS", "make_app", "run"]
-
 USAGE = 2  # the exit status of a mistake in the command itself
 
 # Each is a module of `onestill.cli.commands`, with a function of its name or, for a group of commands, an `app`.
-COMMANDS = (
-    "generate",
-    "serve",
-    "keys",
-    "gallery",
-    "verify",
-    "train",
-    "evaluate",
-    "bench",
-    "export",
-    "models",
-    "data",
-    "doctor",
-)
+COMMANDS = "generate serve keys gallery verify train evaluate bench export models data doctor".split()
 
 
 def make_app(commands: Iterable[str] = COMMANDS) -> typer.Typer:

@@ -32,8 +32,6 @@ from onestill.noise import noise_source
 from onestill.sampling import sample
 from onestill.text.tokenize import PromptTokenizer
 
-__all__ = ["write_int8"]
-
 CALIBRATION, MEASURED = 64, 64
 STEPS = (1, 2, 4)  # one in all calibration pictures; the others in a quarter of them
 OUTLIERS = 0.03

@@ -23,8 +23,6 @@ from onestill.export.convert import convert, example_inputs, wrapped
 from onestill.networks.load import load_components
 from onestill.text.tokenize import write_clip_vocabulary
 
-__all__ = ["WEIGHTS", "export_sd"]
-
 WEIGHTS = ("float16", "int8")
 TRACED = (16, 16)  # latent size to trace with; graphs hold for every size, and a small one is traced fast
 FREE_AXES = {"sample": (2, 3), "latents": (2, 3), "image": (2, 3)}  # height and width
@@ -54,9 +52,8 @@ def export_sd(info: ModelInfo, folder: Path, *, weights: str = "float16") -> Pat
     target = folder / FOLDER
     target.mkdir(parents=True)
     configs: dict[str, Any] = {}
-    decoder = "tiny_vae" if "tiny_vae" in info.networks else "vae"
-    names = ["text_encoder", *(["text_encoder_2"] if info.is_xl else []), "unet", "vae", decoder]
-    for name in dict.fromkeys(names):
+    decoder = "tiny_vae" if "tiny_vae" in info.component_files else "vae"
+    for name in dict.fromkeys((*info.text_encoders, "unet", "vae", decoder)):
         module = load_components(info, "float16", None if info.loras else (name,))[name]
         configs[name] = module.config
         for part in _parts(name, decoder):
@@ -116,7 +113,7 @@ def _write_configs(info: ModelInfo, configs: Mapping[str, Any], folder: Path) ->
     scheduler = {"_class_name": "EulerDiscreteScheduler", **info.schedule.to_config()}
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
-    for name in ("tokenizer", "tokenizer_2") if info.is_xl else ("tokenizer",):
+    for name in info.tokenizers:
         _write_tokenizer(info, name, folder / name)
     facts = {
         "name": info.name,

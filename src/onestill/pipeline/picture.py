@@ -18,8 +18,6 @@ from PIL.PngImagePlugin import PngInfo
 from onestill.checkpoint import written_whole
 from onestill.errors import ImageError, OutputError
 
-__all__ = ["fitted", "on_white", "picture_bytes", "save_picture"]
-
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 EXIF_DESCRIPTION = 0x010E
 
@@ -100,4 +98,4 @@ def on_white(picture: Image) -> Image:
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")

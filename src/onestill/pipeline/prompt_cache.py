@@ -8,8 +8,6 @@ from collections.abc import Sequence
 
 from onestill.engine.protocol import Conditioning, Engine
 
-__all__ = ["PromptCache"]
-
 MOST_PROMPTS = 256  # some 50 KB each for the shipped model
 
 

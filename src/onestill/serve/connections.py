@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from typing import Protocol
 
 __all__ = ["Connections", "share_of"]
@@ -41,18 +40,17 @@ class Connections:
         self._held: Counter[str] = Counter()
         self._idle: dict[str, dict[_Transport, None]] = {}  # of each address, longest first
 
-    def open(self, transport: _Transport, address: str, refuse: Callable[[], None]) -> None:
-        """Take a new connection on, idle as yet; `refuse` is called where there is no room for it.
+    def open(self, transport: _Transport, address: str) -> None:
+        """Take a new connection on, idle as yet. It is closed where there is no room, or where it must make room.
 
         Args:
-            transport: closed where it must make room for another.
+            transport: the connection.
             address: whose share it takes; "" is a proxy's, which holds those of many.
-            refuse: closes it.
         """
         held = self._held[address]
         room = self._most if address == "" else share_of(self._each, self._most, self._held.total())
         if (held >= room or self._held.total() >= self._most) and not self._make_room(address, held):
-            refuse()
+            transport.close()
             return
         self._addresses[transport] = address
         self._held[address] += 1

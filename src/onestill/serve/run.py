@@ -18,12 +18,12 @@ from typing import Any, Literal
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.middleware.proxy_headers import _TrustedHosts
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
 from onestill.errors import OnestillError
 from onestill.serve.access.quota import network
 from onestill.serve.connections import Connections
+from onestill.serve.paced import PacedHttp, PacedSocket
 from onestill.serve.process import tune_interpreter
 from onestill.serve.web.app import create_app
 from onestill.serve.web.server import Server
@@ -32,7 +32,6 @@ __all__ = ["ENGINE_LOST", "listen", "make_proxy_server", "make_server", "run"]
 
 HEADERS_S = 10.0  # a new connection is closed where no whole request has begun by then
 KEEP_ALIVE_S = 30  # after an answer a connection may be silent for so long, and then has HEADERS_S for its next request
-UNREAD_S = 20.0  # a client that reads nothing of its answer for so long is cut off
 CONNECTIONS, CONNECTIONS_EACH = 2000, 500  # in all, and of one address
 OTHER_FILES = 150  # that a server has open beside its connections
 # At shutdown: seconds for the queue to drain, then for uvicorn's connections. The process ends within ten seconds.
@@ -124,12 +123,12 @@ def _config(
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     connections = Connections(CONNECTIONS_EACH, _allow_connections())
     proxies = _TrustedHosts(trusted_proxies or [])
-    counted: Any = partial(_BoundedHttp, connections, proxies)
-    counted_socket: Any = partial(_CountedSocket, connections)
+    http: Any = partial(_BoundedHttp, connections, proxies)
+    socket_protocol: Any = partial(_BoundedSocket, connections)
     return uvicorn.Config(
         app,
-        http=counted,
-        ws=counted_socket,
+        http=http,
+        ws=socket_protocol,
         ws_max_size=message_bytes + 1024,
         ws_max_queue=32,
         ws_per_message_deflate=False,  # pictures are compressed already
@@ -161,41 +160,41 @@ def _allow_connections() -> int:
     return CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, soft - OTHER_FILES))
 
 
-class _BoundedHttp(H11Protocol):
-    """uvicorn's protocol with what it lacks: time limits for a request's headers and for reading its answer, and a
-    limit of connections for each address.
+class _BoundedHttp(PacedHttp):
+    """uvicorn's protocol with what it lacks: time limits for a request's headers and for the next request, and a share
+    of the connections for each address.
     """
 
-    def __init__(self, counted: Connections, proxies: _TrustedHosts, *arguments: Any, **options: Any) -> None:
+    def __init__(self, shares: Connections, proxies: _TrustedHosts, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._counted, self._proxies = counted, proxies
+        self._shares, self._proxies = shares, proxies
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         peer = self.client[0] if self.client else ""
         address = "" if not peer or peer in self._proxies else network(peer)
-        self._counted.open(transport, address, transport.close)
+        self._shares.open(self.transport, address)
         self._silence = self.loop.call_later(HEADERS_S, self._close_if_silent, None)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._silence.cancel()
-        self._counted.close(self.transport)
+        self._shares.close(self.transport)
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
         super().handle_events()
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._counted.busy(self.transport)
+        if self.cycle and not self.cycle.response_complete:
+            self._shares.busy(self.transport)
 
     def handle_websocket_upgrade(self, event: Any) -> None:
-        self._counted.busy(self.transport)
+        self._shares.busy(self.transport)
         super().handle_websocket_upgrade(event)
 
     def on_response_complete(self) -> None:
         # uvicorn's own timer ends with the first byte of the next request.
         self._silence.cancel()
         self._silence = self.loop.call_later(KEEP_ALIVE_S + HEADERS_S, self._close_if_silent, self.cycle)
-        self._counted.idle(self.transport)
+        self._shares.idle(self.transport)
         super().on_response_complete()
 
     def _close_if_silent(self, answered: RequestResponseCycle | None) -> None:
@@ -204,28 +203,16 @@ class _BoundedHttp(H11Protocol):
         if is_ours and self.cycle is answered:
             self.transport.close()
 
-    def pause_writing(self) -> None:
-        """As uvicorn's: called when the client reads more slowly than the server writes."""
-        super().pause_writing()
-        self.loop.call_later(UNREAD_S, self._close_if_unread, self.transport.get_write_buffer_size())
 
-    def _close_if_unread(self, before: int) -> None:
-        left = self.transport.get_write_buffer_size()
-        if left >= before:
-            self.transport.abort()
-        elif left:
-            self.loop.call_later(UNREAD_S, self._close_if_unread, left)
+class _BoundedSocket(PacedSocket):
+    """uvicorn's protocol of sockets; it has a share of the connections until it ends."""
 
-
-class _CountedSocket(WebSocketsSansIOProtocol):
-    """uvicorn's protocol of sockets, which counts as a connection of its address until it ends."""
-
-    def __init__(self, counted: Connections, *arguments: Any, **options: Any) -> None:
+    def __init__(self, shares: Connections, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._counted = counted
+        self._shares = shares
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._counted.close(self.transport)
+        self._shares.close(self.transport)
         super().connection_lost(exc)
 
 

@@ -17,8 +17,6 @@ from onestill.checkpoint import ModelInfo, read_json
 from onestill.errors import CheckpointError, require
 from onestill.text.wordpiece import WordPiece, read_wordpiece, token_text
 
-__all__ = ["PromptTokenizer", "Tokens", "clip_vocabulary", "write_clip_vocabulary"]
-
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 

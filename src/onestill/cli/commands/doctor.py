@@ -21,8 +21,6 @@ from onestill.errors import OnestillError
 if TYPE_CHECKING:
     from onestill.engine.gpus import Gpus, TorchDevices
 
-__all__ = ["doctor"]
-
 PROMPT = "a red apple"
 
 Facts = dict[str, object]

@@ -28,8 +28,6 @@ from onestill import __version__
 from onestill.checkpoint import cache_folder, written_whole
 from onestill.engine.memory import is_memory_error
 
-__all__ = ["compile_into_folder", "compile_to_blob", "network_key"]
-
 MOST_NETWORKS = 24  # in a folder of the cache, all models together; the ones longest unused go first
 MOST_BYTES = 12e9  # likewise
 ROOM = 3.0  # times a large network's weights that the disk must have left

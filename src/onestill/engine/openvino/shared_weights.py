@@ -32,26 +32,9 @@ from numpy.typing import NDArray
 from onestill.checkpoint import ModelInfo, read_json, sha256
 from onestill.engine.openvino.cpu import fastest_float, multiplies_int8
 from onestill.engine.openvino.int8 import DYNAMIC, Layers, quantize
-from onestill.engine.openvino.network import static_shapes
+from onestill.engine.openvino.network import Graph, static_shapes
 from onestill.engine.openvino.private_api import UNCHAINED, can_unchain
 from onestill.errors import CheckpointError
-
-__all__ = [
-    "ALIGNMENT",
-    "EXACT",
-    "FOLDER",
-    "FORMAT",
-    "INT8",
-    "INT8_FORMAT",
-    "PARTS",
-    "Int8",
-    "PartFiles",
-    "SharedWeights",
-    "aligned",
-    "has_int8",
-    "read_index",
-    "read_int8",
-]
 
 FOLDER = "openvino"
 # `time` is the UNet's embedding of the timestep. It is a graph of its own because it must stay in float32 (to bfloat16,
@@ -90,11 +73,7 @@ class PartFiles:
     weights_sha256: str
 
     def fingerprint(self) -> str:
-        """What changes when any of the files does, as far as `onestill.checkpoint.verify` has not seen to it.
-
-        Raises:
-            CheckpointError: a file is missing.
-        """
+        """What changes when any of the files does, as far as `onestill.checkpoint.verify` has not seen to it."""
         try:
             content = self.graph.read_bytes() + self.rest.read_bytes()
             size = self.weights.stat().st_size
@@ -127,11 +106,7 @@ class PartFiles:
         return graph, space
 
     def model(self, core: Any, shape: tuple[int, ...]) -> tuple[Any, NDArray[np.uint8]]:
-        """The network for a first input of `shape`, and the memory that its constants point into.
-
-        Raises:
-            CheckpointError: as `read`.
-        """
+        """The network for a first input of `shape`, and the memory that its constants point into."""
         graph, space = self.read()
         model = core.read_model(graph, openvino.Tensor(space, shared_memory=True))
         model.reshape(static_shapes(model, shape))
@@ -216,17 +191,9 @@ def read_int8(folder: Path) -> Int8 | None:
 
 
 @dataclass(frozen=True)
-class _Graph:
-    """See `onestill.engine.openvino.network.Graph`."""
-
-    name: str
+class _Graph(Graph):
     files: PartFiles
-    options: Mapping[str, Any]
     layers: Layers
-
-    @property
-    def path(self) -> Path:
-        return self.files.graph
 
     def fingerprint(self) -> str:
         """Of all files, and of the layers in int8."""
@@ -281,4 +248,4 @@ class SharedWeights:
                 options |= UNCHAINED
             if None in layers.values():
                 options |= DYNAMIC
-            yield _Graph(part, files, options, layers)
+            yield _Graph(part, files.graph, options, files, layers)

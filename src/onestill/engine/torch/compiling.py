@@ -18,8 +18,6 @@ from onestill.engine.protocol import TorchOptions
 from onestill.errors import OnestillError, near, require
 from onestill.networks.inference import Networks
 
-__all__ = ["ATTENTIONS", "COMPILES", "QUANTIZES", "compiled", "fuse", "prepared", "run_as_asked", "save_compiled"]
-
 ATTENTIONS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,

@@ -30,10 +30,6 @@ from onestill.engine.torch.cuda_graphs import Buckets, Graphs, Recorder
 from onestill.engine.torch.eager import TorchEngine
 from onestill.engine.torch.stages import decode_latents, encode_prompts, take_steps
 from onestill.engine.torch.step_table import step_table
-from onestill.errors import NotFiniteError
-from onestill.networks.latents import to_uint8
-
-__all__ = ["BATCHES", "FastEngine"]
 
 BATCHES = (1, 2, 4, 8)  # images to a call; other numbers are padded to the next, as each size is a graph of its own
 PROMPTS_CACHED = 256  # whose states stay on the device; SDXL's take 0.3 MB each
@@ -55,17 +51,12 @@ class FastEngine(TorchEngine):
     Any number of threads may call it; one at a time is served.
 
     Args:
-        info: the model.
+        info, device, dtype, threads: as `TorchEngine` takes them.
         options: how to compute.
-        device: as `onestill.engine.device.choose` takes it; None and "auto" are a GPU where torch has one.
-        dtype: one of `onestill.networks.load.DTYPES`; None is float32 on a CPU and float16 elsewhere.
-        threads: how many CPU threads torch uses, in the whole process; None leaves them as they are.
         recorder: what makes graphs; None is CUDA where it is there and `options.graphs` asks for it.
 
     Raises:
-        OnestillError: an option cannot be had here; the sentence says which.
-        CheckpointError: the weights do not fit the configs, or are of a class that is not supported.
-        NotEnoughMemoryError: the weights do not fit into memory.
+        OnestillError: as `TorchEngine`, or an option cannot be had here; the sentence says which.
     """
 
     def __init__(
@@ -108,18 +99,11 @@ class FastEngine(TorchEngine):
         return sizes if self._recorder is None else tuple(size for size in sizes for _ in range(2))
 
     def generate(self, request: GenerationRequest) -> GenerationResult:
-        """Draw B pictures.
-
-        Raises:
-            NotEnoughMemoryError: they do not fit; the engine works on for the next request.
-            NotFiniteError: the model produced NaN or infinity.
-        """
+        """See `onestill.engine.protocol.EndToEndEngine`."""
         found = []
-        height, width = (side * self.info.vae_scale_factor for side in request.noise.shape[3:])
-        doing = f"draw {len(request.prompts)} pictures of {width}x{height}"
         with self._lock, torch.inference_mode(), _current(self._device):
             try:
-                with explain_oom(self._device, doing):
+                with explain_oom(self._device, self._drawing(request.noise[0])):
                     for first in range(0, len(request.prompts), BATCHES[-1]):
                         found.append(self._generate(request, slice(first, first + BATCHES[-1])))
             except MemoryError:
@@ -178,13 +162,8 @@ class FastEngine(TorchEngine):
         if bool(is_finite):
             found: NDArray[np.uint8] = pictures[:count].cpu().numpy()
             return found
-        try:
-            # Decode again, eagerly and in float32: either that succeeds, or the error names what overflowed.
-            checked = self._networks.latent_space.checked_decode(latents[:count])
-            decoded: NDArray[np.uint8] = to_uint8(checked).cpu().numpy()
-            return decoded
-        except FloatingPointError as error:
-            raise NotFiniteError.of(str(error), self.dtype) from None
+        # Decode again, eagerly and in float32: either that succeeds, or the error names what overflowed.
+        return self._checked_pictures(latents[:count])
 
     # --- prompts ---
 

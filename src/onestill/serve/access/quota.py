@@ -53,6 +53,11 @@ class Visitor:
     address: str = ""
     client: str = field(default="", compare=False)
 
+    @property
+    def source(self) -> str:
+        """Where from: the address where there is one, as a visitor can get a new cookie at any time; else the key."""
+        return self.address or self.name
+
 
 class Access:
     """Identifies visitors, and counts their pictures.
