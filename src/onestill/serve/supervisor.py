@@ -90,6 +90,7 @@ class _Supervisor:
             _die_with(own)
             return theirs
         theirs.close()
+        ours.setblocking(False)
         self._line = ours
         return None
 
@@ -100,12 +101,12 @@ class _Supervisor:
         while True:
             self._hear(1.0)
             now = time.monotonic()
+            ended, status = os.waitpid(self._child, os.WNOHANG)
             if self._beats():
                 beaten, serves = now, True
-            elif now - looked > SILENT_S / 4:  # this process was stopped meanwhile, and the server too
+            elif now - looked > SILENT_S / 4 + 1:  # this process was stopped meanwhile, and the server too
                 beaten = now
             looked = now
-            ended, status = os.waitpid(self._child, os.WNOHANG)
             if ended:
                 break
             if serves and self._asked_at is None and now - beaten > SILENT_S:
@@ -126,7 +127,7 @@ class _Supervisor:
         said = f"by signal {-status}" if status < 0 else f"with status {status}"
         LOG.critical("The server ended %s; it is started again.", said)
         until = time.monotonic() + PAUSES_S[min(self._short, len(PAUSES_S)) - 1] if self._short else 0.0
-        while self._asked_at is None and time.monotonic() < until:  # a signal may come in the loop
+        while self._asked_at is None and time.monotonic() < until:
             self._hear(until - time.monotonic())
         if self._asked_at is not None:
             _end_as(0)
@@ -146,12 +147,16 @@ class _Supervisor:
 
     def _beats(self) -> bool:
         """Read what the server said; returns whether it serves."""
-        said = b""
+        serves = False
         with suppress(BlockingIOError, ConnectionError):
-            said, fds, _, _ = socket.recv_fds(self._line, 4096, 1, socket.MSG_DONTWAIT)
-            for fd in fds:
-                self.bound = socket.socket(fileno=fd)
-        return b"." in said
+            while True:
+                said, fds, _, _ = socket.recv_fds(self._line, 4096, 1)
+                for fd in fds:
+                    self.bound = socket.socket(fileno=fd)
+                if not said:
+                    break
+                serves |= b"." in said
+        return serves
 
 
 def _die_with(parent: int) -> None:
