@@ -226,17 +226,17 @@ def idle(port: int) -> None:
 
 
 def never_read(port: int) -> None:
-    """Sixteen live connections and eight API clients that ask for four PNGs at a time, and read nothing."""
+    """Sixteen live connections and eight API clients of one address that ask for four PNGs at a time, and read nothing."""
     body = json.dumps({"prompt": "a red apple", "n": 4}).encode()
     request = (
         b"POST /v1/images/generations HTTP/1.1\r\n" + HOST_LINE + b"content-type: application/json\r\n"
         b"content-length: %d\r\n\r\n" % len(body) + body
     )
     asks = b"".join(message(n, n=4, format="png") for n in range(1000))
-    for i in range(16):
-        again(lambda i=i: flood(port, 10 + i // 4, UPGRADE, forever(asks), reads=False))
-    for i in range(8):
-        again(lambda i=i: flood(port, 20 + i // 4, b"", forever(request * 100), reads=False))
+    for _ in range(16):
+        again(lambda: flood(port, 10, UPGRADE, forever(asks), reads=False))
+    for _ in range(8):
+        again(lambda: flood(port, 10, b"", forever(request * 100), reads=False))
 
 
 def one_address(port: int) -> None:
