@@ -226,7 +226,7 @@ def idle(port: int) -> None:
 
 
 def never_read(port: int) -> None:
-    """Sixteen live connections and eight API clients of one address that ask for four PNGs at a time, and read nothing."""
+    """Sixteen live connections and eight API clients of one address that ask for four PNGs at once and read nothing."""
     body = json.dumps({"prompt": "a red apple", "n": 4}).encode()
     request = (
         b"POST /v1/images/generations HTTP/1.1\r\n" + HOST_LINE + b"content-type: application/json\r\n"
