@@ -51,6 +51,11 @@ class Visitor:
     owner: str = ""
     address: str = ""
 
+    @property
+    def source(self) -> str:
+        """Where from: the address where there is one, as a visitor can get a new cookie at any time; else the key."""
+        return self.address or self.name
+
 
 class Access:
     """Identifies visitors, and counts their pictures.
