@@ -15,7 +15,7 @@ from typing import Any
 from onestill.engine.openvino.runtime import openvino
 
 from onestill import __version__
-from onestill.checkpoint import MANIFEST, ModelInfo, read_json
+from onestill.checkpoint import MANIFEST, ModelInfo, read_json, sha256
 from onestill.engine.openvino.int8 import store_weights
 from onestill.engine.openvino.stored_weights import FOLDER, FORM
 from onestill.errors import OnestillError
@@ -70,6 +70,7 @@ def export_sd(info: ModelInfo, folder: Path, *, weights: str = "float16") -> Pat
         "weights": weights,
         "decoder_scale": scale,
         "sizes": sizes,
+        "sha256": {name: sha256(target / name) for name in sizes},
     }
     (target / "index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder
