@@ -11,8 +11,6 @@ from onestill.evaluate.report.model import About, Report, Target, Tried
 from onestill.evaluate.report.pieces import charts, figures_table, section, sheet_html, strip, table
 from onestill.evaluate.run import Evaluation
 
-__all__ = ["render"]
-
 _HERO_PICTURES = 10
 
 
