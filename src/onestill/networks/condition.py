@@ -45,7 +45,7 @@ class Condition:
     def map(self, change: Callable[..., Tensor], *others: Condition) -> Condition:
         """Each tensor changed alike, together with its namesakes in `others`; None where one of them has none."""
         namesakes = zip(*(vars(one).values() for one in (self, *others)), strict=True)
-        return Condition(*(None if any(part is None for part in parts) else change(*parts) for parts in namesakes))
+        return Condition(*(None if any(part is None for part in parts) else change(*parts) for parts in namesakes))  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> Condition:
         """On a device; pinned memory is copied without waiting."""
