@@ -25,6 +25,7 @@ __all__ = [
     "Model",
     "Preset",
     "Quantize",
+    "Schedule",
     "TinyVae",
     "Unet",
     "parse_daily",
@@ -66,6 +67,14 @@ Preset = Annotated[
         "--preset",
         metavar="NAME",
         help="How to draw where the files do not say: turbo, lightning, lcm, dmd2, base. (default: by the files)",
+    ),
+]
+Schedule = Annotated[
+    str | None,
+    typer.Option(
+        "--schedule",
+        metavar="NAME",
+        help="What the network's output means: eps, v, v-zsnr, x0, edm, edm-v. (default: by the files)",
     ),
 ]
 Compile = Annotated[
@@ -155,17 +164,18 @@ def parse_daily(text: str | None) -> int | None:
 
 
 def parse_loras(texts: list[str] | None) -> dict[Path, float]:
-    """LoRA files and what each is multiplied by, from `file.safetensors` or `file.safetensors:0.7`.
+    """LoRA files and what each is multiplied by, from `file.safetensors` or `file.safetensors:0.7`; twice adds up.
 
     Raises:
         OnestillError: what follows the colon is no number.
     """
-    found = {}
+    found: dict[Path, float] = {}
     for text in texts or []:
         path, colon, scale = text.rpartition(":") if not Path(text).exists() else (text, "", "")
         if colon and not re.fullmatch(r"-?\d*\.?\d+", scale):
             raise OnestillError(f"The LoRA '{text}' is not understood; write it as FILE or FILE:SCALE, such as x:0.7.")
-        found[Path(path if colon else text)] = float(scale) if colon else 1.0
+        file = Path(path if colon else text)
+        found[file] = found.get(file, 0.0) + (float(scale) if colon else 1.0)
     return found
 
 

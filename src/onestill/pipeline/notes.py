@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from onestill.checkpoint import ModelInfo
 from onestill.pipeline.checks import shortened
 
-__all__ = ["NEGATIVE_DID_NOTHING", "notes_on_prompts", "notes_on_size", "notes_on_steps"]
+__all__ = ["NEGATIVE_DID_NOTHING", "notes_on_prompts", "notes_on_sampler", "notes_on_size", "notes_on_steps"]
 
 NEGATIVE_DID_NOTHING = "The negative prompt did nothing: it acts only at a guidance scale above 1."
 
@@ -30,6 +30,15 @@ def notes_on_steps(num_inference_steps: int, timesteps: Sequence[int], strength:
     return [
         f"A strength of {strength:g} is less than one of {num_inference_steps} steps; one was taken, from timestep "
         f"{timesteps[0]}."
+    ]
+
+
+def notes_on_sampler(sampler: str, info: ModelInfo) -> list[str]:
+    """On a sampler that takes the place of a scheduler with noise levels of its own."""
+    if not info.scheduler or sampler == info.sampler:
+        return []
+    return [
+        f"The model's own {info.sampler} was left out: '{sampler}' drew at {info.schedule.timestep_spacing} timesteps."
     ]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onestill.cli.options import Loras, Model, Preset, TinyVae, Unet, parse_loras
+from onestill.cli.options import Loras, Model, Preset, Schedule, TinyVae, Unet, parse_loras
 from onestill.errors import OnestillError, OutputError, near, require
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def export(
     lora: Loras = None,
     tiny_vae: TinyVae = None,
     preset: Preset = None,
+    schedule: Schedule = None,
 ) -> None:
     """Copy a model and give the copy the form that an engine runs. Needs the extra `torch`."""
     if to not in FORMS:
@@ -57,7 +58,7 @@ def export(
     from onestill.checkpoint import MANIFEST, Additions, Lora, describe, read_json, resolve, verify
 
     loras = tuple(Lora(path, scale) for path, scale in parse_loras(lora).items())
-    additions = Additions(unet=unet, loras=loras, tiny_vae=tiny_vae, preset=preset)
+    additions = Additions(unet=unet, loras=loras, tiny_vae=tiny_vae, preset=preset, schedule=schedule)
     folder = resolve(model)
     info = describe(folder, additions)
     verify(folder, contents=True)

@@ -20,6 +20,7 @@ from onestill.cli.options import (
     Model,
     Preset,
     Quantize,
+    Schedule,
     TinyVae,
     Unet,
     parse_loras,
@@ -103,6 +104,7 @@ def generate(
     lora: Loras = None,
     tiny_vae: TinyVae = None,
     preset: Preset = None,
+    schedule: Schedule = None,
     compiling: Compile = None,
     quantizing: Quantize = None,
     as_json: Json = False,
@@ -145,6 +147,7 @@ def generate(
         lora=loras,  # type: ignore[arg-type] # a mapping of paths is one of what load takes
         tiny_vae=tiny_vae,
         preset=preset,
+        schedule=schedule,
         quick_start=len(wanted) * (steps or 1) <= QUICK_START_STEPS,
         options=torch_options(compiling, quantizing),
     )

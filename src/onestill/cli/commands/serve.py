@@ -22,6 +22,7 @@ from onestill.cli.options import (
     Model,
     Preset,
     Quantize,
+    Schedule,
     TinyVae,
     Unet,
     parse_daily,
@@ -142,6 +143,7 @@ def serve(
     lora: Loras = None,
     tiny_vae: TinyVae = None,
     preset: Preset = None,
+    schedule: Schedule = None,
     compiling: Compile = None,
     quantizing: Quantize = None,
     metrics_for_all: Annotated[
@@ -162,7 +164,7 @@ def serve(
         metrics_for_all=metrics_for_all,
     )
     hooks = Hooks(blocked, image_filter, no_filter, sign_with, sign_key)
-    added = {"unet": unet, "lora": parse_loras(lora), "tiny_vae": tiny_vae, "preset": preset}
+    added = {"unet": unet, "lora": parse_loras(lora), "tiny_vae": tiny_vae, "preset": preset, "schedule": schedule}
     build = partial(
         built,
         settings,
