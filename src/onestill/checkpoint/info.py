@@ -179,7 +179,8 @@ def _of_folder(folder: Path, said: str) -> ModelInfo:
         schedule=sampling.schedule,
         sampler=sampler,
         scheduler=sampling.scheduler,
-        **_latents_statistics(vae, family),
+        latents_mean=_latents_statistics(vae, family)[0],
+        latents_std=_latents_statistics(vae, family)[1],
         # Models of CLIP's families are trained on many shapes, or bear them; ours knows its own size alone.
         size_multiple=factor if classes["text_encoder"][1].startswith("CLIP") else 0,
         zero_negative=family == SDXL and bool(index.get("force_zeros_for_empty_prompt", True)),
@@ -206,12 +207,10 @@ def _usual(scheduler: Mapping[str, Any]) -> Preset:
     return PRESETS["turbo" if scheduler.get("timestep_spacing") == "trailing" else "base"]
 
 
-def _latents_statistics(vae: Mapping[str, Any], family: str) -> dict[str, tuple[float, ...]]:
+def _latents_statistics(vae: Mapping[str, Any], family: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """`latents_mean` and `latents_std` of an autoencoder's config, which SDXL's pipeline alone reads."""
-    both = [tuple(float(value) for value in vae.get(name) or ()) for name in ("latents_mean", "latents_std")]
-    if family != SDXL or not all(both):
-        return {}
-    return {"latents_mean": both[0], "latents_std": both[1]}
+    mean, std = (tuple(float(value) for value in vae.get(name) or ()) for name in ("latents_mean", "latents_std"))
+    return (mean, std) if family == SDXL and mean and std else ((), ())
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -257,7 +256,8 @@ def _of_file(path: Path, preset: str | None, said: str) -> ModelInfo:
         latent_shape=(int(unet["in_channels"]), height // factor, width // factor),
         vae_scale_factor=factor,
         scaling_factor=float(vae["scaling_factor"]),
-        **_latents_statistics(vae, family),
+        latents_mean=_latents_statistics(vae, family)[0],
+        latents_std=_latents_statistics(vae, family)[1],
         max_tokens=int(text["max_position_embeddings"]),
         use_attention_mask=False,
         schedule=sampling.schedule,

@@ -167,9 +167,7 @@ def read_scheduler(config: Mapping[str, Any], *, is_xl: bool) -> Sampling:
     if not is_xl:
         config = {**config, "steps_offset": 1, "clip_sample": False}
     if str(config.get("variance_type")).startswith("learned"):
-        raise ScheduleError(
-            "Stable Diffusion's UNets give no learned variance; set variance_type to null."
-        )
+        raise ScheduleError("Stable Diffusion's UNets give no learned variance; set variance_type to null.")
     if kind in EDM:
         return Sampling(_edm_schedule(config), kind, True, config)
     schedule = NoiseSchedule.from_config(config)

@@ -72,7 +72,7 @@ def export_sd(info: ModelInfo, folder: Path, *, weights: str = "float16") -> Pat
         "openvino": str(openvino.__version__),
         "weights": weights,
         "decoder_scale": scale,
-        "decoder_statistics": [[], []] if decoder == "tiny_vae" else [info.latents_mean, info.latents_std],
+        "decoder_statistics": ((), ()) if decoder == "tiny_vae" else (info.latents_mean, info.latents_std),
         "sizes": sizes,
     }
     (target / "index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -99,7 +99,8 @@ class LatentSpace:
         raw = most_likely_latents(self.autoencoder, images.to(next(self.autoencoder.parameters()).dtype))
         if self._statistics is not None:
             mean, std = self._statistics_on(raw.device)
-            return (raw.float() - mean) * self.scale / std
+            normal: Tensor = (raw.float() - mean) * self.scale / std
+            return normal
         return (raw.float() - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:

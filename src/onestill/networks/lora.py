@@ -113,7 +113,10 @@ def _read(lora: Lora, names: Names) -> dict[Layer, Change]:
     header = read_header(lora.path)  # refuses a pickle
     for pattern, kind in OTHERS.items():
         if key := next((key for key in header.tensors if re.search(pattern, key)), None):
-            raise CheckpointError(f"'{lora.path}' is {kind} (it has '{key}'); give a LoRA, LoCon, LoHa, LoKr or DoRA.")
+            raise CheckpointError(
+                f"'{lora.path}' has '{key}', which no LoRA, LoHa, LoKr or DoRA has: it is {kind}; give a file of one "
+                "of these."
+            )
     with safe_open(str(lora.path), framework="pt") as file:
         for key in header.tensors:
             name, kind = _taken_apart(lora.path, key)
@@ -167,7 +170,9 @@ def _add(module: torch.nn.Module, lora: Lora, layer: Layer, change: Change) -> N
     parameters = dict(module.named_parameters(recurse=False))
     try:
         for name, difference in _differences(parameters, change).items():
-            changed = parameters[name].float() + lora.scale * difference
+            # A bias may be new: PEFT trains those of layers without one.
+            own = parameters[name].float() if name in parameters else 0.0
+            changed = own + lora.scale * difference
             module.register_parameter(name, torch.nn.Parameter(changed, requires_grad=False))
     except (KeyError, ValueError, RuntimeError) as error:  # a matrix is missing, or of another shape
         shapes = {name: list(tensor.shape) for name, tensor in change.items() if name != "alpha"}
@@ -194,7 +199,9 @@ def _differences(parameters: Mapping[str, Tensor], change: Change) -> dict[str, 
         found["bias"] = change["up_bias"] * (change["alpha"] / len(change["down"]) if "alpha" in change else 1.0)
     if "bias" in change:
         found["bias"] = change["bias"]
-    return {name: difference.reshape(parameters[name].shape) for name, difference in found.items()}
+    if "bias" in found:
+        found["bias"] = found["bias"].reshape(len(parameters["weight"]))
+    return found
 
 
 def _scaled_difference(change: Change) -> Tensor:

@@ -7,6 +7,7 @@ Shapes: B images, C latent channels, h w latent size.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ Predict = Callable[[NDArray[np.float32], float], NDArray[np.float32]]  # (x [B, 
 
 
 class DiffusersScheduler:
-    """One scheduler; it is made anew for each call, as it changes while it draws.
+    """One scheduler; each call has a copy of it, as it changes while it draws. Making one takes up to a second.
 
     Args:
         config: with its `_class_name`, one of `onestill.checkpoint.scheduler_config.DRAWN`.
@@ -36,14 +37,10 @@ class DiffusersScheduler:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self._config = dict(config)
-        self._make()
-
-    def _make(self) -> Any:
-        name = self._config["_class_name"]
+        self._name = name = config["_class_name"]
         try:
             with quiet_libraries():
-                return getattr(diffusers, name).from_config(self._config)
+                self._scheduler = getattr(diffusers, name).from_config(dict(config))
         except (ImportError, NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise ScheduleError(
                 f"diffusers cannot make this {name} ({_first_line(error)}); choose a preset, or another scheduler."
@@ -71,13 +68,12 @@ class DiffusersScheduler:
         Raises:
             StepsError: the scheduler cannot take so many steps.
         """
-        scheduler = self._make()
+        scheduler = copy.deepcopy(self._scheduler)
         try:
             scheduler.set_timesteps(num_inference_steps)
         except (ValueError, IndexError, RuntimeError) as error:
             raise StepsError(
-                f"{self._config['_class_name']} cannot take {num_inference_steps} steps ({_first_line(error)}); choose "
-                "another number."
+                f"{self._name} cannot take {num_inference_steps} steps ({_first_line(error)}); choose another number."
             ) from error
         generators = [torch.Generator("cpu").manual_seed(seed % 2**32) for seed in seeds]
         x = randn_tensor((len(seeds), *shape), generator=generators, dtype=torch.float32)
@@ -89,14 +85,16 @@ class DiffusersScheduler:
             x = x * scheduler.init_noise_sigma
         else:
             x = scheduler.add_noise(torch.from_numpy(start).expand_as(x), x, timesteps[:1].repeat(len(seeds)))
-        options = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        taken = inspect.signature(scheduler.step).parameters
+        # As the pipelines call it: with their own eta of 0, which is not every class's.
+        options = {name: value for name, value in (("generator", generators), ("eta", 0.0)) if name in taken}
         for timestep in timesteps:
             output = predict(scheduler.scale_model_input(x, timestep).numpy(), timestep.item())
             try:
                 x = scheduler.step(torch.from_numpy(output), timestep, x, **options, return_dict=False)[0]
             except (ArithmeticError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
                 raise ScheduleError(
-                    f"diffusers' {self._config['_class_name']} cannot take a step with its config "
+                    f"diffusers' {self._name} cannot take a step with its config "
                     f"({_first_line(error)}); choose a preset, or another scheduler."
                 ) from error
         found: NDArray[np.float32] = x.float().numpy()

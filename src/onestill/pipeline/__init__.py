@@ -60,8 +60,7 @@ class Pipeline:
         self.engine = engine
         self._info = LoadedInfo.of(engine)
         self._encode = PromptCache(engine)
-        if self._info.scheduler:  # one that cannot be made is a mistake now, not at the first picture
-            by_diffusers(self._info.scheduler)
+        self._scheduler = by_diffusers(self._info.scheduler) if self._info.scheduler else None
 
     @property
     def info(self) -> LoadedInfo:
@@ -210,8 +209,8 @@ class Pipeline:
             both = self.engine.denoise(np.concatenate([x, x]), timestep, conditioning)
             return classifier_free_guidance(both[: len(x)], both[len(x) :], plan.guidance_scale)  # type: ignore[no-any-return]
 
-        if plan.scheduler:
-            return by_diffusers(plan.scheduler).sample(
+        if self._scheduler is not None and plan.scheduler:
+            return self._scheduler.sample(
                 predict, seeds, plan.latent_shape, plan.num_inference_steps, start, plan.strength
             )
         schedule = self.info.schedule

@@ -152,7 +152,8 @@ class OpenVinoEngine:
         """Pictures [B, H, W, 3] -> latents [B, C, h, w]."""
         mean, std = self._statistics
         raw = self._networks["encoder"]({"image": to_images(pictures)})[0]
-        return (raw - mean) * np.float32(self.info.scaling_factor) / std
+        latents: Float = (raw - mean) * np.float32(self.info.scaling_factor) / std
+        return latents
 
     def warm_ups(self, most: int) -> tuple[int, ...]:
         """See `onestill.engine.protocol.Engine`; the larger batch is compiled once so many pictures are asked for."""
