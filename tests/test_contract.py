@@ -61,7 +61,7 @@ COMMANDS = {
     "onestill export": """--out/-o! --model/-m=icons --to=openvino --weights --int8 --unet --lora... --tiny-vae
         --preset --schedule""",
     "onestill models": "NAME|PATH|ID --preset --check --json",
-    "onestill doctor": "--model/-m=icons --draw/--no-draw --json",
+    "onestill doctor": "--model/-m=icons --draw/--no-draw --deep --json",
     "onestill keys": "",
     "onestill keys new": "NAME --limit --database --keys",
     "onestill keys list": "--database --json",

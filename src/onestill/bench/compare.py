@@ -14,8 +14,6 @@ from onestill.bench.setting import Setting, with_contender
 from onestill.checkpoint import Additions, describe, resolve
 from onestill.errors import require
 
-__all__ = ["measure_all", "not_alike", "ratios", "settings"]
-
 Result = dict[str, Any]
 
 

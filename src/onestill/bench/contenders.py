@@ -20,8 +20,6 @@ from onestill.engine.device import AUTO, choose, default_dtype, is_auto, runs_on
 from onestill.errors import OnestillError, require
 from onestill.pipeline import Pipeline, load
 
-__all__ = ["comparable", "diffusers_contender", "diffusers_pipeline", "load_contender", "our_contender"]
-
 NETWORKS = ("text", "unet", "decoder")
 
 

@@ -11,8 +11,6 @@ from typing import Any
 from onestill.checkpoint.files import read_json
 from onestill.errors import CheckpointError, ModelNotFoundError
 
-__all__ = ["Additions", "Lora", "lora_file", "weights_of_addition"]
-
 LORA_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # PEFT's and diffusers'
 
 

@@ -17,8 +17,6 @@ from onestill.checkpoint.header import read_header
 from onestill.errors import OnestillError, ScheduleError, near
 from onestill.schedule import NoiseSchedule
 
-__all__ = ["BETAS", "EDM", "SCHEDULES", "Sampling", "marked_schedule", "read_scheduler", "scheduled", "with_defaults"]
-
 # Stable Diffusion's schedule, which a single file does not hold: every model of these families was trained on it.
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 EDM = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")

@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 from onestill.errors import ScheduleError, StepsError
 from onestill.networks.libraries import quiet_libraries
 
-__all__ = ["DiffusersScheduler"]
-
 Predict = Callable[[NDArray[np.float32], float], NDArray[np.float32]]  # (x [B, C, h, w], timestep) -> the output
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from PIL.Image import Image
 
 from onestill.checkpoint import Additions
 from onestill.engine import load_engine
+from onestill.engine.prompt_cache import PromptCache
 from onestill.engine.protocol import (
     Conditioning,
     EndToEndEngine,
@@ -28,17 +29,10 @@ from onestill.errors import NotFiniteError, require
 from onestill.noise import noise_source
 from onestill.pipeline.checks import MOST_IMAGES, checked_prompts, checked_whole, matched_negatives, seeds_of
 from onestill.pipeline.loaded import LoadedInfo
-from onestill.pipeline.notes import (
-    NEGATIVE_DID_NOTHING,
-    notes_on_prompts,
-    notes_on_sampler,
-    notes_on_size,
-    notes_on_steps,
-)
+from onestill.pipeline.notes import notes_on
 from onestill.pipeline.output import Output, Timings
 from onestill.pipeline.picture import fitted, save_picture
-from onestill.pipeline.plan import MicroConditioning, Plan
-from onestill.pipeline.prompt_cache import PromptCache
+from onestill.pipeline.plan import Plan
 from onestill.sampling import DRAWING, classifier_free_guidance, sample
 
 if TYPE_CHECKING:
@@ -47,6 +41,23 @@ if TYPE_CHECKING:
 __all__ = ["Output", "Pipeline", "Timings", "load", "save_picture"]
 
 MOST_AT_ONCE = 16  # images in one batch, which bounds memory
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """What a call draws, or a batch of it: B prompts, negative prompts and seeds, and latents [1, C, h, w] or None."""
+
+    plan: Plan
+    prompts: Sequence[str]
+    negatives: Sequence[str | None]
+    seeds: Sequence[int]
+    start: NDArray[np.float32] | None
+    pause: Callable[[], None]
+
+    def batches(self) -> Iterator[_Drawing]:
+        for first in range(0, len(self.prompts), MOST_AT_ONCE):
+            part = slice(first, first + MOST_AT_ONCE)
+            yield replace(self, prompts=self.prompts[part], negatives=self.negatives[part], seeds=self.seeds[part])
 
 
 class Pipeline:
@@ -59,7 +70,7 @@ class Pipeline:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._info = LoadedInfo.of(engine)
-        self._encode = PromptCache(engine)
+        self._prompts = PromptCache(self._encode_new)
         self._scheduler = by_diffusers(self._info.scheduler) if self._info.scheduler else None
 
     @property
@@ -123,7 +134,11 @@ class Pipeline:
             width=width,
             sampler=sampler,
             strength=None if image is None else strength,
-            micro_conditioning=MicroConditioning(original_size, crops_coords_top_left, target_size),
+            micro_conditioning={
+                "original_size": original_size,
+                "crops_coords_top_left": crops_coords_top_left,
+                "target_size": target_size,
+            },
         )
         negatives = matched_negatives(negative_prompt, prompts, each)
         seeds = seeds_of(seed, len(prompts))
@@ -134,50 +149,41 @@ class Pipeline:
 
         goes_all_the_way = isinstance(self.engine, EndToEndEngine) and not plan.scheduler
         draw = self._draw_whole if goes_all_the_way else self._draw_in_steps
-        parts = [slice(first, first + MOST_AT_ONCE) for first in range(0, len(prompts), MOST_AT_ONCE)]
-        drawn = GenerationResult.joined(
-            [draw(plan, prompts[part], negatives[part], start, seeds[part], pause) for part in parts]
-        )
+        drawing = _Drawing(plan, prompts, negatives, seeds, start, pause)
+        drawn = GenerationResult.joined([draw(batch) for batch in drawing.batches()])
         images = [PIL.Image.fromarray(one) for one in drawn.pictures]
         encode_ms = (prepared - started) * 1000 + drawn.encode_ms
         total_ms = (time.perf_counter() - started) * 1000
         # The decoder's share is all the rest, as making PIL images counts as decoding.
         timings = Timings(encode_ms, drawn.denoise_ms, total_ms - encode_ms - drawn.denoise_ms, total_ms)
-        notes = [
-            *notes_on_prompts(prompts, drawn.tokens_cut, drawn.words_cut),
-            *([NEGATIVE_DID_NOTHING] if negative_prompt is not None and not plan.guides else []),
-            *notes_on_steps(plan.num_inference_steps, plan.timesteps, plan.strength),
-            *notes_on_sampler(plan.sampler, self.info),
-            *notes_on_size(plan.height, plan.width, self.info),
-        ]
+        notes = notes_on(plan, prompts, drawn, has_negative=negative_prompt is not None)
         return Output(images, seeds, prompts, timings, notes, [plan.metadata(text) for text in negatives])
 
     # --- prompts to pictures, by an engine that takes one step at a time ---
 
-    def _draw_in_steps(
-        self,
-        plan: Plan,
-        prompts: Sequence[str],
-        negatives: Sequence[str | None],
-        start: NDArray[np.float32] | None,
-        seeds: Sequence[int],
-        pause: Callable[[], None],
-    ) -> GenerationResult:
+    def _draw_in_steps(self, batch: _Drawing) -> GenerationResult:
         started = time.perf_counter()
-        conditioning = self._encode(prompts)
-        away_from = self._encode_negatives(negatives) if plan.guides else None
+        conditioning = self._encode(batch.prompts)
+        away_from = self._encode_negatives(batch.negatives) if batch.plan.guides else None
         encoded = time.perf_counter()
-        latents = self._sampling_loop(plan, conditioning, away_from, start, seeds, pause)
+        latents = self._sampling_loop(batch, conditioning, away_from)
         if not np.isfinite(latents).all():
             raise NotFiniteError.of("the latents", self.engine.dtype)
         denoised = time.perf_counter()
-        pause()
+        batch.pause()
         pictures = self.engine.decode(latents)
         ended = time.perf_counter()
         spent = (encoded - started, denoised - encoded, ended - denoised)
         return GenerationResult(
             pictures, conditioning.tokens_cut, conditioning.words_cut, *(1000 * seconds for seconds in spent)
         )
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        return Conditioning.joined(self._prompts(prompts))
+
+    def _encode_new(self, prompts: list[str]) -> list[Conditioning]:
+        found = self.engine.encode(prompts)
+        return [found[i : i + 1] for i in range(len(prompts))]
 
     def _encode_negatives(self, negatives: Sequence[str | None]) -> Conditioning:
         found = self._encode([text or "" for text in negatives])
@@ -188,22 +194,17 @@ class Pipeline:
         return replace(found, states=np.zeros_like(found.states), pooled=pooled)
 
     def _sampling_loop(
-        self,
-        plan: Plan,
-        prompts: Conditioning,
-        negatives: Conditioning | None,
-        start: NDArray[np.float32] | None,
-        seeds: Sequence[int],
-        pause: Callable[[], None],
+        self, batch: _Drawing, prompts: Conditioning, negatives: Conditioning | None
     ) -> NDArray[np.float32]:
-        """Latents [B, C, h, w] for B seeds and prompts; `start` [1, C, h, w] are those of an image."""
+        """Latents [B, C, h, w]."""
+        plan = batch.plan
         conditioning = prompts if negatives is None else Conditioning.joined([prompts, negatives])
         conditioning = replace(
             conditioning, time_ids=plan.time_ids(len(conditioning.states)), guidance_scale=plan.guidance_scale
         )
 
         def predict(x: NDArray[np.float32], timestep: float) -> NDArray[np.float32]:
-            pause()
+            batch.pause()
             if negatives is None:
                 return self.engine.denoise(x, timestep, conditioning)
             both = self.engine.denoise(np.concatenate([x, x]), timestep, conditioning)
@@ -211,11 +212,11 @@ class Pipeline:
 
         if self._scheduler is not None and plan.scheduler:
             return self._scheduler.sample(
-                predict, seeds, plan.latent_shape, plan.num_inference_steps, start, plan.strength
+                predict, batch.seeds, plan.latent_shape, plan.num_inference_steps, batch.start, plan.strength
             )
         schedule = self.info.schedule
-        draw = noise_source(seeds, plan.latent_shape)
-        x = first_latents(self.info, plan.timesteps[0], draw(0), start)
+        draw = noise_source(batch.seeds, plan.latent_shape)
+        x = first_latents(self.info, plan.timesteps[0], draw(0), batch.start)
 
         def predict_x0(x: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
             return np.asarray(schedule.x0(predict(x, timestep), x, timestep), dtype=np.float32)
@@ -224,24 +225,17 @@ class Pipeline:
 
     # --- prompts to pictures, by an engine that goes all the way ---
 
-    def _draw_whole(
-        self,
-        plan: Plan,
-        prompts: Sequence[str],
-        negatives: Sequence[str | None],
-        start: NDArray[np.float32] | None,
-        seeds: Sequence[int],
-        pause: Callable[[], None],
-    ) -> GenerationResult:
-        pause()
-        draw = noise_source(seeds, plan.latent_shape)
+    def _draw_whole(self, batch: _Drawing) -> GenerationResult:
+        batch.pause()
+        plan = batch.plan
+        draw = noise_source(batch.seeds, plan.latent_shape)
         calls = len(plan.timesteps) if plan.sampler in DRAWING else 1
         request = GenerationRequest(
-            prompts,
-            negatives if plan.guides else None,
+            batch.prompts,
+            batch.negatives if plan.guides else None,
             np.stack([draw(step) for step in range(calls)]),
-            start,
-            plan.time_ids(len(prompts)),
+            batch.start,
+            plan.time_ids(len(batch.prompts)),
             plan.sampler,
             plan.timesteps,
             plan.guidance_scale,

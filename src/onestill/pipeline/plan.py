@@ -16,31 +16,6 @@ from onestill.pipeline.checks import MOST_STEPS, checked_guidance, checked_pair,
 from onestill.pipeline.loaded import LoadedInfo
 from onestill.sampling import strength_timesteps
 
-__all__ = ["MicroConditioning", "Plan"]
-
-
-@dataclass(frozen=True)
-class MicroConditioning:
-    """What SDXL is conditioned on beside the prompt, in pixels; None is the size of the image that is drawn.
-
-    Attributes:
-        original_size: the (height, width) that the image is said to have had.
-        crops_coords_top_left: the (top, left) that is said to have been cut off.
-        target_size: the (height, width) that is said to be wanted.
-    """
-
-    original_size: tuple[int, int] | None
-    crops_coords_top_left: tuple[int, int]
-    target_size: tuple[int, int] | None
-
-    def checked(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """The six numbers; `size` (height, width) stands for what is None.
-
-        Raises:
-            SizeError: a value is not two whole numbers in their range.
-        """
-        return tuple(number for name, pair in vars(self).items() for number in checked_pair(name, pair, size))
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -81,9 +56,9 @@ class Plan:
         width: int | None,
         sampler: str | None,
         strength: float | None,
-        micro_conditioning: MicroConditioning,
+        micro_conditioning: Mapping[str, tuple[int, int] | None],
     ) -> Plan:
-        """Check each setting; None is the model's own.
+        """Check each setting; None is the model's own, of SDXL's micro-conditioning the size of the image.
 
         Raises:
             SizeError, StepsError: a setting is out of its range.
@@ -98,7 +73,7 @@ class Plan:
         elif strength is not None:
             timesteps = strength_timesteps(timesteps, strength, info.schedule.num_train_timesteps)
         size = checked_size(height, width, info)
-        numbers = micro_conditioning.checked(size)
+        numbers = [number for name, pair in micro_conditioning.items() for number in checked_pair(name, pair, size)]
         return cls(
             info=info,
             num_inference_steps=steps,
@@ -109,7 +84,7 @@ class Plan:
             height=size[0],
             width=size[1],
             strength=strength,
-            micro_conditioning=numbers if info.is_xl else None,
+            micro_conditioning=tuple(numbers) if info.is_xl else None,
         )
 
     @property
@@ -146,7 +121,7 @@ class Plan:
 
 
 def _check_strength(strength: float, steps: int) -> None:
-    """Refuse what diffusers' schedulers cannot start from; those of ours have a step at every noise level."""
+    """Refuse what diffusers' schedulers cannot start from; samplers of ours have a step at every noise level."""
     strength_timesteps([0], strength)
     if round(strength * steps, 6) < 1:
         raise StepsError(

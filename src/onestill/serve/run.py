@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
 from onestill.errors import OnestillError
+from onestill.serve.paced import PacedHttp, PacedSocket
 from onestill.serve.process import tune_interpreter
 from onestill.serve.web.app import create_app
 from onestill.serve.web.server import Server
@@ -24,7 +25,6 @@ __all__ = ["listen", "make_proxy_server", "make_server", "run"]
 
 HEADERS_S = 10.0  # a new connection is closed where no whole request has begun by then
 KEEP_ALIVE_S = 30  # after an answer a connection may be silent for so long, and then has HEADERS_S for its next request
-UNREAD_S = 20.0  # a client that reads nothing of its answer for so long is cut off
 CONNECTIONS = 2000
 # At shutdown: seconds for the queue to drain, then for uvicorn's connections. The process ends within ten seconds.
 DRAIN_S = 5.0
@@ -88,7 +88,7 @@ def _config(
     return uvicorn.Config(
         app,
         http=_BoundedHttp,
-        ws="websockets-sansio",
+        ws=PacedSocket,
         ws_max_size=message_bytes + 1024,
         ws_max_queue=32,
         ws_per_message_deflate=False,  # pictures are compressed already
@@ -118,8 +118,8 @@ def _allow_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-class _BoundedHttp(H11Protocol):
-    """uvicorn's protocol with two time limits that it lacks: for a request's headers, and for reading its answer."""
+class _BoundedHttp(PacedHttp):
+    """uvicorn's protocol with two time limits that it lacks: for a request's headers, and for the next request."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -140,18 +140,6 @@ class _BoundedHttp(H11Protocol):
         is_ours = not self.transport.is_closing() and self.transport.get_protocol() is self
         if is_ours and self.cycle is answered:
             self.transport.close()
-
-    def pause_writing(self) -> None:
-        """As uvicorn's: called when the client reads more slowly than the server writes."""
-        super().pause_writing()
-        self.loop.call_later(UNREAD_S, self._close_if_unread, self.transport.get_write_buffer_size())
-
-    def _close_if_unread(self, before: int) -> None:
-        left = self.transport.get_write_buffer_size()
-        if left >= before:
-            self.transport.abort()
-        elif left:
-            self.loop.call_later(UNREAD_S, self._close_if_unread, left)
 
 
 class _DrainingServer(uvicorn.Server):

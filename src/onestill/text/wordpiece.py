@@ -15,8 +15,6 @@ from onestill.checkpoint import read_json
 from onestill.errors import CheckpointError
 from onestill.text.bert_normalizer import BertNormalizer
 
-__all__ = ["WordPiece", "read_wordpiece", "token_text"]
-
 
 class WordPiece:
     """Text -> token ids: all of them, without padding and without `start` and `end`.

@@ -21,8 +21,6 @@ from onestill.networks.inference import Networks
 from onestill.networks.latents import to_uint8
 from onestill.sampling import classifier_free_guidance
 
-__all__ = ["decode_latents", "encode_prompts", "take_steps"]
-
 
 def encode_prompts(
     networks: Networks, ids: Tensor, second_ids: Tensor | None, mask: Tensor | None

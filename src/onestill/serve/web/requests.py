@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import secrets
-import warnings
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
-import PIL.Image
-from PIL.Image import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from onestill.checkpoint import ModelInfo
-from onestill.pipeline.picture import fitted
-from onestill.serve.errors import ApiError
 from onestill.serve.queue.jobs import Job
 
 __all__ = [
@@ -30,7 +24,6 @@ __all__ = [
     "Shown",
     "forms_for",
     "job_of",
-    "read_upload",
 ]
 
 LARGEST_SEED = 2**53 - 1  # the largest integer that JavaScript represents exactly
@@ -46,6 +39,7 @@ class Bounds:
         n, live_n: pictures of one request, of one live message.
         steps: sampling steps.
         body: bytes of a request, uploads included.
+        uploads: bytes of all uploads that are received or wait; of one visitor a quarter, or `body` where that is more.
         message: bytes of one live message.
         upload_px: pixels of an uploaded picture.
         messages_each_s: live messages a second of one connection; twice as many may come at once.
@@ -57,6 +51,7 @@ class Bounds:
     live_n: int = 4
     steps: int = 50
     body: int = 12 * 2**20
+    uploads: int = 64 * 2**20
     message: int = 2**20
     upload_px: int = 16_000_000
     messages_each_s: float = 60.0
@@ -256,38 +251,3 @@ def _size_of(form: Form, info: ModelInfo) -> tuple[int, int]:
         return info.height, info.width
     width, height = (int(part) for part in str(form.size).split("x"))
     return height, width
-
-
-def read_upload(data: bytes, form: Form, info: ModelInfo, most_px: int) -> Image:
-    """The picture in an upload, fitted at once to the size of its request, as it may wait long in the queue.
-
-    Only PNG, JPEG and WebP are accepted, and the size is checked before any pixel is decoded.
-
-    Args:
-        data: the file.
-        form: the validated request that it came with.
-        info: the model's.
-        most_px: pixels that it may have.
-
-    Raises:
-        ApiError: the file has another format, is damaged, or has more than `most_px` pixels.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of sizes that the next lines check
-            with PIL.Image.open(io.BytesIO(data), formats=tuple(KINDS.values())) as picture:
-                width, height = picture.size
-                if width * height > most_px or max(width, height) > 64 * min(width, height):
-                    raise PIL.Image.DecompressionBombError
-                return PIL.Image.fromarray(fitted(picture, *_size_of(form, info)))
-    except PIL.Image.DecompressionBombError as error:
-        raise ApiError(
-            400,
-            f"The image has too many pixels; give one of at most {most_px / 1e6:.0f} megapixels, not a strip.",
-            "image_too_large",
-            param="image",
-        ) from error
-    except Exception as error:  # a damaged file may raise anything that Pillow's decoders do
-        raise ApiError(
-            400, "The image cannot be read; give a PNG, JPEG or WebP file.", "invalid_image", param="image"
-        ) from error

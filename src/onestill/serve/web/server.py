@@ -22,12 +22,13 @@ from onestill.serve.provenance import Stamp
 from onestill.serve.queue.jobs import Job, Picture
 from onestill.serve.queue.scheduler import Limits, Scheduler, Slot
 from onestill.serve.safety import ImageFilter, PromptFilter, refuse_pictures, refuse_prompt
-from onestill.serve.web.requests import Bounds, Encoding, Form, Forms, forms_for, job_of, read_upload
+from onestill.serve.uploads.decoder import Decoder, Room
+from onestill.serve.web.requests import Bounds, Encoding, Form, Forms, forms_for, job_of
 
 if TYPE_CHECKING:
     from onestill.serve.gallery.store import Gallery
 
-__all__ = ["Drawing", "File", "Server", "Settings"]
+__all__ = ["Drawing", "File", "Server", "Settings", "while_there"]
 
 QUICK_PX = 300 * 300  # encoding a JPEG of at most that many pixels takes less time than a hop to another thread
 T = TypeVar("T")
@@ -80,6 +81,8 @@ class Server:
         self.metrics = Metrics()
         self.scheduler = Scheduler(pipe, settings.limits)
         self.live: Counter[str] = Counter()  # address -> live connections
+        self.uploads = Room(self.bounds.uploads, self.bounds.body)
+        self._decoder = Decoder()
         self._pool = ThreadPoolExecutor(2, "onestill-files")
 
     @property
@@ -90,6 +93,7 @@ class Server:
     def close(self, grace_s: float = 0.0) -> None:
         """End the scheduler, as `Scheduler.close` says, and everything else."""
         self.scheduler.close(grace_s)
+        self._decoder.close()
         self._pool.shutdown(wait=True)
         self.access.close()
 
@@ -131,8 +135,8 @@ class Server:
         if check_quota:
             await self.access.check(visitor, len(job.seeds))
         if upload is not None:
-            image = await self.in_pool(read_upload, upload, form, self.info, self.bounds.upload_px)
-            job = replace(job, image=image)
+            size = (job.height, job.width)
+            job = replace(job, image=await self._decoder.read(visitor.source, upload, *size, self.bounds.upload_px))
         if slot is not None:
             future = slot.put(job)
         else:
@@ -179,17 +183,7 @@ class Drawing(Generic[AnyForm]):
 
     async def pictures(self, request: Request) -> list[Picture]:
         """The pictures, unless the client of the request disconnects first, which withdraws the job."""
-        result = asyncio.wrap_future(self.future)
-        watch = asyncio.create_task(_disconnected(request))
-        try:
-            waiting: set[asyncio.Future[Any]] = {result, watch}
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            if not result.done():
-                raise ApiError(400, "The client went away.", "client_gone")
-            return result.result()
-        finally:
-            watch.cancel()
-            result.cancel()
+        return await while_there(request, asyncio.wrap_future(self.future))
 
     async def files(
         self, pictures: Sequence[Picture], accept: Callable[[Sequence[File]], Awaitable[None]] | None = None
@@ -215,6 +209,24 @@ class Drawing(Generic[AnyForm]):
             await accept(files)
         await server.access.spend(self.visitor, len(files))
         return files
+
+
+async def while_there(request: Request, awaited: Awaitable[T]) -> T:
+    """The result of what the client of a request waits for, which is cancelled where the client disconnects first.
+
+    The body of the request must have been read.
+    """
+    result = asyncio.ensure_future(awaited)
+    watch = asyncio.create_task(_disconnected(request))
+    try:
+        waiting: set[asyncio.Future[Any]] = {result, watch}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
+            raise ApiError(400, "The client went away.", "client_gone")
+        return result.result()
+    finally:
+        watch.cancel()
+        result.cancel()
 
 
 async def _disconnected(request: Request) -> None:
