@@ -183,7 +183,7 @@ class _BoundedHttp(PacedHttp):
 
     def handle_events(self) -> None:
         super().handle_events()
-        if self.cycle and not self.cycle.response_complete:
+        if not getattr(self.cycle, "response_complete", True):
             self._shares.busy(self.transport)
 
     def handle_websocket_upgrade(self, event: Any) -> None:
