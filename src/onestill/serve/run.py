@@ -105,7 +105,7 @@ def _server(
     owns_process: bool = False,
 ) -> _DrainingServer:
     config = _config(create_app(server), server.bounds.message, trusted_proxies, lifespan="on")
-    drain = partial(server.scheduler.close, DRAIN_S)
+    drain = partial(server.drain, DRAIN_S)
     return _DrainingServer(config, drain, ready, beat, owns_process=owns_process)
 
 
@@ -183,7 +183,7 @@ class _BoundedHttp(PacedHttp):
 
     def handle_events(self) -> None:
         super().handle_events()
-        if self.cycle and not self.cycle.response_complete:
+        if not getattr(self.cycle, "response_complete", True):
             self._shares.busy(self.transport)
 
     def handle_websocket_upgrade(self, event: Any) -> None:

@@ -122,15 +122,18 @@ class _Supervisor:
         self._unserved = 0 if served else self._unserved + 1
         self._short = 0 if time.monotonic() - self._began > LASTING_S else self._short + 1
         # What fails before it ever served, such as a wrong option, fails again; a database may come back.
-        if self._asked_at is not None or status == 0 or not self._served or self._unserved >= MOST_STARTS:
+        if self._is_asked() or status == 0 or not self._served or self._unserved >= MOST_STARTS:
             _end_as(status)
         said = f"by signal {-status}" if status < 0 else f"with status {status}"
         LOG.critical("The server ended %s; it is started again.", said)
         until = time.monotonic() + PAUSES_S[min(self._short, len(PAUSES_S)) - 1] if self._short else 0.0
-        while self._asked_at is None and time.monotonic() < until:
+        while not self._is_asked() and time.monotonic() < until:
             self._hear(until - time.monotonic())
-        if self._asked_at is not None:
+        if self._is_asked():
             _end_as(0)
+
+    def _is_asked(self) -> bool:
+        return self._asked_at is not None
 
     def _hear(self, wait_s: float) -> None:
         """Wait for a signal, and hand it on."""

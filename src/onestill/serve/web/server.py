@@ -94,10 +94,15 @@ class Server:
         self._decoder = Decoder()
         self._pool = ThreadPoolExecutor(2, "onestill-files")
 
-    def close(self, grace_s: float = 0.0) -> None:
-        """End the scheduler, as `Scheduler.close` says, and everything else."""
+    def drain(self, grace_s: float) -> None:
+        """End the scheduler, as `Scheduler.close` says; uploads that are not decoded by then are refused."""
+        self._decoder.refuse()
         self.scheduler.close(grace_s)
         self._decoder.close()
+
+    def close(self, grace_s: float = 0.0) -> None:
+        """End the scheduler, as `Scheduler.close` says, and everything else."""
+        self.drain(grace_s)
         self._pool.shutdown(wait=True)
         self.access.close()
 
