@@ -18,6 +18,7 @@ from onestill.pipeline.picture import picture_bytes
 from onestill.serve.access.quota import Access, Visitor
 from onestill.serve.errors import ApiError, TooLate
 from onestill.serve.metrics import Metrics
+from onestill.serve.process import lower_priority
 from onestill.serve.provenance import Stamp
 from onestill.serve.queue.jobs import Job, Picture
 from onestill.serve.queue.scheduler import Limits, Scheduler, Slot
@@ -92,7 +93,7 @@ class Server:
         self.live: Counter[str] = Counter()  # address -> live connections
         self.uploads = Room(self.bounds.uploads, self.bounds.body)
         self._decoder = Decoder()
-        self._pool = ThreadPoolExecutor(2, "onestill-files")
+        self._pool = ThreadPoolExecutor(2, "onestill-files", lower_priority)
 
     def drain(self, grace_s: float) -> None:
         """End the scheduler, as `Scheduler.close` says; uploads that are not decoded by then are refused."""
