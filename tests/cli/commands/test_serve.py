@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from onestill.cli.commands.serve import AccessOptions, GalleryOptions, Hooks, built, is_loopback
+from onestill.cli.commands.serve import AccessOptions, GalleryOptions, Hooks, RecoveryOptions, built, is_loopback
 from onestill.cli.options import AdditionOptions, parse_daily
 from onestill.errors import OnestillError
 from onestill.serve.queue.scheduler import Limits
