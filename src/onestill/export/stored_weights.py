@@ -24,7 +24,9 @@ from onestill.networks.load import load_components
 from onestill.text.tokenize import CLIP_END, CLIP_PADDING, write_clip_vocabulary
 
 WEIGHTS = ("float16", "int8")
-TRACED = (16, 16)  # latent size to trace with; graphs hold for every size, and a small one is traced fast
+# The latent size to trace with: small, as that is traced fast, and one that does not halve evenly, for which the UNet
+# doubles to the size that it halved. Graphs hold for every size.
+TRACED = (17, 19)
 FREE_AXES = {"sample": (2, 3), "latents": (2, 3), "image": (2, 3)}  # height and width
 PIPELINE = {"stable-diffusion": "StableDiffusionPipeline", "stable-diffusion-xl": "StableDiffusionXLPipeline"}
 
