@@ -49,6 +49,8 @@ def export_sd(info: ModelInfo, folder: Path, *, weights: str = "float16") -> Pat
     """
     if weights not in WEIGHTS:
         raise OnestillError(f"There are no weights in '{weights}'; choose from {', '.join(WEIGHTS)}.")
+    if info.embeddings:
+        raise OnestillError("Embeddings have no OpenVINO form yet; use the engine 'torch'.")
     if info.embeds_guidance:
         raise OnestillError("A UNet that takes the guidance scale has no OpenVINO form yet; use the engine 'torch'.")
     target = folder / FOLDER
@@ -112,11 +114,11 @@ def _write_configs(info: ModelInfo, configs: Mapping[str, Any], folder: Path) ->
         for name, (_, kind) in info.classes.items()
         if name in configs
     }
-    classes["scheduler"] = ["diffusers", info.scheduler.get("_class_name", "EulerDiscreteScheduler")]
-    index = {"_class_name": PIPELINE[info.family], **classes, "force_zeros_for_empty_prompt": info.zero_negative}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     # What diffusers' scheduler draws is written as it was, and has no sampler of ours in the manifest.
     scheduler = dict(info.scheduler) or {"_class_name": "EulerDiscreteScheduler", **info.schedule.to_config()}
+    classes["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    index = {"_class_name": PIPELINE[info.family], **classes, "force_zeros_for_empty_prompt": info.zero_negative}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
     for name in info.tokenizers:
@@ -138,7 +140,7 @@ def _write_tokenizer(info: ModelInfo, name: str, target: Path) -> None:
     target.mkdir()
     source = info.path / name
     if source.is_dir():
-        for file in ("vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json"):
+        for file in ("vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"):
             if (source / file).is_file():
                 (target / file).write_bytes((source / file).read_bytes())
         config = read_json(source, "tokenizer_config.json")
