@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from onestill.checkpoint import Additions, describe, identify
-from onestill.checkpoint.single_file import component_files
+from onestill.checkpoint.single_file import UNET_PREFIX, component_files
 from onestill.cli import main
 from onestill.errors import CheckpointError
 from onestill.networks.load import load_components

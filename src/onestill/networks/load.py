@@ -96,7 +96,8 @@ def _add_embeddings(parts: dict[str, Any], info: ModelInfo) -> None:
         for one in info.embeddings:
             with safe_open(str(one.path), framework="pt") as file:
                 rows.append(file.get_tensor(one.tensors[component]).reshape(one.count, -1).to(rows[0].dtype))
-        module.set_input_embeddings(torch.nn.Embedding.from_pretrained(torch.cat(rows).detach()))
+        table = torch.cat(rows).detach()
+        module.set_input_embeddings(torch.nn.Embedding(*table.shape, _weight=table))
 
 
 def _cast(name: str, module: Any, dtype: str) -> Any:
