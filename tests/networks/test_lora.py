@@ -253,7 +253,7 @@ def test_whole_differences_and_biases_are_added(folder: Path, parts: dict[str, A
     torch.testing.assert_close(found["conv_norm_out.weight"], before["conv_norm_out.weight"] + norm / 2)
     torch.testing.assert_close(found["conv_norm_out.bias"], before["conv_norm_out.bias"] - norm / 2)
     torch.testing.assert_close(found[f"{ATTENTION}.bias"], bias)  # alpha over rank is 2, which half of is 1
-    save_file({**tensors, f"unet.{ATTENTION}.lora_A.other.weight": down}, tmp_path / "a.safetensors")
+    save_file({**tensors, f"unet.{ATTENTION}.lora_A.other.weight": down.clone()}, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match="twice; save each of its adapters alone"):
         unet_with(folder, Lora(tmp_path / "a.safetensors"))
 

@@ -97,7 +97,7 @@ def _add_embeddings(parts: dict[str, Any], info: ModelInfo) -> None:
             with safe_open(str(one.path), framework="pt") as file:
                 rows.append(file.get_tensor(one.tensors[component]).reshape(one.count, -1).to(rows[0].dtype))
         table = torch.cat(rows).detach()
-        module.set_input_embeddings(torch.nn.Embedding(*table.shape, _weight=table))
+        module.set_input_embeddings(torch.nn.Embedding(len(table), table.shape[1], _weight=table))
 
 
 def _cast(name: str, module: Any, dtype: str) -> Any:
