@@ -25,17 +25,14 @@ from onestill.checkpoint.single_file import UNET_PREFIX
 from onestill.errors import CheckpointError
 from onestill.networks.libraries import quiet_libraries
 from onestill.networks.lora import add_loras
+from onestill.networks.text_encoder import CLIP_TOWERS
 
 __all__ = ["DTYPES", "load_components"]
 
 # Only these are ever made from a name in a file, each by its own class; nothing in a model's folder is run.
-CLIP = {
-    "CLIPTextModel": transformers.CLIPTextModel,
-    "CLIPTextModelWithProjection": transformers.CLIPTextModelWithProjection,
-}
 CLASSES: Mapping[str, Mapping[str, Any]] = {
     "text_encoder": {"BertModel": transformers.BertModel, "CLIPTextModel": transformers.CLIPTextModel},
-    "text_encoder_2": CLIP,
+    "text_encoder_2": CLIP_TOWERS,
     "unet": {"UNet2DConditionModel": diffusers.UNet2DConditionModel},
     "vae": {"AutoencoderKL": diffusers.AutoencoderKL, "AutoencoderTiny": diffusers.AutoencoderTiny},
     "tiny_vae": {"AutoencoderTiny": diffusers.AutoencoderTiny},
@@ -152,7 +149,7 @@ def _of_file(network: ComponentFile, kind: Any) -> Any:
     with torch.device("meta"), quiet_libraries():
         module = (
             kind(transformers.CLIPTextConfig(**network.config))
-            if kind in CLIP.values()
+            if kind in CLIP_TOWERS.values()
             else kind.from_config(network.config)
         )
     if network.layout == "tiny_vae":
