@@ -271,6 +271,7 @@ def load(
     tiny_vae: str | os.PathLike[str] | None = None,
     preset: str | None = None,
     schedule: str | None = None,
+    embedding: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     options: TorchOptions | None = None,
 ) -> Pipeline:
     """Load a model.
@@ -289,6 +290,8 @@ def load(
         tiny_vae: TAESD, or TAESDXL for SDXL, in the decoder's place: a safetensors file or a folder with one.
         preset: one of `onestill.checkpoint.PRESETS`, for a model whose files do not say its steps and sampler.
         schedule: one of `onestill.checkpoint.SCHEDULES`, for a model whose files do not say what its output means.
+        embedding: a safetensors file, or several, with a trained word for prompts (textual inversion): the name of its
+            tensor, or of the file where that is `emb_params` or `clip_l`.
         options: how torch computes; None is the fast way on a GPU and the plain way on a CPU.
 
     Raises:
@@ -302,7 +305,7 @@ def load(
             dtype,
             threads=threads,
             quick_start=quick_start,
-            additions=Additions.of(unet, lora, tiny_vae, preset, schedule),
+            additions=Additions.of(unet, lora, tiny_vae, preset, schedule, embedding),
             options=options,
         )
     )
