@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,16 +24,25 @@ from onestill.engine.protocol import (
     TorchOptions,
     first_latents,
 )
-from onestill.errors import NotFiniteError
+from onestill.errors import ImageError, NotFiniteError
 from onestill.noise import noise_source
 from onestill.pipeline.checks import MOST_IMAGES, checked_prompts, checked_whole, matched_negatives, seeds_of
 from onestill.pipeline.loaded import LoadedInfo
-from onestill.pipeline.notes import NEGATIVE_DID_NOTHING, notes_on_prompts, notes_on_size, notes_on_steps
+from onestill.pipeline.masks import Start, fitted_mask
+from onestill.pipeline.notes import (
+    NEGATIVE_DID_NOTHING,
+    notes_on_mask,
+    notes_on_partial_images,
+    notes_on_prompts,
+    notes_on_size,
+    notes_on_steps,
+)
 from onestill.pipeline.output import Output, Timings
-from onestill.pipeline.picture import fitted, save_picture
+from onestill.pipeline.picture import fitted, save_picture, upright_size
 from onestill.pipeline.plan import MicroConditioning, Plan
 from onestill.pipeline.prompt_cache import PromptCache
-from onestill.sampling import DRAWING, classifier_free_guidance, sample
+from onestill.pipeline.watch import OnPartial, Watch, partial_steps
+from onestill.sampling import DRAWING, PredictX0, classifier_free_guidance, inpainting, sample
 
 __all__ = ["Output", "Pipeline", "Timings", "load", "save_picture"]
 
@@ -61,6 +71,7 @@ class Pipeline:
         prompt: str | Sequence[str],
         *,
         image: Image | NDArray[np.uint8] | None = None,
+        mask: Image | NDArray[np.uint8] | None = None,
         strength: float = 0.5,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -74,13 +85,17 @@ class Pipeline:
         crops_coords_top_left: tuple[int, int] = (0, 0),
         target_size: tuple[int, int] | None = None,
         pause: Callable[[], None] | None = None,
+        partial_images: int = 0,
+        on_partial: OnPartial | None = None,
     ) -> Output:
         """Draw.
 
         Args:
             prompt: what to draw, or several of them.
             image: a picture to start from, PIL or uint8 [H, W, 3]; fitted to the size by cutting its longer sides.
-            strength: how much of `image` to change, above 0 and at most 1.
+            mask: which part of `image` to draw, of the same size; the rest stays as it is. With an alpha channel, what
+                is transparent is drawn, else what is white.
+            strength: how much of `image` to change, above 0 and at most 1; with a mask, of what is inside it.
             num_inference_steps: 1 to 50; None is the model's own.
             guidance_scale: above 1, how closely to follow the prompt, at twice the work; None is the model's own.
             negative_prompt: what guidance steers away from, one for all prompts or one for each; None is nothing.
@@ -94,6 +109,9 @@ class Pipeline:
             target_size: (height, width) in pixels that SDXL takes to be wanted; None is its size.
             pause: called before each stage and each call of the network; what it raises ends the drawing there. An
                 engine that goes from prompts to pictures by itself is stopped only between batches.
+            partial_images: how many times to decode each image while it is drawn, after steps that are spread evenly.
+                There are fewer where there are fewer steps, and none of one step. Each costs a call of the decoder.
+            on_partial: called with an image's index in the output, the partial image's own index, and the image.
 
         Raises:
             PromptError, SizeError, StepsError, ImageError, ScheduleError: nothing can be drawn from an argument.
@@ -116,28 +134,51 @@ class Pipeline:
         )
         negatives = matched_negatives(negative_prompt, prompts, each)
         seeds = seeds_of(seed, len(prompts))
-        picture = None if image is None else fitted(image, plan.height, plan.width)
-        pause()
-        start = None if picture is None else self.engine.encode_image(picture[None])
+        start = self._start(image, mask, plan, pause)
         prepared = time.perf_counter()
 
-        draw = self._draw_whole if isinstance(self.engine, EndToEndEngine) else self._draw_in_steps
+        watch = Watch(pause, on_partial, partial_steps(partial_images, len(plan.timesteps)))
+        # An engine that goes all the way has no image before the last step.
+        draws_whole = isinstance(self.engine, EndToEndEngine) and not watch.steps
+        draw = self._draw_whole if draws_whole else self._draw_in_steps
         parts = [slice(first, first + MOST_AT_ONCE) for first in range(0, len(prompts), MOST_AT_ONCE)]
         drawn = GenerationResult.joined(
-            [draw(plan, prompts[part], negatives[part], start, seeds[part], pause) for part in parts]
+            [draw(plan, prompts[part], negatives[part], start, seeds[part], watch.batch(part.start)) for part in parts]
         )
-        images = [PIL.Image.fromarray(one) for one in drawn.pictures]
+        pictures = drawn.pictures if start is None else start.composite(drawn.pictures)
+        images = [PIL.Image.fromarray(one) for one in pictures]
         encode_ms = (prepared - started) * 1000 + drawn.encode_ms
         total_ms = (time.perf_counter() - started) * 1000
         # The decoder's share is all the rest, as making PIL images counts as decoding.
         timings = Timings(encode_ms, drawn.denoise_ms, total_ms - encode_ms - drawn.denoise_ms, total_ms)
+        prompt_notes = notes_on_prompts(prompts, drawn.tokens_cut, drawn.words_cut)
         notes = [
-            *notes_on_prompts(prompts, drawn.tokens_cut, drawn.words_cut),
+            *prompt_notes.values(),
             *([NEGATIVE_DID_NOTHING] if negative_prompt is not None and not plan.guides else []),
             *notes_on_steps(plan.num_inference_steps, plan.timesteps, plan.strength),
             *notes_on_size(plan.height, plan.width, self.info),
+            *(notes_on_mask(start.weights) if start is not None else []),
+            *notes_on_partial_images(partial_images, len(watch.steps)),
         ]
-        return Output(images, seeds, prompts, timings, notes, [plan.metadata(text) for text in negatives])
+        settings = [plan.metadata(text, is_masked=mask is not None) for text in negatives]
+        return Output(images, seeds, prompts, timings, notes, settings, prompt_notes)
+
+    def _start(
+        self,
+        image: Image | NDArray[np.uint8] | None,
+        mask: Image | NDArray[np.uint8] | None,
+        plan: Plan,
+        pause: Callable[[], None],
+    ) -> Start | None:
+        if image is None:
+            if mask is not None:
+                raise ImageError("A mask needs the image that it belongs to; give image too.")
+            pause()
+            return None
+        picture = fitted(image, plan.height, plan.width)
+        weights = None if mask is None else fitted_mask(mask, upright_size(image), plan.height, plan.width)
+        pause()
+        return Start(picture, weights, self.engine.encode_image(picture[None]))
 
     # --- prompts to pictures, by an engine that takes one step at a time ---
 
@@ -146,19 +187,19 @@ class Pipeline:
         plan: Plan,
         prompts: Sequence[str],
         negatives: Sequence[str | None],
-        start: NDArray[np.float32] | None,
+        start: Start | None,
         seeds: Sequence[int],
-        pause: Callable[[], None],
+        watch: Watch,
     ) -> GenerationResult:
         started = time.perf_counter()
         conditioning = self._encode(prompts)
         away_from = self._encode_negatives(negatives) if plan.guides else None
         encoded = time.perf_counter()
-        latents = self._sampling_loop(plan, conditioning, away_from, start, seeds, pause)
+        latents = self._sampling_loop(plan, conditioning, away_from, start, seeds, watch)
         if not np.isfinite(latents).all():
             raise NotFiniteError.of("the latents", self.engine.dtype)
         denoised = time.perf_counter()
-        pause()
+        watch.pause()
         pictures = self.engine.decode(latents)
         ended = time.perf_counter()
         spent = (encoded - started, denoised - encoded, ended - denoised)
@@ -179,21 +220,22 @@ class Pipeline:
         plan: Plan,
         prompts: Conditioning,
         negatives: Conditioning | None,
-        start: NDArray[np.float32] | None,
+        start: Start | None,
         seeds: Sequence[int],
-        pause: Callable[[], None],
+        watch: Watch,
     ) -> NDArray[np.float32]:
-        """Latents [B, C, h, w] for B seeds and prompts; `start` [1, C, h, w] are those of an image."""
+        """Latents [B, C, h, w] for B seeds and prompts."""
         schedule = self.info.schedule
         draw = noise_source(seeds, plan.latent_shape)
-        x = first_latents(self.info, plan.timesteps[0], draw(0), start)
+        noise = draw(0)
+        x = first_latents(self.info, plan.timesteps[0], noise, None if start is None else start.latents)
         conditioning = prompts if negatives is None else Conditioning.joined([prompts, negatives])
         conditioning = replace(
             conditioning, time_ids=plan.time_ids(len(conditioning.states)), guidance_scale=plan.guidance_scale
         )
 
         def predict_x0(x: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
-            pause()
+            watch.pause()
             if negatives is None:
                 output = self.engine.denoise(x, timestep, conditioning)
             else:
@@ -201,7 +243,26 @@ class Pipeline:
                 output = classifier_free_guidance(both[: len(x)], both[len(x) :], plan.guidance_scale)
             return np.asarray(schedule.x0(output, x, timestep), dtype=np.float32)
 
-        return np.asarray(sample(plan.sampler, predict_x0, x, schedule, plan.timesteps, draw), dtype=np.float32)
+        predict: PredictX0 = predict_x0
+        if start is not None and start.latent_mask is not None:
+            predict = inpainting(predict, schedule, start.latent_mask, start.latents, noise)
+        if watch.steps:
+            predict = self._shown(predict, start, watch)
+        return np.asarray(sample(plan.sampler, predict, x, schedule, plan.timesteps, draw), dtype=np.float32)
+
+    def _shown(self, predict_x0: PredictX0, start: Start | None, watch: Watch) -> PredictX0:
+        """A network whose estimates are decoded and handed on after the steps that `watch` names."""
+        steps = itertools.count(1)
+
+        def predict_and_show(x: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
+            x0: NDArray[np.float32] = predict_x0(x, timestep)
+            if (step := next(steps)) in watch.steps:
+                watch.pause()
+                pictures = self.engine.decode(x0)
+                watch.show(step, pictures if start is None else start.composite(pictures))
+            return x0
+
+        return predict_and_show
 
     # --- prompts to pictures, by an engine that goes all the way ---
 
@@ -210,22 +271,23 @@ class Pipeline:
         plan: Plan,
         prompts: Sequence[str],
         negatives: Sequence[str | None],
-        start: NDArray[np.float32] | None,
+        start: Start | None,
         seeds: Sequence[int],
-        pause: Callable[[], None],
+        watch: Watch,
     ) -> GenerationResult:
-        pause()
+        watch.pause()
         draw = noise_source(seeds, plan.latent_shape)
         calls = len(plan.timesteps) if plan.sampler in DRAWING else 1
         request = GenerationRequest(
             prompts,
             negatives if plan.guides else None,
             np.stack([draw(step) for step in range(calls)]),
-            start,
+            None if start is None else start.latents,
             plan.time_ids(len(prompts)),
             plan.sampler,
             plan.timesteps,
             plan.guidance_scale,
+            None if start is None else start.latent_mask,
         )
         assert isinstance(self.engine, EndToEndEngine)  # which is why this was called
         return self.engine.generate(request)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 from numpy.typing import NDArray
@@ -18,10 +19,12 @@ from PIL.PngImagePlugin import PngInfo
 from onestill.checkpoint import written_whole
 from onestill.errors import ImageError, OutputError
 
-__all__ = ["fitted", "on_white", "picture_bytes", "save_picture"]
+__all__ = ["cut_to", "fitted", "on_white", "picture_bytes", "save_picture", "upright", "upright_size"]
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 EXIF_DESCRIPTION = 0x010E
+MOST_EXIF_TEXT = 24_000  # bytes of one text: a JPEG's EXIF data have 65,533, for a prompt and a negative one
+LYING = (5, 6, 7, 8)  # EXIF's orientations that exchange width and height
 
 
 def save_picture(
@@ -68,6 +71,8 @@ def picture_bytes(image: Image, kind: str, metadata: Mapping[str, str], *, quali
 
 
 def _embedded(kind: str, metadata: Mapping[str, str], quality: int) -> dict[str, Any]:
+    if kind == "JPEG":
+        metadata = {name: _cut(value) for name, value in metadata.items()}
     names = {"num_inference_steps": "Steps", "guidance_scale": "CFG scale", "strength": "Denoising strength"}
     rest = {names.get(name, name.capitalize()): value for name, value in metadata.items() if name != "prompt"}
     parameters = metadata["prompt"] + "\n" + ", ".join(f"{name}: {value}" for name, value in rest.items())
@@ -81,16 +86,39 @@ def _embedded(kind: str, metadata: Mapping[str, str], quality: int) -> dict[str,
     return {"exif": exif, "quality": quality}
 
 
+def _cut(text: str) -> str:
+    """A text that fits into a JPEG's EXIF data."""
+    data = text.encode()
+    return text if len(data) <= MOST_EXIF_TEXT else data[:MOST_EXIF_TEXT].decode(errors="ignore") + "…"
+
+
 def fitted(image: Image | NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
     """A picture as uint8 [height, width, 3]: upright, on white where transparent, its longer sides cut evenly."""
     try:
-        picture = PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else PIL.ImageOps.exif_transpose(image)
-        picture = on_white(picture)
-        if picture.size != (width, height):
-            picture = PIL.ImageOps.fit(picture, (width, height), PIL.Image.Resampling.LANCZOS)
+        picture = cut_to(on_white(upright(image)), height, width)
     except (AttributeError, OSError, TypeError, ValueError, SyntaxError) as error:
         raise ImageError(f"The image cannot be used ({error}); give a PIL image or uint8 [H, W, 3].") from error
     return np.asarray(picture, dtype=np.uint8)
+
+
+def upright(image: Image | NDArray[np.uint8]) -> Image:
+    """A picture or an array as a picture, turned as its EXIF data says."""
+    return PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else PIL.ImageOps.exif_transpose(image)
+
+
+def upright_size(image: Image | NDArray[np.uint8]) -> tuple[int, int]:
+    """The (width, height) of `upright`, without decoding a pixel."""
+    if isinstance(image, np.ndarray):
+        return image.shape[1], image.shape[0]
+    width, height = image.size
+    return (height, width) if image.getexif().get(PIL.ExifTags.Base.Orientation) in LYING else (width, height)
+
+
+def cut_to(picture: Image, height: int, width: int) -> Image:
+    """A picture of this size, its longer sides cut evenly."""
+    if picture.size == (width, height):
+        return picture
+    return PIL.ImageOps.fit(picture, (width, height), PIL.Image.Resampling.LANCZOS)
 
 
 def on_white(picture: Image) -> Image:
