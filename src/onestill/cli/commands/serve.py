@@ -144,6 +144,17 @@ def serve(
     preset: Preset = None,
     compiling: Compile = None,
     quantizing: Quantize = None,
+    model_alias: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model-alias",
+            metavar="NAME[=MODEL]",
+            help="Another name of the model in requests, such as gpt-image-1. May be repeated. (default: none)",
+        ),
+    ] = None,
+    upload_mb: Annotated[
+        int, typer.Option("--upload-mb", min=1, max=64, metavar="N", help="Megabytes that a request may upload.")
+    ] = 12,
     metrics_for_all: Annotated[
         bool,
         typer.Option("--metrics-for-all", help="Answer /metrics to every address. (default: this machine's alone)"),
@@ -152,12 +163,15 @@ def serve(
     """Serve the page, the realtime socket and the images API, until Ctrl-C."""
     from onestill.serve.queue.scheduler import Limits
     from onestill.serve.run import listen, run
+    from onestill.serve.web.requests import Bounds
     from onestill.serve.web.server import Settings
 
     daily = parse_daily(trial_limit)
     settings = Settings(
         hosts=tuple(allow_host or ()),
         origins=tuple(allow_origin or ()),
+        bounds=Bounds(body=upload_mb * 2**20),
+        aliases=tuple(model_alias or ()),
         limits=Limits(waiting=queue, waiting_each=max(10, queue // 2), batch=batch),
         metrics_for_all=metrics_for_all,
     )
@@ -210,9 +224,23 @@ def check(settings: Settings, hooks: Hooks, model: str, added: dict[str, Any]) -
     from onestill.checkpoint import Additions, describe, resolve
 
     info = describe(resolve(model), Additions.of(**added))
+    aliases = tuple(checked_alias(text, info.name) for text in settings.aliases)
     prompt_filter, image_filter = filters(info, hooks.blocked, hooks.image_filter, hooks.no_filter)
     signs = stamp(hooks.sign_with, hooks.sign_key)
-    return replace(settings, prompt_filter=prompt_filter, image_filter=image_filter, stamp=signs)
+    hooked = replace(settings, prompt_filter=prompt_filter, image_filter=image_filter, stamp=signs)
+    return replace(hooked, aliases=aliases)
+
+
+def checked_alias(text: str, name: str) -> str:
+    """The alias in `ALIAS` or `ALIAS=MODEL`.
+
+    Raises:
+        OnestillError: it is empty, or for another model than `name`.
+    """
+    alias, equals, of = text.partition("=")
+    if not alias.strip() or (equals and of != name):
+        raise OnestillError(f"--model-alias {text} names no alias of '{name}'; write it as ALIAS={name}.")
+    return alias.strip()
 
 
 def built(

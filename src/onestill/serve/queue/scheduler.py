@@ -27,6 +27,8 @@ from onestill.serve.queue.fair_queue import Client, FairQueue, Task, Unit
 from onestill.serve.queue.jobs import Job, Picture
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from onestill.pipeline import Output, Pipeline
 
 __all__ = ["Limits", "Scheduler", "Slot"]
@@ -121,7 +123,8 @@ class Scheduler:
             job: what to draw.
             client: the name of who asks; the fair queue alternates between clients.
             address: where from, as many clients may be one person; "" where that says nothing.
-            on_picture: called in the model's thread with each picture's index as it is drawn, in any order.
+            on_picture: called in the model's thread with each picture's index as it is drawn, in any order, and with
+                its partial images before.
 
         Raises:
             Busy: the queue is full, or the client's part of it, or the address's.
@@ -290,6 +293,10 @@ class Scheduler:
             if self._ended or all(task.future.done() for task, _ in units):
                 raise _Stopped
 
+        def on_partial(i: int, partial: int, image: Image) -> None:
+            task, index = units[i]
+            _hand_on(task, index, Picture(image, task.job.seeds[index], {"prompt": task.job.prompt}, (), {}, partial))
+
         return self._pipe(
             [task.job.prompt for task, _ in units],
             seed=[task.job.seeds[index] for task, index in units],
@@ -297,8 +304,11 @@ class Scheduler:
             height=job.height,
             width=job.width,
             image=job.image,
+            mask=job.mask,
             strength=job.strength,
             pause=pause,
+            partial_images=job.partial_images,
+            on_partial=on_partial,
         )
 
     def _after_error(self, units: list[Unit], error: Exception, again: bool) -> None:
@@ -333,21 +343,25 @@ def _picture(output: Output, index: int, queue_ms: float) -> Picture:
         output.images[index],
         output.seeds[index],
         output.metadata(index),
-        output.notes,
+        output.notes_on(index),
         {"queue_ms": queue_ms} | times,
     )
 
 
 def _deliver(task: Task, index: int, picture: Picture) -> None:
     task.pictures[index] = picture
+    _hand_on(task, index, picture)
+    if len(task.pictures) == len(task.job.seeds):
+        with suppress(InvalidStateError):  # cancelled in this very moment
+            task.future.set_result([task.pictures[i] for i in range(len(task.job.seeds))])
+
+
+def _hand_on(task: Task, index: int, picture: Picture) -> None:
     if task.on_picture is not None and not task.future.done():
         try:
             task.on_picture(index, picture)
         except Exception:
             LOG.exception("A picture could not be handed on.")
-    if len(task.pictures) == len(task.job.seeds):
-        with suppress(InvalidStateError):  # cancelled in this very moment
-            task.future.set_result([task.pictures[i] for i in range(len(task.job.seeds))])
 
 
 def _fail(task: Task, error: Exception) -> None:

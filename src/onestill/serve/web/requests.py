@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import secrets
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
@@ -14,7 +17,9 @@ from PIL.Image import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from onestill.checkpoint import ModelInfo
-from onestill.pipeline.picture import fitted
+from onestill.errors import ImageError
+from onestill.pipeline.masks import check_mask_size, fitted_mask
+from onestill.pipeline.picture import fitted, upright_size
 from onestill.serve.errors import ApiError
 from onestill.serve.queue.jobs import Job
 
@@ -30,11 +35,18 @@ __all__ = [
     "Shown",
     "forms_for",
     "job_of",
+    "notes_on",
+    "read_mask",
     "read_upload",
 ]
 
 LARGEST_SEED = 2**53 - 1  # the largest integer that JavaScript represents exactly
 KINDS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}  # Pillow's names of the file formats, by those in requests
+# Sizes of OpenAI's models, which clients send whatever the model is.
+USUAL_SIZES = """
+    256x256 512x512 1024x1024 1536x1024 1024x1536 1792x1024 1024x1792 2048x2048 2048x1152 1152x2048 3840x2160 2160x3840
+"""
+WITHOUT_EFFECT = ("quality", "style", "moderation", "input_fidelity")  # in the order in which a note names them
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Bounds:
     """How much one request may ask for.
 
     Attributes:
-        prompt: characters.
+        prompt, live_prompt: characters, of the images API, and of live messages and the gallery.
         n, live_n: pictures of one request, of one live message.
         steps: sampling steps.
         body: bytes of a request, uploads included.
@@ -52,7 +64,8 @@ class Bounds:
         live, live_each: live connections in all, and of one address.
     """
 
-    prompt: int = 4000
+    prompt: int = 32_000
+    live_prompt: int = 4000
     n: int = 10
     live_n: int = 4
     steps: int = 50
@@ -102,6 +115,15 @@ def _whole_from(low: int, high: int) -> Any:
 
 _Seed: TypeAlias = Annotated[int, Field(ge=0, le=LARGEST_SEED), BeforeValidator(_whole)]
 _Quality: TypeAlias = Annotated[int, Field(ge=0, le=100), BeforeValidator(_whole)]
+
+
+def _opaque(value: object) -> object:
+    if value == "transparent":
+        raise ValueError("this model cannot draw a transparent background; send 'opaque' or leave it out")
+    return value
+
+
+_Word: TypeAlias = Annotated[str, Field(max_length=64)]
 _Share: TypeAlias = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), BeforeValidator(_number)]
 
 
@@ -126,12 +148,13 @@ class Generation(_Common):
     output_compression: _Quality | None = Field(None, description="Quality of a JPEG or WebP.")
     stream: bool | None = Field(None, strict=True, description="Server-sent events, one a picture.")
     user: str | None = Field(None, max_length=256, description="Accepted and not stored.")
-    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = None
-    background: Literal["auto", "opaque"] | None = None
-    moderation: Literal["auto", "low"] | None = None
-    style: Literal["vivid", "natural"] | None = None
+    safety_identifier: str | None = Field(None, max_length=256, description="Accepted and not stored.")
+    quality: _Word | None = Field(None, description="Has no effect, which a note says.")
+    background: Annotated[Literal["auto", "opaque"], BeforeValidator(_opaque)] | None = None
+    moderation: _Word | None = Field(None, description="Has no effect, which a note says.")
+    style: _Word | None = Field(None, description="Has no effect, which a note says.")
     partial_images: Annotated[int, Field(ge=0, le=3), BeforeValidator(_whole)] | None = Field(
-        None, description="Accepted and ignored: one step has no partial images."
+        None, description="With `stream`, pictures between the steps; one step has none."
     )
 
     @property
@@ -144,8 +167,10 @@ class Generation(_Common):
 class Edit(Generation):
     """The fields of `POST /v1/images/edits` beside its image."""
 
-    strength: _Share | None = Field(None, description="How much of the image to change.")
-    input_fidelity: Literal["low", "high"] | None = None
+    strength: _Share | None = Field(
+        None, description="How much of the image to change; null is 0.5, and 1 inside a mask."
+    )
+    input_fidelity: _Word | None = Field(None, description="Has no effect, which a note says.")
 
 
 class Shown(_Common):
@@ -199,29 +224,31 @@ class Forms:
     shown: type[Shown]
 
 
-def forms_for(info: ModelInfo, bounds: Bounds) -> Forms:
-    """The classes with the model's name, sizes and bounds filled in, so that the OpenAPI schema has them."""
-    sizes = ("auto", *(f"{width}x{height}" for height, width in info.sizes))
-    # At least one visible character. Python, Rust and JavaScript differ in what else is white space.
-    prompt: Any = (
-        Annotated[str, Field(min_length=1, max_length=bounds.prompt, pattern=r"[^\s\x00-\x1f\x7f-\x9f]")],
-        Field(description="What to draw.", examples=["a red apple"]),
-    )
+def forms_for(info: ModelInfo, bounds: Bounds, aliases: Sequence[str] = ()) -> Forms:
+    """The classes with the model's names, sizes and bounds filled in, so that the OpenAPI schema has them."""
+    own_sizes = ("auto", *(f"{width}x{height}" for height, width in info.sizes))
+    every_size = tuple(dict.fromkeys([*own_sizes, *USUAL_SIZES.split()]))
     steps = (_whole_from(1, bounds.steps), Field(None, description="Null is the model's own."))
-    size: Any = (Literal[sizes] | None, Field(None, description="Width x height in pixels."))
 
-    def made(base: type[Any], **more: Any) -> Any:
+    def made(base: type[Any], most_characters: int, sizes: tuple[str, ...], **more: Any) -> Any:
+        # At least one visible character. Python, Rust and JavaScript differ in what else is white space.
+        prompt: Any = (
+            Annotated[str, Field(min_length=1, max_length=most_characters, pattern=r"[^\s\x00-\x1f\x7f-\x9f]")],
+            Field(description="What to draw.", examples=["a red apple"]),
+        )
+        size: Any = (Literal[sizes] | None, Field(None, description="Width x height in pixels."))
         return create_model(base.__name__, __base__=base, prompt=prompt, size=size, num_inference_steps=steps, **more)
 
     def many(most: int) -> Any:
         return (_whole_from(1, most), Field(None, description="How many pictures."))
 
-    model = (Literal[info.name] | None, Field(None))
+    names: Any = (info.name, *aliases)
+    model = (Literal[names] | None, Field(None))
     return Forms(
-        made(Generation, n=many(bounds.n), model=model),
-        made(Edit, n=many(bounds.n), model=model),
-        made(Live, n=many(bounds.live_n)),
-        made(Shown, model=model),
+        made(Generation, bounds.prompt, every_size, n=many(bounds.n), model=model),
+        made(Edit, bounds.prompt, every_size, n=many(bounds.n), model=model),
+        made(Live, bounds.live_prompt, own_sizes, n=many(bounds.live_n)),
+        made(Shown, bounds.live_prompt, own_sizes, model=model),
     )
 
 
@@ -247,15 +274,45 @@ def job_of(form: Form, info: ModelInfo, *, request_id: str | None = None) -> Job
         height=height,
         width=width,
         strength=0.5 if strength is None else strength,
+        partial_images=(getattr(form, "partial_images", None) or 0) if getattr(form, "stream", None) else 0,
     )
 
 
+def notes_on(form: Form, info: ModelInfo, images: int = 1) -> list[str]:
+    """Sentences on what this server does not do as OpenAI's would.
+
+    Args:
+        form: the validated request.
+        info: the model's.
+        images: how many came with it.
+    """
+    notes = []
+    height, width = _size_of(form, info)
+    if form.size not in (None, "auto", f"{width}x{height}"):
+        notes.append(f"The model does not draw {form.size}; the picture has {width}x{height} pixels.")
+    if idle := [name for name in WITHOUT_EFFECT if getattr(form, name, None) not in (None, "auto")]:
+        notes.append(f"Without effect here: {', '.join(idle)}.")
+    if getattr(form, "partial_images", None) and not getattr(form, "stream", None):
+        notes.append("Partial images come only with stream.")
+    if images > 1:
+        notes.append(f"Of {images} images the first was used; this model starts from one.")
+    return notes
+
+
 def _size_of(form: Form, info: ModelInfo) -> tuple[int, int]:
-    """(height, width) in pixels that a validated request asks for; the model's own where it names none."""
+    """(height, width) in pixels for a validated request: the model's own where it names none.
+
+    A size that the model does not draw becomes the one of the nearest aspect ratio, and of these of the nearest area.
+    """
     if form.size in (None, "auto"):
         return info.height, info.width
     width, height = (int(part) for part in str(form.size).split("x"))
-    return height, width
+
+    def distance(size: tuple[int, int]) -> tuple[float, float]:
+        taller, wider = math.log(size[0] / height), math.log(size[1] / width)
+        return round(abs(wider - taller), 6), abs(wider + taller)
+
+    return min(info.sizes, key=distance)
 
 
 def read_upload(data: bytes, form: Form, info: ModelInfo, most_px: int) -> Image:
@@ -272,6 +329,29 @@ def read_upload(data: bytes, form: Form, info: ModelInfo, most_px: int) -> Image
     Raises:
         ApiError: the file has another format, is damaged, or has more than `most_px` pixels.
     """
+    with _opened(data, "image", most_px) as picture:
+        return PIL.Image.fromarray(fitted(picture, *_size_of(form, info)))
+
+
+def read_mask(data: bytes, image: bytes, form: Form, info: ModelInfo, most_px: int) -> Image:
+    """The mask in an upload, white where to draw, cut as `read_upload` cuts its image. The same bounds hold.
+
+    Raises:
+        ApiError: as `read_upload`, or the mask has another size than the image.
+    """
+    with _opened(image, "image", most_px) as picture:
+        size = upright_size(picture)
+    with _opened(data, "mask", most_px) as mask:
+        try:
+            check_mask_size(upright_size(mask), size)
+        except ImageError as error:
+            raise ApiError(400, str(error), "invalid_image", param="mask") from error
+        return PIL.Image.fromarray(fitted_mask(mask, size, *_size_of(form, info)))
+
+
+@contextmanager
+def _opened(data: bytes, param: str, most_px: int) -> Iterator[Image]:
+    """The picture in a file, whose pixels are decoded when they are asked for. Raises ApiError as `read_upload`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of sizes that the next lines check
@@ -279,15 +359,17 @@ def read_upload(data: bytes, form: Form, info: ModelInfo, most_px: int) -> Image
                 width, height = picture.size
                 if width * height > most_px or max(width, height) > 64 * min(width, height):
                     raise PIL.Image.DecompressionBombError
-                return PIL.Image.fromarray(fitted(picture, *_size_of(form, info)))
+                yield picture
+    except ApiError:
+        raise
     except PIL.Image.DecompressionBombError as error:
         raise ApiError(
             400,
-            f"The image has too many pixels; give one of at most {most_px / 1e6:.0f} megapixels, not a strip.",
+            f"The {param} has too many pixels; give one of at most {most_px / 1e6:.0f} megapixels, not a strip.",
             "image_too_large",
-            param="image",
+            param=param,
         ) from error
     except Exception as error:  # a damaged file may raise anything that Pillow's decoders do
         raise ApiError(
-            400, "The image cannot be read; give a PNG, JPEG or WebP file.", "invalid_image", param="image"
+            400, f"The {param} cannot be read; give a PNG, JPEG or WebP file.", "invalid_image", param=param
         ) from error
