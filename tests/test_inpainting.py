@@ -220,7 +220,7 @@ def test_partial_images_of_many_and_of_one_step(tiny_pipe: Pipeline, picture: An
     out = tiny_pipe("a star", partial_images=2, num_inference_steps=1, **settings)
     assert (shown, out.notes) == (
         [],
-        ["2 partial images were asked for and none shown: there is one after each step but the last."],
+        ["2 partial images were asked for and none shown: one comes after each step but the last."],
     )
 
 

@@ -18,7 +18,9 @@ from tests.on_cpu import load
 from tests.tiny_sd import FAMILIES, single_file, tiny_sd
 
 PROMPTS = ["a red apple on a table", "a green heart"]
-LATENTS = 1e-4
+# Of the largest latent, which is about 50 in these random models. The order of the sums in float32 differs between ours
+# and diffusers' (other batches, other layouts), and every kind of CPU has another: 2e-6 with AVX-512, 3e-6 with AVX2.
+LATENTS = 1e-5
 LEVELS = 1  # of 255
 
 
@@ -67,6 +69,11 @@ def both(ours: Pipeline, theirs: Any, steps: int, **settings: Any) -> tuple[Any,
     return np.concatenate(kept), latents.numpy(), levels(found.images), expected
 
 
+def off(found: Any, expected: Any) -> float:
+    """The largest difference, in parts of the largest value expected."""
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
 def levels(images: list[Any]) -> Any:
     return np.stack([np.asarray(image, dtype=np.int16) for image in images])
 
@@ -75,7 +82,7 @@ def levels(images: list[Any]) -> Any:
 def test_text_to_image_is_diffusers_own(ours: Pipeline, theirs: Any, steps: int) -> None:
     latents, expected_latents, pictures, expected = both(ours, theirs, steps)
     assert np.abs(expected[0] - expected[1]).mean() > 1, "the two pictures must differ for this to mean anything"
-    assert np.abs(latents - expected_latents).max() <= LATENTS
+    assert off(latents, expected_latents) <= LATENTS
     assert np.abs(pictures - expected).max() <= LEVELS
 
 
@@ -83,12 +90,12 @@ def test_guidance_and_negative_prompts_are_diffusers_own(ours: Pipeline, theirs:
     for negative in (None, "a blue star"):
         negatives = None if negative is None else [negative] * 2
         latents, expected_latents, *_ = both(ours, theirs, 2, guidance_scale=2.5, negative_prompt=negatives)
-        assert np.abs(latents - expected_latents).max() <= 2.5 * LATENTS
+        assert off(latents, expected_latents) <= LATENTS
 
 
 def test_other_sizes_are_diffusers_own_and_noted(ours: Pipeline, theirs: Any) -> None:
     latents, expected_latents, *_ = both(ours, theirs, 1, height=72, width=104)
-    assert np.abs(latents - expected_latents).max() <= LATENTS
+    assert off(latents, expected_latents) <= LATENTS
     (note,) = ours("a", seed=1, height=72, width=104).notes
     assert "trained to draw" in note
     assert ours("a", seed=1).notes == []
@@ -102,8 +109,8 @@ def test_sizes_that_sdxl_is_told_are_diffusers_own(ours: Pipeline, theirs: Any, 
         return
     plain, *_ = both(ours, theirs, 1)
     latents, expected, *_ = both(ours, theirs, 1, **told)
-    assert np.abs(latents - expected).max() <= LATENTS
-    assert np.abs(latents - plain).max() > 10 * LATENTS, "being told must do something for this to mean anything"
+    assert off(latents, expected) <= LATENTS
+    assert off(latents, plain) > 10 * LATENTS, "being told must do something for this to mean anything"
 
 
 def test_less_than_one_step_of_a_picture_becomes_one_and_that_is_said(ours: Pipeline) -> None:
@@ -150,7 +157,7 @@ def test_image_to_image_is_diffusers_own(ours: Pipeline, theirs: Any, family: st
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ours.engine, "decode", lambda latents: kept.append(latents) or decode(latents))
         ours(PROMPTS, image=picture, strength=strength, num_inference_steps=steps, seed=3)
-    assert np.abs(kept[0] - expected.numpy()).max() <= LATENTS
+    assert off(kept[0], expected.numpy()) <= LATENTS
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(2, 0.5), (4, 0.75), (4, 0.99)])

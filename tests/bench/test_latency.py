@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from benchmarks.quarter.networks import SMALL
 from onestill.bench.chart import bars
 from onestill.bench.compare import not_alike, ratios
 from onestill.bench.contenders import comparable, load_contender
@@ -22,36 +23,6 @@ from onestill.cli import main
 from onestill.errors import OnestillError
 from onestill.networks.random_weights import CONFIGS, meta_module, random_model
 from tests.on_cpu import load
-
-SMALL: dict[str, Any] = {
-    "unet": {
-        **CONFIGS["sdxl"]["unet"],
-        "sample_size": 8,
-        "block_out_channels": [64, 128, 128],
-        "attention_head_dim": [1, 2, 2],
-        "transformer_layers_per_block": [1, 1, 1],
-        "cross_attention_dim": 128,
-        "projection_class_embeddings_input_dim": 64 + 6 * 256,
-    },
-    "vae": {**CONFIGS["sdxl"]["vae"], "block_out_channels": [32, 32, 32, 32], "layers_per_block": 1},
-    **{
-        name: {
-            **CONFIGS["sdxl"][name],
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 1,
-            "intermediate_size": 64,
-            "projection_dim": 64,
-        }
-        for name in ("text_encoder", "text_encoder_2")
-    },
-    "tiny_vae": {
-        "encoder_block_out_channels": [8, 8, 8, 8],
-        "decoder_block_out_channels": [8, 8, 8, 8],
-        "num_encoder_blocks": [1, 1, 1, 1],
-        "num_decoder_blocks": [1, 1, 1, 1],
-    },
-}
 
 
 @pytest.fixture(scope="module")

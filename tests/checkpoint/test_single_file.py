@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from onestill.checkpoint import Additions, describe, identify
-from onestill.checkpoint.single_file import networks
+from onestill.checkpoint.single_file import component_files
 from onestill.cli import main
 from onestill.errors import CheckpointError
 from onestill.networks.load import load_components
@@ -101,7 +101,7 @@ def test_what_is_for_another_family_is_refused_before_it_is_loaded(folder: Path,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_configs_read_from_shapes_are_the_folders(family: str, tmp_path: Path) -> None:
     folder = tiny_sd(tmp_path / "folder", family)
-    _, found = networks(single_file(folder, tmp_path / "model.safetensors", family))
+    _, found = component_files(single_file(folder, tmp_path / "model.safetensors", family))
     parts = load_components(describe(folder))
     for component, network in found.items():
         config = parts[component].config

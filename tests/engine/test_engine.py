@@ -16,7 +16,7 @@ from onestill.checkpoint import describe, list_models, model_path
 from onestill.engine.protocol import Conditioning, Engine
 from onestill.errors import CheckpointError, MissingExtraError, ModelNotFoundError, OnestillError
 from onestill.pipeline import Pipeline
-from tests.on_cpu import load_engine
+from tests.on_cpu import load_engine, needs_vnni
 
 PROMPTS = ["a red apple, fluent 3d emoji", "a green heart"]
 
@@ -79,7 +79,7 @@ def test_engines_draw_what_diffusers_draws(
 
 @pytest.mark.parametrize("name", list_models())
 @pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize(("dtype", "least_db"), [("bfloat16", 35), ("int8", 30)])
+@pytest.mark.parametrize(("dtype", "least_db"), [("bfloat16", 35), pytest.param("int8", 30, marks=needs_vnni)])
 def test_a_shipped_model_in_less_than_float32_draws_nearly_the_same(
     name: str, steps: int, dtype: str, least_db: int
 ) -> None:

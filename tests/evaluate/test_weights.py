@@ -5,7 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from onestill.checkpoint import Lora, Network, describe
+from onestill.checkpoint import ComponentFile, Lora, describe
 from onestill.evaluate import fingerprint
 
 
@@ -37,16 +37,16 @@ def test_a_file_and_what_is_put_on_top_count(tiny_folder: Path, tmp_path: Path) 
     one.write_bytes(b"one")
     other.write_bytes(b"other")
     folder = describe(tiny_folder)
-    file = replace(folder, path=one, networks={"unet": Network("UNet2DConditionModel", {}, one)})
+    file = replace(folder, path=one, component_files={"unet": ComponentFile("UNet2DConditionModel", {}, one)})
     infos = [
         folder,
-        replace(folder, networks={"unet": Network("UNet2DConditionModel", {}, one)}),
-        replace(folder, networks={"unet": Network("UNet2DConditionModel", {}, other)}),
-        replace(folder, networks={"vae": Network("AutoencoderTiny", {}, other)}),
+        replace(folder, component_files={"unet": ComponentFile("UNet2DConditionModel", {}, one)}),
+        replace(folder, component_files={"unet": ComponentFile("UNet2DConditionModel", {}, other)}),
+        replace(folder, component_files={"vae": ComponentFile("AutoencoderTiny", {}, other)}),
         replace(folder, loras=(Lora(one),)),
         replace(folder, loras=(Lora(one, 0.5),)),
         file,
-        replace(file, path=other, networks={}),
+        replace(file, path=other, component_files={}),
     ]
     assert len({fingerprint(info) for info in infos}) == len(infos)
-    assert fingerprint(replace(file, networks={})) == fingerprint(file)
+    assert fingerprint(replace(file, component_files={})) == fingerprint(file)

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from onestill.pipeline import Pipeline
-from onestill.serve import run
+from onestill.serve import paced, run
 from tests.serve.client import serving
 
 
@@ -36,7 +36,7 @@ def test_a_connection_that_asks_nothing_more_is_closed(tiny_pipe: Pipeline, monk
 
 
 def test_an_answer_that_nobody_reads_is_not_kept(monkeypatch: Any) -> None:
-    monkeypatch.setattr(run, "UNREAD_S", 0.3)
+    monkeypatch.setattr(paced, "UNREAD_S", 0.3)
     ended: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-__all__ = ["bars"]
-
 PARTS = {
     "encode_ms": ("text encoder", "#7a9cc6"),
     "denoise_ms": ("steps", "#e08e45"),

@@ -20,8 +20,6 @@ from onestill.engine.device import AUTO, choose, default_dtype, is_auto, runs_on
 from onestill.errors import OnestillError, require
 from onestill.pipeline import Pipeline, load
 
-__all__ = ["comparable", "diffusers_contender", "diffusers_pipeline", "load_contender", "our_contender"]
-
 NETWORKS = ("text", "unet", "decoder")
 
 
@@ -104,7 +102,7 @@ def our_contender(pipe: Pipeline, setting: Setting) -> Loaded:
         out = pipe(list(prompts), seed=seed, **drawing)
         if setting.picture is not None and not Path(setting.picture).exists():
             out.save(0, setting.picture)
-        return {part: float(getattr(out.timings, part)) for part in PARTS}
+        return vars(out.timings)
 
     engine = pipe.engine
     facts = {"engine": engine.name, "device": engine.device, "dtype": engine.dtype, "dtypes": _our_dtypes(engine)}

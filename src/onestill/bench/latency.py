@@ -25,15 +25,6 @@ from onestill.bench.setting import CONTENDERS, PARTS, Loaded, Setting
 from onestill.engine.device import peak_memory
 from onestill.errors import OnestillError, require
 
-__all__ = [
-    "MeasuringError",
-    "measure",
-    "measure_elsewhere",
-    "percentile",
-    "prompts",
-    "psnr",
-]
-
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black", "pink", "brown")
 THINGS = ("apple", "bicycle", "heart", "house", "star", "cat", "key", "cloud", "boat", "book", "bell", "tree")
 STYLES = ("fluent 3d emoji", "flat emoji", "line icon", "filled icon", "pixel art")

@@ -12,34 +12,14 @@ from onestill.engine.device import automatic
 from onestill.engine.gpus import TorchDevices, torch_devices
 from onestill.errors import require
 
-__all__ = ["PACKAGES", "Facts", "cpu", "machine", "machine_for_report", "torch", "versions"]
-
 PACKAGES = {
-    "base": ("numpy", "openvino", "Pillow", "rich", "safetensors", "typer"),
-    "serve": (
-        "fastapi",
-        "python-multipart",
-        "uvicorn",
-        "websockets",
-        "sqlalchemy",
-        "alembic",
-        "psycopg",
-        "c2pa-python",
-    ),
-    "torch": ("accelerate", "diffusers", "peft", "torch", "transformers"),
-    "train": ("tensorboard",),
+    "base": "numpy openvino Pillow rich safetensors typer".split(),
+    "serve": "fastapi python-multipart uvicorn websockets sqlalchemy alembic psycopg c2pa-python".split(),
+    "torch": "accelerate diffusers peft torch transformers".split(),
+    "train": ["tensorboard"],
 }
-DECISIVE = (  # for figures
-    "onestill",
-    "numpy",
-    "openvino",
-    "torch",
-    "diffusers",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "Pillow",
-)
+# For figures.
+DECISIVE = "onestill numpy openvino torch diffusers transformers tokenizers safetensors Pillow".split()
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 Facts = dict[str, object]

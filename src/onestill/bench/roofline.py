@@ -14,8 +14,6 @@ from onestill.checkpoint import ModelInfo, read_json
 from onestill.engine.device import synchronize
 from onestill.errors import require
 
-__all__ = ["count_gflop", "floor", "matrix_tflops"]
-
 SIDES = {"cpu": 1536, "cuda": 8192}  # of the matrices that are multiplied
 OTHER_SIDE = 4096  # on other GPUs
 TRIES = 8
@@ -74,10 +72,9 @@ def count_gflop(info: ModelInfo, *, batch: int, height: int, width: int) -> dict
 
 
 def _configs(info: ModelInfo) -> dict[str, tuple[str, dict[str, Any]]]:
-    names = ["text_encoder", *(["text_encoder_2"] if info.is_xl else []), "unet", "vae", "tiny_vae"]
     found: dict[str, tuple[str, dict[str, Any]]] = {}
-    for name in names:
-        if network := info.networks.get(name):
+    for name in (*info.text_encoders, "unet", "vae", "tiny_vae"):
+        if network := info.component_files.get(name):
             found[name] = (network.kind, dict(network.config))
         elif name in info.classes:
             found[name] = (info.classes[name][1], read_json(info.path, f"{name}/config.json"))

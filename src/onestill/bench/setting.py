@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["CONTENDERS", "PARTS", "Loaded", "Setting", "with_contender"]
-
 CONTENDERS = ("onestill", "diffusers", "diffusers compiled")
 PARTS = ("encode_ms", "denoise_ms", "decode_ms", "total_ms")
 

@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 from onestill.errors import CheckpointError, UnsafeFormatError
 
-__all__ = ["PICKLE_SUFFIXES", "Header", "Tensor", "check_safetensors", "is_pickle", "pickle_error", "read_header"]
-
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 MAX_HEADER_BYTES = 64 * 2**20  # SDXL's has half a megabyte
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}

@@ -15,8 +15,6 @@ from typing import Any
 from onestill.checkpoint.files import NETWORKS, check_contents, verify
 from onestill.errors import CheckpointError, MissingExtraError, ModelNotFoundError, require
 
-__all__ = ["fetch", "wanted"]
-
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SMALL = re.compile(r"(model_index\.json|scheduler/\S+\.json|tokenizer(_2)?/[\w.]+\.(json|txt))")
 WEIGHTS = re.compile(

@@ -11,11 +11,9 @@ from typing import Any
 from onestill.checkpoint.files import MANIFEST, NETWORKS, read_json
 from onestill.checkpoint.header import read_header
 from onestill.checkpoint.presets import PRESETS, Preset, find_preset
-from onestill.checkpoint.single_file import SD, SDXL, Network, networks, tiny_vae_network, unet_network
+from onestill.checkpoint.single_file import SD, SDXL, ComponentFile, component_files, tiny_vae_file, unet_file
 from onestill.errors import CheckpointError, ModelNotFoundError, ScheduleError
 from onestill.schedule import NoiseSchedule
-
-__all__ = ["Additions", "Lora", "ModelInfo", "describe"]
 
 PIPELINES = {"StableDiffusionPipeline": SD, "StableDiffusionXLPipeline": SDXL}
 SAMPLER_OF_SCHEDULER = {
@@ -105,7 +103,8 @@ class ModelInfo:
         styles: the styles that its prompts may name, from the manifest.
         made: how it was made, free-form, from the manifest.
         classes: component -> (library, class), from `model_index.json`.
-        networks: those whose weights lie in single files: of a single-file model, and what was put on top of any.
+        component_files: the components whose weights lie in single files: a single-file model's, and what was put on
+            top of any.
         loras: added to the weights when they are loaded.
     """
 
@@ -135,13 +134,23 @@ class ModelInfo:
     styles: tuple[str, ...] = ()
     made: Mapping[str, Any] = field(default_factory=dict)
     classes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    networks: Mapping[str, Network] = field(default_factory=dict)
+    component_files: Mapping[str, ComponentFile] = field(default_factory=dict)
     loras: tuple[Lora, ...] = ()
 
     @property
     def is_xl(self) -> bool:
         """Whether it has SDXL's two text encoders and takes sizes as inputs."""
         return self.family == SDXL
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The components that encode prompts."""
+        return ("text_encoder", "text_encoder_2")[: 1 + self.is_xl]
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """The tokenizer of each text encoder."""
+        return ("tokenizer", "tokenizer_2")[: 1 + self.is_xl]
 
     def timesteps(self, num_inference_steps: int) -> list[int]:
         """The falling timesteps at which it draws in this many steps; raises `StepsError` as the schedule does."""
@@ -255,7 +264,7 @@ def _max_tokens(folder: Path, text: Mapping[str, Any]) -> int:
 
 
 def _of_file(path: Path, preset: str | None) -> ModelInfo:
-    family, found = networks(path)
+    family, found = component_files(path)
     notes = read_header(path).notes
     vae, unet, text = found["vae"].config, found["unet"].config, found["text_encoder"].config
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -281,7 +290,7 @@ def _of_file(path: Path, preset: str | None) -> ModelInfo:
         embeds_guidance="time_cond_proj_dim" in unet,
         licence=notes.get("modelspec.license", ""),
         classes={name: ("", network.kind) for name, network in found.items()},
-        networks=found,
+        component_files=found,
     )
     return info if preset is not None else replace(info, preset="turbo")
 
@@ -321,12 +330,16 @@ def _with_preset(info: ModelInfo, name: str) -> ModelInfo:
 
 
 def _with_additions(info: ModelInfo, additions: Additions) -> ModelInfo:
-    found = dict(info.networks)
+    found = dict(info.component_files)
     if additions.unet is not None:
         file, config = _weights_of_addition(additions.unet)
-        network = unet_network(file)
+        network = unet_file(file)
         found["unet"] = replace(network, config=config or network.config)
-        own = info.networks["unet"].config if "unet" in info.networks else read_json(info.path, "unet/config.json")
+        own = (
+            info.component_files["unet"].config
+            if "unet" in info.component_files
+            else read_json(info.path, "unet/config.json")
+        )
         for name in UNET_INPUTS:
             if found["unet"].config.get(name) != own.get(name):
                 raise CheckpointError(
@@ -336,7 +349,7 @@ def _with_additions(info: ModelInfo, additions: Additions) -> ModelInfo:
         info = replace(info, embeds_guidance=found["unet"].config.get("time_cond_proj_dim") is not None)
     if additions.tiny_vae is not None:
         file, config = _weights_of_addition(additions.tiny_vae)
-        network = tiny_vae_network(file)
+        network = tiny_vae_file(file)
         found["tiny_vae"] = replace(network, config=config or network.config)
         channels = found["tiny_vae"].config.get("latent_channels", 4)
         if channels != info.latent_shape[0]:
@@ -347,7 +360,7 @@ def _with_additions(info: ModelInfo, additions: Additions) -> ModelInfo:
     for lora in additions.loras:
         if not lora.path.is_file():
             raise ModelNotFoundError(f"There is no LoRA '{lora.path}'; give a .safetensors file.")
-    return replace(info, networks=found, loras=tuple(additions.loras))
+    return replace(info, component_files=found, loras=tuple(additions.loras))
 
 
 def _weights_of_addition(path: Path) -> tuple[Path, dict[str, Any] | None]:

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from onestill.errors import OnestillError, near
 from onestill.schedule import PredictionType, TimestepSpacing
 
-__all__ = ["PRESETS", "Preset", "find_preset"]
-
 
 @dataclass(frozen=True)
 class Preset:

@@ -19,8 +19,6 @@ from typing import Any, NamedTuple
 from onestill.checkpoint.header import Header, Tensor, read_header
 from onestill.errors import CheckpointError
 
-__all__ = ["SD", "SDXL", "FileInfo", "Network", "identify", "networks", "tiny_vae_network", "unet_network"]
-
 # Each network's tensors start with these in the original key layout, that of the first training code.
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -37,14 +35,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Network:
-    """One network of a model whose weights lie in a single file.
+class ComponentFile:
+    """A component of a model whose weights lie in a single file.
 
     Attributes:
         kind: the class, of diffusers or transformers.
         config: what that class is made from.
         file: the safetensors file.
-        prefix: what every name of this network starts with in the file.
+        prefix: what every name of this component starts with in the file.
         layout: "diffusers" where the names are the module's own; else "unet", "vae", "clip", "open_clip" or "tiny_vae",
             of the original key layout, which `onestill.networks.load` converts.
     """
@@ -128,7 +126,7 @@ def _text_width(tensors: Mapping[str, Tensor]) -> int:
 # --- a whole checkpoint ---------------------------------------------------------------------------------------------
 
 
-def networks(path: Path) -> tuple[str, dict[str, Network]]:
+def component_files(path: Path) -> tuple[str, dict[str, ComponentFile]]:
     """The family of a whole checkpoint, and its networks by diffusers' names for them.
 
     Raises:
@@ -143,13 +141,13 @@ def networks(path: Path) -> tuple[str, dict[str, Network]]:
     }
     if kind != "checkpoint":
         raise CheckpointError(f"'{path}' {hint.get(kind, f'is no model but of the kind: {kind}')}.")
-    unet = unet_network(path, header)
+    unet = unet_file(path, header)
     family = SDXL if unet.config.get("addition_embed_type") else SD
     found = {"unet": unet, "vae": _vae(path, header, family), **_text_encoders(path, header, family)}
     return family, found
 
 
-def unet_network(path: Path, header: Header | None = None) -> Network:
+def unet_file(path: Path, header: Header | None = None) -> ComponentFile:
     """The UNet in a single file, of either layout.
 
     Raises:
@@ -170,7 +168,7 @@ def unet_network(path: Path, header: Header | None = None) -> Network:
         )
     if prefix and config["cross_attention_dim"] == 1280:
         raise CheckpointError(f"'{path}' is an SDXL refiner, which draws nothing by itself; give the base model.")
-    return Network("UNet2DConditionModel", config, path, prefix, layout)
+    return ComponentFile("UNet2DConditionModel", config, path, prefix, layout)
 
 
 def _under(header: Header, prefix: str) -> Shapes:
@@ -260,7 +258,7 @@ def _count(names: Iterable[str], pattern: str) -> int:
     return max((int(match[1]) + 1 for name in names if (match := re.match(pattern, name))), default=0)
 
 
-def _vae(path: Path, header: Header, family: str) -> Network:
+def _vae(path: Path, header: Header, family: str) -> ComponentFile:
     shapes = _under(header, VAE_PREFIX)
     if "decoder.conv_in.weight" not in shapes or "encoder.conv_in.weight" not in shapes:
         raise CheckpointError(f"'{path}' has no whole autoencoder under '{VAE_PREFIX}'; give a file that has one.")
@@ -275,10 +273,10 @@ def _vae(path: Path, header: Header, family: str) -> Network:
         "force_upcast": family == SDXL,
         "sample_size": 512 if family == SD else 1024,
     }
-    return Network("AutoencoderKL", config, path, VAE_PREFIX, "vae")
+    return ComponentFile("AutoencoderKL", config, path, VAE_PREFIX, "vae")
 
 
-def tiny_vae_network(path: Path) -> Network:
+def tiny_vae_file(path: Path) -> ComponentFile:
     """The decoder of TAESD or TAESDXL in a single file: of an AutoencoderTiny, or TAESD's own.
 
     Raises:
@@ -307,21 +305,23 @@ def tiny_vae_network(path: Path) -> Network:
         "num_decoder_blocks": runs,
         "num_encoder_blocks": [1] * len(runs),  # never loaded
     }
-    return Network("AutoencoderTiny", config, path, "", "tiny_vae" if is_own else "diffusers")
+    return ComponentFile("AutoencoderTiny", config, path, "", "tiny_vae" if is_own else "diffusers")
 
 
-def _text_encoders(path: Path, header: Header, family: str) -> dict[str, Network]:
+def _text_encoders(path: Path, header: Header, family: str) -> dict[str, ComponentFile]:
     clip, open_clip = _prefix(header, CLIP_PREFIXES), _prefix(header, OPEN_CLIP_PREFIXES)
-    found: dict[str, Network] = {}
+    found: dict[str, ComponentFile] = {}
     try:
         if clip is not None:
-            found["text_encoder"] = Network("CLIPTextModel", _clip_config(_under(header, clip)), path, clip, "clip")
+            found["text_encoder"] = ComponentFile(
+                "CLIPTextModel", _clip_config(_under(header, clip)), path, clip, "clip"
+            )
         if open_clip is not None:
             name, kind = "text_encoder", "CLIPTextModel"
             if family == SDXL:
                 name, kind = "text_encoder_2", "CLIPTextModelWithProjection"
             config = _open_clip_config(_under(header, open_clip), family == SDXL)
-            found[name] = Network(kind, config, path, open_clip, "open_clip")
+            found[name] = ComponentFile(kind, config, path, open_clip, "open_clip")
     except KeyError as error:
         raise CheckpointError(f"A text encoder in '{path}' lacks {error}; copy the file again.") from error
     needed = {"text_encoder", "text_encoder_2"} if family == SDXL else {"text_encoder"}

@@ -14,20 +14,6 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = [
-    "INTERRUPTED",
-    "SIGNALLED",
-    "announced",
-    "note",
-    "note_device",
-    "once",
-    "print_json",
-    "progress",
-    "say_error",
-    "say_interrupted",
-    "stdout_console",
-]
-
 T = TypeVar("T")
 PIPED_COLUMNS = 200
 SIGNALLED = 128  # and a signal's number is what shells report for a program that the signal ended
@@ -56,13 +42,7 @@ def note(message: str) -> None:
 
 
 def note_device(asked: str | None, engine: str, device: str) -> None:
-    """Say in one line where torch computes, and why, where nobody chose.
-
-    Args:
-        asked: the device that was asked for, None or "auto" where none was.
-        engine: what runs the model; there is nothing to say of OpenVINO, which runs on the CPU alone.
-        device: where that computes.
-    """
+    """Say in one line where torch computes, and why, where nobody chose; OpenVINO runs on the CPU alone."""
     from onestill.engine.device import explained, is_auto
 
     if engine == "torch" and is_auto(asked):

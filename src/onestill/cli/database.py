@@ -9,15 +9,9 @@ from onestill.errors import require
 if TYPE_CHECKING:
     from onestill.serve.access.ledger import Ledger
 
-__all__ = ["open_ledger"]
-
 
 def open_ledger(database: str | None) -> Ledger:
-    """The ledger at a database's URL; None is SQLite in the user's data folder.
-
-    Raises:
-        MissingExtraError: the extra `access` is not installed.
-    """
+    """The ledger at a database's URL; None is SQLite in the user's data folder. Needs the extra `access`."""
     require("sqlalchemy", "access")
     require("alembic", "access")
     from onestill.serve.access.ledger import Ledger

@@ -1,10 +1,19 @@
-"""Options that several commands share, and the reading of what people type into them."""
+"""Options that several commands share, and the reading of what people type into them.
+
+Options that belong together are the fields of a dataclass, a group, which a command decorated with `with_groups` takes
+as one argument. The option's name is the field's, with hyphens.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -13,25 +22,35 @@ from onestill.errors import OnestillError, SizeError
 if TYPE_CHECKING:
     from onestill.engine.protocol import TorchOptions
 
-__all__ = [
-    "Compile",
-    "Database",
-    "Device",
-    "Dtype",
-    "Engine",
-    "Json",
-    "KeysFile",
-    "Loras",
-    "Model",
-    "Preset",
-    "Quantize",
-    "TinyVae",
-    "Unet",
-    "parse_daily",
-    "parse_loras",
-    "parse_size",
-    "torch_options",
-]
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """A command as Typer reads it: each argument that is a dataclass becomes one option for each of its fields."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters: list[Parameter] = []
+    groups: dict[str, tuple[Any, list[str]]] = {}
+    for name, parameter in signature(command).parameters.items():
+        group = hints[name]
+        if not is_dataclass(group):
+            parameters.append(parameter.replace(annotation=group))
+            continue
+        types = get_type_hints(group, include_extras=True)
+        options = [
+            Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=types[field.name])
+            for field in fields(group)
+        ]
+        parameters += options
+        groups[name] = group, [option.name for option in options]
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        for name, (group, options) in groups.items():
+            values[name] = group(**{option: values.pop(option) for option in options})
+        command(**values)
+
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined] # which `inspect.signature` takes
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
 
 Model = Annotated[
     str,
@@ -42,72 +61,20 @@ Model = Annotated[
         help="A shipped model, a folder in diffusers' format, a .safetensors file, or a Hub id.",
     ),
 ]
-Unet = Annotated[
-    Path | None,
+Device = Annotated[
+    str | None,
     typer.Option(
-        "--unet", metavar="PATH", help="A folder or file with a UNet that replaces the model's. (default: none)"
-    ),
-]
-Loras = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--lora", metavar="FILE[:SCALE]", help="A LoRA file and its scale. May be repeated. (default scale: 1)"
-    ),
-]
-TinyVae = Annotated[
-    Path | None,
-    typer.Option(
-        "--tiny-vae", metavar="PATH", help="A tiny decoder: TAESD, or TAESDXL for SDXL. (default: the model's VAE)"
+        metavar="NAME", help="Where torch runs it: cpu, cuda, cuda:1, mps. (default: auto, a GPU where torch has one)"
     ),
 ]
 Preset = Annotated[
     str | None,
     typer.Option(
-        "--preset",
         metavar="NAME",
         help="How to draw where the files do not say: turbo, lightning, lcm, dmd2, base. (default: by the files)",
     ),
 ]
-Compile = Annotated[
-    str | None,
-    typer.Option(
-        "--compile",
-        metavar="HOW",
-        help="What torch compiles: regional (about a minute) or whole (minutes). (default: nothing)",
-    ),
-]
-Quantize = Annotated[
-    str | None,
-    typer.Option(
-        "--quantize",
-        metavar="TYPE",
-        help="Store the UNet's large layers in int8 or fp8, with torchao. (default: neither)",
-    ),
-]
-Engine = Annotated[
-    str | None,
-    typer.Option(
-        "--engine",
-        metavar="NAME",
-        help="What runs the model: openvino or torch. (default: auto, openvino where the model has that form)",
-    ),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        help="Where torch runs it: cpu, cuda, cuda:1, mps. (default: auto, a GPU where torch has one)",
-    ),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        metavar="NAME",
-        help="What it computes in: float32, bfloat16, float16, int8. (default: the fastest on this machine)",
-    ),
-]
+Size = Annotated[str | None, typer.Option(metavar="WxH", help="Size of each picture in pixels. (default: the model's)")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 
 
@@ -125,12 +92,83 @@ KeysFile = Annotated[
 ]
 
 
-def parse_size(text: str | None) -> tuple[int | None, int | None]:
-    """(height, width) in pixels from `256x128`, which is width x height, or from `256`; (None, None) from None.
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """What runs a model, and where; fields as in `onestill.load`."""
 
-    Raises:
-        SizeError: the text is neither.
-    """
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What runs the model: openvino or torch. (default: auto, openvino where the model has that form)",
+        ),
+    ] = None
+    device: Device = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What it computes in: float32, bfloat16, float16, int8. (default: the fastest on this machine)",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class AdditionOptions:
+    """What is put on top of a model."""
+
+    unet: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="A folder or file with a UNet that replaces the model's. (default: none)"),
+    ] = None
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:SCALE]", help="A LoRA file and its scale. May be repeated. (default scale: 1)"),
+    ] = None
+    tiny_vae: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="A tiny decoder: TAESD, or TAESDXL for SDXL. (default: the model's VAE)"),
+    ] = None
+    preset: Preset = None
+
+    def arguments(self) -> dict[str, Any]:
+        """As `onestill.load` and `Additions.of` take them."""
+        return vars(self) | {"lora": parse_loras(self.lora)}
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """How torch computes."""
+
+    compile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="What torch compiles: regional (about a minute) or whole (minutes). (default: nothing)",
+        ),
+    ] = None
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE", help="Store the UNet's large layers in int8 or fp8, with torchao. (default: neither)"
+        ),
+    ] = None
+
+    def asked(self) -> dict[str, Any]:
+        """Those that were given."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def torch_options(self) -> TorchOptions | None:
+        """As `onestill.load` takes them; None where none was given."""
+        if not self.asked():
+            return None
+        from onestill.engine.protocol import TorchOptions
+
+        return TorchOptions(**self.asked())
+
+
+def parse_size(text: str | None) -> tuple[int | None, int | None]:
+    """(height, width) in pixels from `256x128`, which is width x height, or from `256`; (None, None) from None."""
     if text is None:
         return None, None
     match = re.fullmatch(r"\s*(\d{1,6})(?:\s*[xX×]\s*(\d{1,6}))?\s*", text)  # noqa: RUF001 (people paste that sign)
@@ -141,11 +179,7 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
 
 
 def parse_daily(text: str | None) -> int | None:
-    """Pictures a day from `50/day` or `50`; None from None.
-
-    Raises:
-        OnestillError: the text is neither.
-    """
+    """Pictures a day from `50/day` or `50`; None from None."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*(\d{1,9})\s*(/\s*day)?\s*", text)
@@ -155,24 +189,11 @@ def parse_daily(text: str | None) -> int | None:
 
 
 def parse_loras(texts: list[str] | None) -> dict[Path, float]:
-    """LoRA files and what each is multiplied by, from `file.safetensors` or `file.safetensors:0.7`.
-
-    Raises:
-        OnestillError: what follows the colon is no number.
-    """
+    """LoRA files and what each is multiplied by, from `file.safetensors` or `file.safetensors:0.7`."""
     found = {}
-    for text in texts or []:
+    for text in map(os.path.expanduser, texts or []):
         path, colon, scale = text.rpartition(":") if not Path(text).exists() else (text, "", "")
         if colon and not re.fullmatch(r"-?\d*\.?\d+", scale):
             raise OnestillError(f"The LoRA '{text}' is not understood; write it as FILE or FILE:SCALE, such as x:0.7.")
         found[Path(path if colon else text)] = float(scale) if colon else 1.0
     return found
-
-
-def torch_options(compiling: str | None, quantizing: str | None) -> TorchOptions | None:
-    """How torch computes; None where nothing was asked for."""
-    if compiling is None and quantizing is None:
-        return None
-    from onestill.engine.protocol import TorchOptions
-
-    return TorchOptions(compile=compiling or "none", quantize=quantizing or "none")

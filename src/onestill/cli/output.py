@@ -9,8 +9,6 @@ from pathlib import Path
 
 from onestill.errors import OutputError
 
-__all__ = ["SUFFIXES", "Target", "free_path", "is_file_name", "slug"]
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 OTHER_PICTURES = (".avif", ".bmp", ".gif", ".heic", ".jxl", ".pdf", ".svg", ".tif", ".tiff")
 SLUG_BYTES = 100  # leaves room for the seed and a number within the 255 bytes a file name may have

@@ -18,8 +18,6 @@ from typing import Any, Generic, TypeVar
 
 from onestill.errors import DataError
 
-__all__ = ["Ahead"]
-
 AT_ONCE = 32  # numbers a process is given at a time: handing over costs by the message
 PIECES = 4  # of work that wait for each process, so that none stands still while the results are taken
 R = TypeVar("R")

@@ -7,8 +7,6 @@ from typing import Any, Protocol
 
 from onestill.data.shards import ReaderState, Sample, ShardReader
 
-__all__ = ["DataTable", "RecipeReader"]
-
 
 class DataTable(Protocol):
     """What is read of a recipe's `[data]` table: `onestill.train.recipe.DataOptions`, which data does not import."""

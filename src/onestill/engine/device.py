@@ -18,21 +18,6 @@ from onestill.errors import OnestillError, near, require
 if TYPE_CHECKING:
     from onestill.engine.gpus import Gpus, TorchDevices
 
-__all__ = [
-    "AUTO",
-    "automatic",
-    "checked_name",
-    "choose",
-    "chosen",
-    "default_dtype",
-    "explained",
-    "is_auto",
-    "is_cpu",
-    "peak_memory",
-    "runs_on_cpu",
-    "synchronize",
-]
-
 AUTO = "auto"
 NAMES = (AUTO, "cpu", "cuda", "mps", "xpu")
 CALLED_CUDA = ("amd", "gpu", "hip", "nvidia", "rocm")  # what people type for what torch calls cuda

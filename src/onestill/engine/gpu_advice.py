@@ -10,8 +10,6 @@ from collections.abc import Mapping
 
 from onestill.engine.gpus import Gpus, TorchDevices
 
-__all__ = ["advice", "explanation", "why_no_cuda", "why_no_mps"]
-
 HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 DEFAULT_BUILD = "Linux x86_64"  # the platform on which pip takes a build for CUDA by default
 DEFAULT_CUDA = 13  # what that build, of torch 2.11 and later, is for
@@ -19,14 +17,7 @@ SELECTOR = "the selector on PyTorch's page 'Get Started'"
 
 
 def explanation(device: str, sees: TorchDevices, gpus: Gpus, environment: Mapping[str, str]) -> str:
-    """One line on what `auto` chose and why.
-
-    Args:
-        device: what it chose.
-        sees: what torch sees.
-        gpus: what the machine has; only the CPU's line needs it.
-        environment: as `os.environ`.
-    """
+    """One line on what `auto` chose, `device`, and why; only the CPU's line needs `gpus`."""
     if device != "cpu":
         return f"torch computes on {device}{f' ({sees.gpus[0]})' if sees.gpus else ''}"
     if sees.gpus or gpus.nvidia_in_words or gpus.amd:
@@ -39,13 +30,7 @@ def explanation(device: str, sees: TorchDevices, gpus: Gpus, environment: Mappin
 
 
 def advice(sees: TorchDevices | None, gpus: Gpus, environment: Mapping[str, str]) -> list[str]:
-    """What the owner of a GPU that torch does not use can do, in sentences; none where there is nothing to do.
-
-    Args:
-        sees: what torch sees, None where it is not installed.
-        gpus: what the machine has.
-        environment: as `os.environ`.
-    """
+    """What the owner of a GPU that torch does not use can do, in sentences; `sees` is None where torch is missing."""
     if sees is None:
         return _advice_without_torch(gpus)
     if (sees.gpus or sees.mps) and not sees.trouble:

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from onestill.errors import require
 
-__all__ = ["Gpus", "TorchDevices", "find_gpus", "torch_devices", "trouble_on"]
-
 TOOL = "nvidia-smi"
 MOST_S = 20  # that the tool may take: on a server of many GPUs that nobody has woken, seconds
 

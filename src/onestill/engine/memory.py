@@ -17,8 +17,6 @@ from onestill.checkpoint.files import NETWORKS
 from onestill.checkpoint.header import read_header
 from onestill.errors import NotEnoughMemoryError, require
 
-__all__ = ["check_memory", "check_memory_left", "explain_oom", "is_memory_error", "parameters"]
-
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # The messages of libraries that run out of memory. First torch, CUDA, Triton and other vendors' GPUs; then cuBLAS,
 # cuSOLVER, cuSPARSE, cuDNN and cuFFT, cuDNN from 9 on, and CUDA's and HIP's error codes; last torch on a CPU, C++,
@@ -32,9 +30,9 @@ MESSAGES = re.compile(
 
 def parameters(info: ModelInfo) -> int:
     """How many parameters a model has."""
-    count = sum(_count(network.file, network.prefix) for network in info.networks.values())
+    count = sum(_count(network.file, network.prefix) for network in info.component_files.values())
     for name in NETWORKS:
-        if name in info.classes and name not in info.networks:
+        if name in info.classes and name not in info.component_files:
             file = weights_file(info.path, name)
             parts = read_json(file.parent, file.name)["weight_map"].values() if file.suffix == ".json" else [file.name]
             count += sum(_count(file.parent / part) for part in set(parts))
@@ -58,11 +56,7 @@ def check_memory(info: ModelInfo, dtype: str) -> None:
 
 
 def check_memory_left(name: str, needed: int, dtype: str, smaller: str) -> None:
-    """Refuse weights of `needed` bytes where less memory is left; `smaller` says what to do then.
-
-    Raises:
-        NotEnoughMemoryError: they are too large.
-    """
+    """Refuse weights of `needed` bytes where less memory is left; `smaller` says what to do then."""
     left = _available()
     if left is not None and needed >= left:
         raise NotEnoughMemoryError(

@@ -116,7 +116,11 @@ class Engine(Protocol):
         """One call of the network at one timestep: latents [B, C, h, w] -> its output, of the same shape."""
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Latents [B, C, h, w] -> pictures [B, H, W, 3]."""
+        """Latents [B, C, h, w] -> pictures [B, H, W, 3].
+
+        Raises:
+            NotFiniteError: the network or the decoder produced NaN or infinity.
+        """
 
     def encode_image(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Pictures [B, H, W, 3] of a size the model draws -> their most likely latents [B, C, h, w]."""

@@ -32,7 +32,7 @@ def fingerprint(model: ModelInfo | Path) -> str:
     else:
         add("", path)
     if isinstance(model, ModelInfo):
-        for role, network in sorted(model.networks.items()):
+        for role, network in sorted(model.component_files.items()):
             if network.file != path:
                 add(role, network.file)
         for lora in model.loras:

@@ -21,8 +21,6 @@ from onestill.engine.openvino.private_api import fuse, keep_half_precision, trac
 from onestill.networks.latents import most_likely_latents
 from onestill.networks.libraries import quiet_libraries
 
-__all__ = ["convert", "example_inputs", "wrapped"]
-
 Examples = Mapping[str, torch.Tensor]
 
 

@@ -28,8 +28,6 @@ from onestill.errors import CheckpointError, OutputError
 from onestill.networks.libraries import quiet_libraries
 from onestill.schedule import NoiseSchedule
 
-__all__ = ["folder_written_whole", "save_folder", "write_manifest"]
-
 FORMAT = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 SCHEDULER = "EulerAncestralDiscreteScheduler"
@@ -84,8 +82,7 @@ def save_folder(
             )
             pipeline.save_pretrained(unfinished, safe_serialization=True)
         for config in unfinished.glob("*/config.json"):
-            _forget_origin(config)
-        _load_in_float32(unfinished / "text_encoder" / "config.json")
+            _rewrite(config)
         for file in unfinished.glob("tokenizer/tokenizer.json"):  # whose indents are a third of it
             compact = json.dumps(read_json(file.parent, file.name), ensure_ascii=False, separators=(",", ":"))
             file.write_text(compact, encoding="utf-8")
@@ -105,16 +102,14 @@ def _cast(name: str, module: Any, dtype: torch.dtype) -> Any:
     return cast
 
 
-def _forget_origin(config: Path) -> None:
-    # The libraries write down which folder the weights were loaded from: nobody's business where a model ships.
+def _rewrite(config: Path) -> None:
     known = json.loads(config.read_text())
+    # The libraries write down which folder the weights were loaded from: nobody's business where a model ships.
     known.pop("_name_or_path", None)
+    if config.parent.name == "text_encoder":
+        # transformers loads in the type that a config names, diffusers in float32; in two types, nothing can be drawn.
+        known["dtype"] = "float32"
     config.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
-
-
-def _load_in_float32(config: Path) -> None:
-    # transformers loads in the type that a config names, diffusers in float32; in two types, the pipeline cannot draw.
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def _scheduler(schedule: NoiseSchedule | Mapping[str, Any]) -> Any:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from onestill.checkpoint import Additions, cache_folder, describe
 from onestill.errors import OnestillError, near, require
-
-__all__ = ["RANDOM_MODELS", "cached_random_model", "cached_random_openvino"]
 
 RANDOM_MODELS = ("sdxl", "sd21")
 
@@ -41,16 +38,16 @@ def cached_random_openvino(kind: str, tiny_vae: str | None, weights: str, say: S
     """The same model in OpenVINO's form, with `weights` in "float16" or "int8" and, if given, a tiny decoder."""
     from onestill.export.stored_weights import export_sd
 
-    info = describe(cached_random_model(kind, say), Additions(tiny_vae=Path(tiny_vae) if tiny_vae else None))
+    info = describe(cached_random_model(kind, say), Additions.of(tiny_vae=tiny_vae))
     folder = cache_folder() / "random" / f"{kind}-openvino-{weights}{'-tiny' if tiny_vae else ''}"
     return _made_once(folder, lambda path: export_sd(info, path, weights=weights), say)
 
 
 def _made_once(folder: Path, make: Callable[[Path], Path], say: Say) -> Path:
     if not folder.is_dir():
+        from onestill.export.folder import folder_written_whole
+
         say(f"making {folder}, once")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Made beside its place and renamed, so that a model that was interrupted is never taken for a whole one.
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            make(Path(scratch) / "made").rename(folder)
+        with folder_written_whole(folder, force=False) as unfinished:
+            make(unfinished)
     return folder

@@ -9,7 +9,6 @@ import gzip
 import json
 import re
 import shutil
-import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,16 +19,15 @@ from onestill.engine.openvino.runtime import openvino, opset13
 import numpy as np
 
 from onestill.checkpoint import ModelInfo, describe, sha256, verify, weights_file
+from onestill.engine.openvino.cpu import lacks_vnni
 from onestill.engine.openvino.engine import OpenVinoEngine
 from onestill.engine.openvino.shared_weights import FOLDER, FORMAT, PARTS, aligned
 from onestill.engine.torch.eager import TorchEngine
-from onestill.errors import CheckpointError
+from onestill.errors import CheckpointError, OnestillError
 from onestill.export.calibrate import write_int8
 from onestill.export.convert import convert, example_inputs, wrapped
 from onestill.export.folder import folder_written_whole
 from onestill.networks.load import load_components
-
-__all__ = ["export_openvino"]
 
 BATCH = 2  # of the inputs to trace with: an axis of this size in front becomes the batch
 MOST_DIFFERENCE = 2e-3  # of the largest value; both compute in float32 with the same weights
@@ -55,9 +53,12 @@ def export_openvino(folder: Path, *, int8: bool = False) -> Path:
 
     Raises:
         CheckpointError: the folder is no such model, or OpenVINO computes something else than torch.
+        OnestillError: int8 cannot be measured on this CPU.
     """
     info = describe(folder)
     verify(folder)
+    if int8 and lacks_vnni():
+        raise OnestillError("int8 is measured by drawing, and this CPU has no VNNI for that; leave out --int8.")
     components = load_components(info)
     target = folder / FOLDER
     with folder_written_whole(target, force=True) as unfinished:
@@ -126,15 +127,8 @@ def _write_index(folder: Path, parts: Mapping[str, Path]) -> None:
 
 
 def _point_into_weights(graph: str, constants: bytes, weights: Path) -> tuple[str, bytes]:
-    """Turn a graph that points into `constants` into one that points into the space of `PartFiles`.
-
-    Args:
-        graph: the `.xml` that OpenVINO wrote.
-        constants: the `.bin` beside it.
-        weights: a safetensors file that holds most of the same constants, byte for byte.
-
-    Returns:
-        The changed graph, and the constants that are not in `weights`.
+    """A graph that points into `constants`, changed to point into the space of a `SharedGraph`; and the constants that
+    are not in `weights`, the safetensors file that holds most of them byte for byte.
     """
     places = _tensor_places(weights)
     start = aligned(weights.stat().st_size)
@@ -158,25 +152,18 @@ def _point_into_weights(graph: str, constants: bytes, weights: Path) -> tuple[st
 def _tensor_places(weights: Path) -> dict[bytes, int]:
     """The bytes of every tensor in a safetensors file -> where in the file they start."""
     data = weights.read_bytes()
-    length = 8 + struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8:length])
-    spans = [(length + begin, length + end) for begin, end in _offsets(header)]
-    return {data[begin:end]: begin for begin, end in spans}
-
-
-def _offsets(header: Mapping[str, Mapping[str, list[int]]]) -> list[tuple[int, int]]:
-    return [(at["data_offsets"][0], at["data_offsets"][1]) for at in header.values() if "data_offsets" in at]
+    start = 8 + int.from_bytes(data[:8], "little")
+    tensors = json.loads(data[8:start])
+    tensors.pop("__metadata__", None)
+    spans = [at["data_offsets"] for at in tensors.values()]
+    return {data[start + first : start + last]: start + first for first, last in spans}
 
 
 # --- the check --------------------------------------------------------------------------------------------------------
 
 
 def _check_openvino(info: ModelInfo) -> None:
-    """Compare every network with torch's, in float32.
-
-    Raises:
-        CheckpointError: they differ.
-    """
+    """Compare every network with torch's, in float32."""
     slow, fast = TorchEngine(info, device="cpu", dtype="float32"), OpenVinoEngine(info, dtype="float32")
     generator = np.random.default_rng(0)
     conditioning, twin = slow.encode(["a red apple", ""]), fast.encode(["a red apple", ""])

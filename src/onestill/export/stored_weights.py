@@ -15,15 +15,13 @@ from typing import Any
 from onestill.engine.openvino.runtime import openvino
 
 from onestill import __version__
-from onestill.checkpoint import MANIFEST, ModelInfo, read_json
+from onestill.checkpoint import MANIFEST, ModelInfo, read_json, sha256
 from onestill.engine.openvino.int8 import store_weights
 from onestill.engine.openvino.stored_weights import FOLDER, FORM
 from onestill.errors import OnestillError
 from onestill.export.convert import convert, example_inputs, wrapped
 from onestill.networks.load import load_components
-from onestill.text.tokenize import write_clip_vocabulary
-
-__all__ = ["WEIGHTS", "export_sd"]
+from onestill.text.tokenize import CLIP_END, CLIP_PADDING, write_clip_vocabulary
 
 WEIGHTS = ("float16", "int8")
 TRACED = (16, 16)  # latent size to trace with; graphs hold for every size, and a small one is traced fast
@@ -54,9 +52,8 @@ def export_sd(info: ModelInfo, folder: Path, *, weights: str = "float16") -> Pat
     target = folder / FOLDER
     target.mkdir(parents=True)
     configs: dict[str, Any] = {}
-    decoder = "tiny_vae" if "tiny_vae" in info.networks else "vae"
-    names = ["text_encoder", *(["text_encoder_2"] if info.is_xl else []), "unet", "vae", decoder]
-    for name in dict.fromkeys(names):
+    decoder = "tiny_vae" if "tiny_vae" in info.component_files else "vae"
+    for name in dict.fromkeys((*info.text_encoders, "unet", "vae", decoder)):
         module = load_components(info, "float16", None if info.loras else (name,))[name]
         configs[name] = module.config
         for part in _parts(name, decoder):
@@ -73,6 +70,7 @@ def export_sd(info: ModelInfo, folder: Path, *, weights: str = "float16") -> Pat
         "weights": weights,
         "decoder_scale": scale,
         "sizes": sizes,
+        "sha256": {name: sha256(target / name) for name in sizes},
     }
     (target / "index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder
@@ -116,7 +114,7 @@ def _write_configs(info: ModelInfo, configs: Mapping[str, Any], folder: Path) ->
     scheduler = {"_class_name": "EulerDiscreteScheduler", **info.schedule.to_config()}
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
-    for name in ("tokenizer", "tokenizer_2") if info.is_xl else ("tokenizer",):
+    for name in info.tokenizers:
         _write_tokenizer(info, name, folder / name)
     facts = {
         "name": info.name,
@@ -141,7 +139,7 @@ def _write_tokenizer(info: ModelInfo, name: str, target: Path) -> None:
         config = read_json(source, "tokenizer_config.json")
     else:
         write_clip_vocabulary(target)
-        config = {"pad_token": "!" if name == "tokenizer_2" else "<|endoftext|>"}
+        config = {"pad_token": CLIP_PADDING.get(name, CLIP_END)}
     (target / "tokenizer_config.json").write_text(
         json.dumps({**config, "model_max_length": info.max_tokens}, indent=2) + "\n"
     )

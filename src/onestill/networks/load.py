@@ -16,7 +16,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors import SafetensorError, safe_open
 
-from onestill.checkpoint import ModelInfo, Network, weights_file
+from onestill.checkpoint import ComponentFile, ModelInfo, weights_file
 from onestill.checkpoint.single_file import UNET_PREFIX
 from onestill.errors import CheckpointError
 from onestill.networks.libraries import quiet_libraries
@@ -59,7 +59,7 @@ def load_components(info: ModelInfo, dtype: str = "float32", only: Collection[st
     for component, classes in CLASSES.items():
         if only is not None and component not in only:
             continue
-        network = info.networks.get(component)
+        network = info.component_files.get(component)
         if network is None and component not in info.classes and component in ("text_encoder_2", "tiny_vae"):
             continue
         kind = network.kind if network is not None else info.classes.get(component, ("", ""))[1]
@@ -105,7 +105,7 @@ def _of_folder(info: ModelInfo, component: str, kind: str, dtype: str) -> Any:
 # tensors that the file lacks on the meta device, drops tensors that no class has, and picks text encoders by width.
 
 
-def _of_file(network: Network, kind: Any) -> Any:
+def _of_file(network: ComponentFile, kind: Any) -> Any:
     """A module with its weights still mapped from the file, not read."""
     with torch.device("meta"), quiet_libraries():
         module = (
@@ -127,7 +127,7 @@ def _of_file(network: Network, kind: Any) -> Any:
     return module
 
 
-def _converted(tensors: dict[str, torch.Tensor], network: Network, module: Any) -> dict[str, torch.Tensor]:
+def _converted(tensors: dict[str, torch.Tensor], network: ComponentFile, module: Any) -> dict[str, torch.Tensor]:
     """A network's tensors by the module's own names; a tensor without a counterpart is left out, or keeps its name."""
     match network.layout:
         case "unet":
@@ -153,7 +153,7 @@ def _converted(tensors: dict[str, torch.Tensor], network: Network, module: Any) 
 
 
 def _check(
-    state: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], network: Network, module: Any
+    state: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], network: ComponentFile, module: Any
 ) -> None:
     """Refuse a file that lacks tensors of a module, or has others, or has them in other shapes."""
     shapes = {name: value.shape for name, value in module.state_dict().items()}

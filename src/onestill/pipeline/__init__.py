@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import PIL.Image
@@ -15,6 +15,7 @@ from PIL.Image import Image
 
 from onestill.checkpoint import Additions
 from onestill.engine import load_engine
+from onestill.engine.prompt_cache import PromptCache
 from onestill.engine.protocol import (
     Conditioning,
     EndToEndEngine,
@@ -29,24 +30,34 @@ from onestill.noise import noise_source
 from onestill.pipeline.checks import MOST_IMAGES, checked_prompts, checked_whole, matched_negatives, seeds_of
 from onestill.pipeline.loaded import LoadedInfo
 from onestill.pipeline.masks import Start, fitted_mask
-from onestill.pipeline.notes import (
-    NEGATIVE_DID_NOTHING,
-    notes_on_mask,
-    notes_on_partial_images,
-    notes_on_prompts,
-    notes_on_size,
-    notes_on_steps,
-)
+from onestill.pipeline.notes import notes_on, notes_on_prompts
 from onestill.pipeline.output import Output, Timings
-from onestill.pipeline.picture import fitted, save_picture, upright_size
-from onestill.pipeline.plan import MicroConditioning, Plan
-from onestill.pipeline.prompt_cache import PromptCache
+from onestill.pipeline.picture import fitted, save_picture
+from onestill.pipeline.plan import Plan
 from onestill.pipeline.watch import OnPartial, Watch, partial_steps
 from onestill.sampling import DRAWING, PredictX0, classifier_free_guidance, inpainting, sample
 
 __all__ = ["Output", "Pipeline", "Timings", "load", "save_picture"]
 
 MOST_AT_ONCE = 16  # images in one batch, which bounds memory
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """What a call draws, or a batch of it: B prompts, negative prompts and seeds, and what they start from."""
+
+    plan: Plan
+    prompts: Sequence[str]
+    negatives: Sequence[str | None]
+    seeds: Sequence[int]
+    start: Start | None
+    watch: Watch
+
+    def batches(self) -> Iterator[_Drawing]:
+        for first in range(0, len(self.prompts), MOST_AT_ONCE):
+            part = slice(first, first + MOST_AT_ONCE)
+            parts = {"prompts": self.prompts[part], "negatives": self.negatives[part], "seeds": self.seeds[part]}
+            yield replace(self, **parts, watch=self.watch.batch(first))
 
 
 class Pipeline:
@@ -59,7 +70,7 @@ class Pipeline:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._info = LoadedInfo.of(engine)
-        self._encode = PromptCache(engine)
+        self._prompts = PromptCache(self._encode_new)
 
     @property
     def info(self) -> LoadedInfo:
@@ -130,38 +141,34 @@ class Pipeline:
             width=width,
             sampler=sampler,
             strength=None if image is None else strength,
-            micro_conditioning=MicroConditioning(original_size, crops_coords_top_left, target_size),
+            micro_conditioning={
+                "original_size": original_size,
+                "crops_coords_top_left": crops_coords_top_left,
+                "target_size": target_size,
+            },
         )
         negatives = matched_negatives(negative_prompt, prompts, each)
         seeds = seeds_of(seed, len(prompts))
+        watch = Watch(pause, on_partial, partial_steps(partial_images if on_partial else 0, len(plan.timesteps)))
         start = self._start(image, mask, plan, pause)
         prepared = time.perf_counter()
 
-        watch = Watch(pause, on_partial, partial_steps(partial_images, len(plan.timesteps)))
         # An engine that goes all the way has no image before the last step.
         draws_whole = isinstance(self.engine, EndToEndEngine) and not watch.steps
         draw = self._draw_whole if draws_whole else self._draw_in_steps
-        parts = [slice(first, first + MOST_AT_ONCE) for first in range(0, len(prompts), MOST_AT_ONCE)]
-        drawn = GenerationResult.joined(
-            [draw(plan, prompts[part], negatives[part], start, seeds[part], watch.batch(part.start)) for part in parts]
-        )
+        drawing = _Drawing(plan, prompts, negatives, seeds, start, watch)
+        drawn = GenerationResult.joined([draw(batch) for batch in drawing.batches()])
         pictures = drawn.pictures if start is None else start.composite(drawn.pictures)
         images = [PIL.Image.fromarray(one) for one in pictures]
         encode_ms = (prepared - started) * 1000 + drawn.encode_ms
         total_ms = (time.perf_counter() - started) * 1000
         # The decoder's share is all the rest, as making PIL images counts as decoding.
         timings = Timings(encode_ms, drawn.denoise_ms, total_ms - encode_ms - drawn.denoise_ms, total_ms)
-        prompt_notes = notes_on_prompts(prompts, drawn.tokens_cut, drawn.words_cut)
-        notes = [
-            *prompt_notes.values(),
-            *([NEGATIVE_DID_NOTHING] if negative_prompt is not None and not plan.guides else []),
-            *notes_on_steps(plan.num_inference_steps, plan.timesteps, plan.strength),
-            *notes_on_size(plan.height, plan.width, self.info),
-            *(notes_on_mask(start.weights) if start is not None else []),
-            *notes_on_partial_images(partial_images, len(watch.steps)),
-        ]
+        of_prompts = notes_on_prompts(prompts, drawn)
+        partials = (partial_images, len(watch.steps))
+        others = notes_on(plan, start, has_negative=negative_prompt is not None, partial_images=partials)
         settings = [plan.metadata(text, is_masked=mask is not None) for text in negatives]
-        return Output(images, seeds, prompts, timings, notes, settings, prompt_notes)
+        return Output(images, seeds, prompts, timings, [*of_prompts.values(), *others], settings, of_prompts)
 
     def _start(
         self,
@@ -176,36 +183,35 @@ class Pipeline:
             pause()
             return None
         picture = fitted(image, plan.height, plan.width)
-        weights = None if mask is None else fitted_mask(mask, upright_size(image), plan.height, plan.width)
+        weights = None if mask is None else fitted_mask(mask, image, plan.height, plan.width)
         pause()
         return Start(picture, weights, self.engine.encode_image(picture[None]))
 
     # --- prompts to pictures, by an engine that takes one step at a time ---
 
-    def _draw_in_steps(
-        self,
-        plan: Plan,
-        prompts: Sequence[str],
-        negatives: Sequence[str | None],
-        start: Start | None,
-        seeds: Sequence[int],
-        watch: Watch,
-    ) -> GenerationResult:
+    def _draw_in_steps(self, batch: _Drawing) -> GenerationResult:
         started = time.perf_counter()
-        conditioning = self._encode(prompts)
-        away_from = self._encode_negatives(negatives) if plan.guides else None
+        conditioning = self._encode(batch.prompts)
+        away_from = self._encode_negatives(batch.negatives) if batch.plan.guides else None
         encoded = time.perf_counter()
-        latents = self._sampling_loop(plan, conditioning, away_from, start, seeds, watch)
+        latents = self._sampling_loop(batch, conditioning, away_from)
         if not np.isfinite(latents).all():
             raise NotFiniteError.of("the latents", self.engine.dtype)
         denoised = time.perf_counter()
-        watch.pause()
+        batch.watch.pause()
         pictures = self.engine.decode(latents)
         ended = time.perf_counter()
         spent = (encoded - started, denoised - encoded, ended - denoised)
         return GenerationResult(
             pictures, conditioning.tokens_cut, conditioning.words_cut, *(1000 * seconds for seconds in spent)
         )
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        return Conditioning.joined(self._prompts(prompts))
+
+    def _encode_new(self, prompts: list[str]) -> list[Conditioning]:
+        found = self.engine.encode(prompts)
+        return [found[i : i + 1] for i in range(len(prompts))]
 
     def _encode_negatives(self, negatives: Sequence[str | None]) -> Conditioning:
         found = self._encode([text or "" for text in negatives])
@@ -216,17 +222,12 @@ class Pipeline:
         return replace(found, states=np.zeros_like(found.states), pooled=pooled)
 
     def _sampling_loop(
-        self,
-        plan: Plan,
-        prompts: Conditioning,
-        negatives: Conditioning | None,
-        start: Start | None,
-        seeds: Sequence[int],
-        watch: Watch,
+        self, batch: _Drawing, prompts: Conditioning, negatives: Conditioning | None
     ) -> NDArray[np.float32]:
-        """Latents [B, C, h, w] for B seeds and prompts."""
+        """Latents [B, C, h, w]."""
+        plan, start = batch.plan, batch.start
         schedule = self.info.schedule
-        draw = noise_source(seeds, plan.latent_shape)
+        draw = noise_source(batch.seeds, plan.latent_shape)
         noise = draw(0)
         x = first_latents(self.info, plan.timesteps[0], noise, None if start is None else start.latents)
         conditioning = prompts if negatives is None else Conditioning.joined([prompts, negatives])
@@ -235,7 +236,7 @@ class Pipeline:
         )
 
         def predict_x0(x: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
-            watch.pause()
+            batch.watch.pause()
             if negatives is None:
                 output = self.engine.denoise(x, timestep, conditioning)
             else:
@@ -246,8 +247,8 @@ class Pipeline:
         predict: PredictX0 = predict_x0
         if start is not None and start.latent_mask is not None:
             predict = inpainting(predict, schedule, start.latent_mask, start.latents, noise)
-        if watch.steps:
-            predict = self._shown(predict, start, watch)
+        if batch.watch.steps:
+            predict = self._shown(predict, start, batch.watch)
         return np.asarray(sample(plan.sampler, predict, x, schedule, plan.timesteps, draw), dtype=np.float32)
 
     def _shown(self, predict_x0: PredictX0, start: Start | None, watch: Watch) -> PredictX0:
@@ -266,24 +267,17 @@ class Pipeline:
 
     # --- prompts to pictures, by an engine that goes all the way ---
 
-    def _draw_whole(
-        self,
-        plan: Plan,
-        prompts: Sequence[str],
-        negatives: Sequence[str | None],
-        start: Start | None,
-        seeds: Sequence[int],
-        watch: Watch,
-    ) -> GenerationResult:
-        watch.pause()
-        draw = noise_source(seeds, plan.latent_shape)
+    def _draw_whole(self, batch: _Drawing) -> GenerationResult:
+        batch.watch.pause()
+        plan, start = batch.plan, batch.start
+        draw = noise_source(batch.seeds, plan.latent_shape)
         calls = len(plan.timesteps) if plan.sampler in DRAWING else 1
         request = GenerationRequest(
-            prompts,
-            negatives if plan.guides else None,
+            batch.prompts,
+            batch.negatives if plan.guides else None,
             np.stack([draw(step) for step in range(calls)]),
             None if start is None else start.latents,
-            plan.time_ids(len(prompts)),
+            plan.time_ids(len(batch.prompts)),
             plan.sampler,
             plan.timesteps,
             plan.guidance_scale,

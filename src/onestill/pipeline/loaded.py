@@ -8,8 +8,6 @@ from typing import Self
 from onestill.checkpoint import ModelInfo
 from onestill.engine.protocol import Engine
 
-__all__ = ["LoadedInfo"]
-
 
 @dataclass(frozen=True)
 class LoadedInfo(ModelInfo):

@@ -14,9 +14,13 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from onestill.errors import ImageError
-from onestill.pipeline.picture import cut_to, on_white, upright
+from onestill.pipeline.picture import as_upright, cut_to, on_white
 
-__all__ = ["Start", "check_mask_size", "fitted_mask"]
+__all__ = ["MaskSizeError", "Start", "fitted_mask"]
+
+
+class MaskSizeError(ImageError):
+    """A mask has another size than its image."""
 
 
 class Start(NamedTuple):
@@ -51,13 +55,13 @@ class Start(NamedTuple):
 
 
 def fitted_mask(
-    mask: Image | NDArray[np.uint8], image_size: tuple[int, int], height: int, width: int
+    mask: Image | NDArray[np.uint8], image: Image | NDArray[np.uint8], height: int, width: int
 ) -> NDArray[np.uint8]:
     """A mask as weights uint8 [height, width], 255 where the picture is drawn, cut as `fitted` cuts the picture.
 
     Args:
         mask: PIL or uint8 [H, W], [H, W, 3] or [H, W, 4].
-        image_size: (width, height) of the image that it belongs to, upright.
+        image: the picture that it belongs to.
         height: pixels.
         width: pixels.
 
@@ -65,19 +69,16 @@ def fitted_mask(
         ImageError: it cannot be used, or its size is not the image's.
     """
     try:
-        found = upright(mask)
+        found, size = as_upright(mask), as_upright(image).size
         if found.has_transparency_data:
             weights = PIL.Image.fromarray(255 - np.asarray(found.convert("RGBA").getchannel("A")))
         else:
             weights = on_white(found).convert("L")
-    except (AttributeError, OSError, TypeError, ValueError, SyntaxError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow decodes only now, and raises anything on damaged bytes
         raise ImageError(f"The mask cannot be used ({error}); give a PIL image or uint8 [H, W].") from error
-    check_mask_size(weights.size, image_size)
+    if weights.size != size:
+        shown = " and the image ".join(f"{width}x{height}" for width, height in (weights.size, size))
+        raise MaskSizeError(f"The mask has {shown} pixels; give both the same size.")
     return np.asarray(cut_to(weights, height, width), dtype=np.uint8)
-
-
-def check_mask_size(mask: tuple[int, int], image: tuple[int, int]) -> None:
-    """Refuse (ImageError) a mask whose (width, height) are not its image's."""
-    if mask != image:
-        shown = " and the image ".join(f"{width}x{height}" for width, height in (mask, image))
-        raise ImageError(f"The mask has {shown} pixels; give both the same size.")

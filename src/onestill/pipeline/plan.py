@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,31 +12,6 @@ from onestill import __version__
 from onestill.pipeline.checks import MOST_STEPS, checked_guidance, checked_pair, checked_size, checked_whole
 from onestill.pipeline.loaded import LoadedInfo
 from onestill.sampling import strength_timesteps
-
-__all__ = ["MicroConditioning", "Plan"]
-
-
-@dataclass(frozen=True)
-class MicroConditioning:
-    """What SDXL is conditioned on beside the prompt, in pixels; None is the size of the image that is drawn.
-
-    Attributes:
-        original_size: the (height, width) that the image is said to have had.
-        crops_coords_top_left: the (top, left) that is said to have been cut off.
-        target_size: the (height, width) that is said to be wanted.
-    """
-
-    original_size: tuple[int, int] | None
-    crops_coords_top_left: tuple[int, int]
-    target_size: tuple[int, int] | None
-
-    def checked(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """The six numbers; `size` (height, width) stands for what is None.
-
-        Raises:
-            SizeError: a value is not two whole numbers in their range.
-        """
-        return tuple(number for name, pair in vars(self).items() for number in checked_pair(name, pair, size))
 
 
 @dataclass(frozen=True)
@@ -74,9 +50,9 @@ class Plan:
         width: int | None,
         sampler: str | None,
         strength: float | None,
-        micro_conditioning: MicroConditioning,
+        micro_conditioning: Mapping[str, tuple[int, int] | None],
     ) -> Plan:
-        """Check each setting; None is the model's own.
+        """Check each setting; None is the model's own, of SDXL's micro-conditioning the size of the image.
 
         Raises:
             SizeError, StepsError: a setting is out of its range.
@@ -86,7 +62,7 @@ class Plan:
         if strength is not None:
             timesteps = strength_timesteps(timesteps, strength, info.schedule.num_train_timesteps)
         size = checked_size(height, width, info)
-        numbers = micro_conditioning.checked(size)
+        numbers = [number for name, pair in micro_conditioning.items() for number in checked_pair(name, pair, size)]
         return cls(
             info=info,
             num_inference_steps=steps,
@@ -96,7 +72,7 @@ class Plan:
             height=size[0],
             width=size[1],
             strength=strength,
-            micro_conditioning=numbers if info.is_xl else None,
+            micro_conditioning=tuple(numbers) if info.is_xl else None,
         )
 
     @property

@@ -8,8 +8,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable
 
-__all__ = ["BertNormalizer"]
-
 
 def _ranges(text: str) -> tuple[range, ...]:
     ends = ([int(end, 16) for end in pair.split("-")] for pair in text.split())

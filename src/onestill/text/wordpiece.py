@@ -15,8 +15,6 @@ from onestill.checkpoint import read_json
 from onestill.errors import CheckpointError
 from onestill.text.bert_normalizer import BertNormalizer
 
-__all__ = ["WordPiece", "read_wordpiece", "token_text"]
-
 
 class WordPiece:
     """Text -> token ids: all of them, without padding and without `start` and `end`.
@@ -33,6 +31,8 @@ class WordPiece:
     Raises:
         KeyError: the vocabulary lacks `unknown`.
     """
+
+    num_special_tokens = 2  # that `cut` adds
 
     def __init__(
         self,
@@ -62,6 +62,11 @@ class WordPiece:
                 for word in self.normalizer(part):
                     found += self._pieces(word)
         return found
+
+    def cut(self, text: str, room: int) -> tuple[list[int], int]:
+        """The ids of at most `room` tokens between `start` and `end`; and how many tokens did not fit."""
+        ids = self(text)
+        return [self.start, *ids[:room], self.end], max(len(ids) - room, 0)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token, special or not; None where there is none."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from onestill.cli.commands.serve import Hooks, built, is_loopback, opened_access
-from onestill.cli.options import parse_daily
+from onestill.cli.commands.serve import AccessOptions, GalleryOptions, Hooks, built, is_loopback
+from onestill.cli.options import AdditionOptions, parse_daily
 from onestill.errors import OnestillError
 from onestill.serve.queue.scheduler import Limits
 from onestill.serve.web.server import Settings
@@ -63,10 +63,10 @@ def test_who_may_draw(tmp_path: Path) -> None:
         (None, None, None, None),
         (None, tmp_path / "keys.txt", None, 0),
         (url, None, None, 0),
-        (url, None, 20, 20),
-        (None, None, 0, 0),
+        (url, None, "20/day", 20),
+        (None, None, "0", 0),
     ]:
-        access, _ = opened_access(database, keys, daily, gallery=False)
+        access, _ = AccessOptions(database, keys, daily).open(gallery=False)
         assert access.trial == trial
         access.close()
 
@@ -75,11 +75,12 @@ def test_a_server_says_what_it_draws_before_anyone_asks(tiny_folder: Path, capsy
     for batch, numbers in ((1, "1"), (3, "1, 2, 3")):
         server = built(
             Settings(limits=Limits(batch=batch)),
-            Hooks(None, None, False, None, None),
-            {"model": str(tiny_folder), "engine": "torch"},
-            {},
-            {"database": None, "keys": None, "daily": None},
-            None,
+            Hooks(),
+            str(tiny_folder),
+            {"engine": "torch"},
+            AdditionOptions(),
+            AccessOptions(),
+            GalleryOptions(),
         )
         server.scheduler.close()
         server.access.close()

@@ -11,17 +11,21 @@ import openvino
 import pytest
 from numpy.typing import NDArray
 
-from onestill.checkpoint import describe
+from onestill.checkpoint import describe, model_path
 from onestill.engine import load_engine
-from onestill.engine.openvino.cpu import multiplies_int8
+from onestill.engine.openvino.cpu import lacks_vnni, multiplies_int8
 from onestill.engine.openvino.engine import OpenVinoEngine
 from onestill.engine.openvino.int8 import layer_nodes, quantize
 from onestill.engine.openvino.shared_weights import read_index, read_int8
+from onestill.engine.openvino.stored_weights import StoredWeights
 from onestill.engine.protocol import Conditioning
 from onestill.errors import CheckpointError, OnestillError
 from onestill.export.calibrate import write_int8
+from onestill.export.shared_weights import export_openvino
+from onestill.export.stored_weights import export_sd
 from onestill.pipeline import Pipeline
 from tests.tiny import tiny_model
+from tests.tiny_sd import tiny_sd
 
 FORM = "openvino/int8.json"
 
@@ -29,6 +33,8 @@ FORM = "openvino/int8.json"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model whose every network draws well in int8."""
+    if lacks_vnni():
+        pytest.skip("this CPU has no VNNI, and int8 is refused")
     folder = tiny_model(tmp_path_factory.mktemp("models") / "tiny", autoencoder="tiny")
     with pytest.MonkeyPatch.context() as patch:
         measure_little(patch)
@@ -70,7 +76,7 @@ def test_both_networks_that_gain_are_in_int8_and_draw_nearly_as_in_float32(folde
 def test_layers_are_computed_in_bytes(folder: Path) -> None:
     form, core = read_int8(folder), openvino.Core()
     assert form is not None
-    model, _space = read_index(folder)["decoder"].model(core, (1, *describe(folder).latent_shape))
+    model, _space = read_index(folder)["decoder"].read(core, (1, *describe(folder).latent_shape))
     quantize(model, form.parts["decoder"])
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).get_runtime_model()
     used = [node.get_rt_info()["runtimePrecision"].astype(str) for node in compiled.get_ordered_ops()]
@@ -102,6 +108,19 @@ def test_float32_stays_and_is_the_default_without_instructions(folder: Path, mon
 def test_int8_is_not_for_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert not multiplies_int8(has_bfloat16=True)
+
+
+@pytest.mark.parametrize("limit", ["AVX2", "avx512_core"])
+def test_without_vnni_int8_is_refused(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = export_sd(describe(tiny_sd(tmp_path / "sd15", "sd15")), tmp_path / "int8", weights="int8")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for folder in (form, model_path("icons")):
+        with pytest.raises(OnestillError, match="no VNNI, without which int8 draws wrong images; choose float32"):
+            OpenVinoEngine(describe(folder), dtype="int8")
+    assert StoredWeights(describe(form)).fastest_dtype(openvino.Core()) != "int8"
+    with pytest.raises(OnestillError, match="leave out --int8"):
+        export_openvino(tiny_model(tmp_path / "tiny", autoencoder="tiny", openvino=False), int8=True)
 
 
 def test_a_model_without_the_form_says_so(copy: Path) -> None:
@@ -138,7 +157,7 @@ def test_a_network_that_draws_badly_stays_in_float32(copy: Path, monkeypatch: py
 
 
 def test_layers_at_the_inputs_and_of_one_row_stay_in_float32(folder: Path) -> None:
-    model, _space = read_index(folder)["unet"].model(openvino.Core(), (1, *describe(folder).latent_shape))
+    model, _space = read_index(folder)["unet"].read(openvino.Core(), (1, *describe(folder).latent_shape))
     for node in layer_nodes(model).values():
         source = node.input_value(0)
         assert source.get_node().get_type_name() != "Parameter"

@@ -20,7 +20,7 @@ from onestill.engine.openvino.int8 import round_inputs
 from onestill.errors import CheckpointError, NotEnoughMemoryError, OnestillError
 from onestill.export.stored_weights import export_sd
 from onestill.pipeline import Pipeline
-from tests.on_cpu import load
+from tests.on_cpu import load, needs_vnni
 from tests.tiny import tiny_autoencoder
 from tests.tiny_sd import FAMILIES, single_file, tiny_sd
 
@@ -82,6 +82,7 @@ def test_int8_weights_are_half_as_large_and_near(small: tuple[Path, Path], tmp_p
         export_sd(describe(folder), tmp_path / "x", weights="int3")
 
 
+@needs_vnni
 def test_int8_is_computed_in_int8_and_near(small: tuple[Path, Path], exported: Path) -> None:
     folder, form = small
     fast = "INT8" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -96,6 +97,7 @@ def test_int8_is_computed_in_int8_and_near(small: tuple[Path, Path], exported: P
         load(exported, dtype="int8")
 
 
+@needs_vnni
 def test_convolutions_and_matrices_are_multiplied_in_int8(small: tuple[Path, Path]) -> None:
     # What the compiled network says of itself, as speed is nothing that a test can see.
     engine: Any = load(small[1], dtype="int8").engine

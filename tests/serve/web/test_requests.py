@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 from typing import Any
@@ -10,9 +11,18 @@ import PIL.Image
 import pytest
 
 from onestill.pipeline.picture import fitted
-from onestill.serve.web.requests import read_upload
+from onestill.serve.uploads.decoder import Decoder
+from onestill.serve.web.requests import job_of
 from tests.serve.client import Served
 from tests.serve.pictures import bomb, gif, png
+
+
+async def read_upload(data: bytes, *size_and_bound: int) -> PIL.Image.Image:
+    decoder = Decoder(1)
+    try:
+        return await decoder.read("someone", data, *size_and_bound)
+    finally:
+        decoder.close()
 
 
 def opened(data: str) -> Any:
@@ -21,13 +31,14 @@ def opened(data: str) -> Any:
 
 def test_an_upload_is_fitted_before_it_waits(served: Served) -> None:
     """A turned and transparent one as the pipeline would do it, and the pipeline changes nothing more."""
+    server = served.server
     ramp = np.add.outer(np.arange(300), np.arange(500)).astype(np.uint8)
     file, exif = io.BytesIO(), PIL.Image.Exif()
     exif[PIL.ExifTags.Base.Orientation] = 6
     PIL.Image.fromarray(np.stack([ramp, ramp[::-1], 255 - ramp, ramp], 2), "RGBA").save(file, "PNG", exif=exif)
     for size in (None, "auto", "32x32"):
-        form = served.server.forms.live(id=1, prompt="a", size=size)
-        image = read_upload(file.getvalue(), form, served.server.info, 150_000)
+        job = job_of(server.forms.live(id=1, prompt="a", size=size), server.info)
+        image = asyncio.run(read_upload(file.getvalue(), job.height, job.width, 150_000))
         assert (image.size, image.mode) == ((32, 32), "RGB")
         with PIL.Image.open(file) as upload:
             np.testing.assert_array_equal(image, fitted(upload, 32, 32))

@@ -10,69 +10,51 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onestill.cli.console import note, note_device, print_json, stdout_console
-from onestill.cli.options import Compile, Device, Dtype, Engine, Json, Model, Quantize, parse_size
+from onestill.cli.options import CompileOptions, Json, Model, RuntimeOptions, Size, parse_size, with_groups
 from onestill.errors import OnestillError, require
 
 if TYPE_CHECKING:
     from onestill.bench.latency import MeasuringError
     from onestill.bench.setting import Setting
 
-__all__ = ["bench"]
 
-
+@with_groups
 def bench(
+    *,
     model: Model = "icons",
     random: Annotated[
         str | None,
-        typer.Option(
-            "--random", metavar="KIND", help="Draw with random weights at real size: sdxl or sd21. (default: --model)"
-        ),
+        typer.Option(metavar="KIND", help="Draw with random weights at real size: sdxl or sd21. (default: --model)"),
     ] = None,
-    engine: Engine = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    runtime: RuntimeOptions,
     tiny_vae: Annotated[
         str | None,
         typer.Option(
-            "--tiny-vae",
-            metavar="FOLDER",
-            help="A tiny decoder; with --random also the word random. (default: the model's VAE)",
+            metavar="FOLDER", help="A tiny decoder; with --random also the word random. (default: the model's VAE)"
         ),
     ] = None,
-    compiling: Compile = None,
-    quantizing: Quantize = None,
+    compiling: CompileOptions,
     threads: Annotated[
         int | None,
-        typer.Option(
-            "--threads", min=1, metavar="N", help="CPU threads to compute with. (default: each contender's choice)"
-        ),
+        typer.Option(min=1, metavar="N", help="CPU threads to compute with. (default: each contender's choice)"),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, metavar="N", help="Number of sampling steps. (default: the model's)")
+        int | None, typer.Option(min=1, metavar="N", help="Number of sampling steps. (default: the model's)")
     ] = None,
-    size: Annotated[
-        str | None, typer.Option("--size", metavar="WxH", help="Size of each picture in pixels. (default: the model's)")
-    ] = None,
+    size: Size = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option("--batch", min=1, metavar="N", help="Number of images in one call. May be repeated. (default: 1)"),
+        typer.Option(min=1, metavar="N", help="Number of images in one call. May be repeated. (default: 1)"),
     ] = None,
-    pictures: Annotated[
-        int, typer.Option("--pictures", min=1, metavar="N", help="Number of calls that are timed.")
-    ] = 20,
-    warm_up: Annotated[
-        int, typer.Option("--warm-up", min=0, metavar="N", help="Number of calls before those that are timed.")
-    ] = 3,
-    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="The seed of the first picture.")] = 1,
+    pictures: Annotated[int, typer.Option(min=1, metavar="N", help="Number of calls that are timed.")] = 20,
+    warm_up: Annotated[int, typer.Option(min=0, metavar="N", help="Number of calls before those that are timed.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="The seed of the first picture.")] = 1,
     compare: Annotated[
         str | None,
-        typer.Option(
-            "--compare", metavar="NAME", help="Also measure diffusers on the same weights. (default: onestill alone)"
-        ),
+        typer.Option(metavar="NAME", help="Also measure diffusers on the same weights. (default: onestill alone)"),
     ] = None,
     plot: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="FILE.svg", help="Write a chart of the time of each part. (default: none)"),
+        Path | None, typer.Option(metavar="FILE.svg", help="Write a chart of the time of each part. (default: none)")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -87,19 +69,16 @@ def bench(
     from onestill.bench.setting import Setting
     from onestill.engine.device import checked_name
 
-    checked_name(device)
+    checked_name(runtime.device)
     height, width = parse_size(size)
-    ours, weights = model_to_measure(model, random, engine, tiny_vae, "int8" if dtype == "int8" else "float16")
-    options = {name: value for name, value in (("compile", compiling), ("quantize", quantizing)) if value is not None}
+    ours, weights = model_to_measure(model, random, runtime, tiny_vae)
     asked = Setting(
         contender="onestill",
         model=str(ours),
-        engine=engine,
-        device=device,
-        dtype=dtype,
+        **vars(runtime),
         threads=threads,
-        tiny_vae=None if engine == "openvino" else weights.get("tiny_vae"),
-        options=options or None,
+        tiny_vae=None if runtime.engine == "openvino" else weights.get("tiny_vae"),
+        options=compiling.asked() or None,
         steps=steps,
         height=height,
         width=width,
@@ -109,10 +88,10 @@ def bench(
     )
     if compare:
         asked = in_comparable_type(asked)
-    contenders = settings(asked, batch or [1], weights if compare else None, compiled=compiling is not None)
+    contenders = settings(asked, batch or [1], weights if compare else None, compiled=compiling.compile is not None)
     results, failed = measure_all(contenders, note if sys.stderr.isatty() else lambda text: None)
     if results:
-        note_device(device, results[0]["engine"], results[0]["device"])
+        note_device(runtime.device, results[0]["engine"], results[0]["device"])
     report = report_of(f"random-{random}" if random else model, random is not None, results, failed)
     if plot is not None and results:
         from onestill.bench.chart import bars
@@ -124,7 +103,7 @@ def bench(
 
 
 def model_to_measure(
-    model: str, random: str | None, engine: str | None, tiny_vae: str | None, openvino_weights: str
+    model: str, random: str | None, runtime: RuntimeOptions, tiny_vae: str | None
 ) -> tuple[Path, dict[str, str]]:
     """The folder or file that our engine loads, and what diffusers loads: `model` and, if any, `tiny_vae`."""
     from onestill.checkpoint import resolve
@@ -133,8 +112,9 @@ def model_to_measure(
     folder = resolve(model) if random is None else cached_random_model(random, note)
     tiny = str(folder / "tiny_vae") if random is not None and tiny_vae == "random" else tiny_vae
     weights = {"model": str(folder)} | ({"tiny_vae": tiny} if tiny else {})
-    if random is None or engine != "openvino":
+    if random is None or runtime.engine != "openvino":
         return folder, weights
+    openvino_weights = "int8" if runtime.dtype == "int8" else "float16"
     return cached_random_openvino(random, tiny, openvino_weights, note), weights
 
 
@@ -173,19 +153,7 @@ def show(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for heading in (
-        "contender",
-        "batch",
-        "encode",
-        "denoise",
-        "decode",
-        "total",
-        "p95",
-        "images/s",
-        "load",
-        "memory",
-        "floor",
-    ):
+    for heading in "contender batch encode denoise decode total p95 images/s load memory floor".split():
         table.add_column(heading, justify="left" if heading == "contender" else "right")
     for one in report["results"]:
         parts = [f"{one[part]['p50']:.1f} ms" for part in ("encode_ms", "denoise_ms", "decode_ms", "total_ms")]

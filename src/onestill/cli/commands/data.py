@@ -13,8 +13,6 @@ from onestill.cli.options import Device, Json
 from onestill.cli.output import Target, is_file_name
 from onestill.errors import DataError, OnestillError, OutputError, require
 
-__all__ = ["app"]
-
 Shards = Annotated[
     list[str] | None,
     typer.Argument(metavar="SHARD|FOLDER", help="Tar files or folders of them. (default: sample, the packaged set)"),
@@ -62,10 +60,8 @@ def count(shards: Shards = None, as_json: Json = False) -> None:
 def sheet(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The sheet, a .png, .jpg or .webp file.")],
     shards: Shards = None,
-    number: Annotated[
-        int, typer.Option("--number", min=1, max=MOST_IN_SHEET, metavar="N", help="Number of pictures.")
-    ] = 48,
-    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Chooses the pictures.")] = 0,
+    number: Annotated[int, typer.Option(min=1, max=MOST_IN_SHEET, metavar="N", help="Number of pictures.")] = 48,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Chooses the pictures.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Put pictures drawn at random on one sheet, each over its caption."""
@@ -90,11 +86,9 @@ def pack(
     pictures: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of pictures, each with its caption.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="A new folder for the shards.")],
     size: Annotated[
-        int, typer.Option("--size", min=16, max=4096, metavar="PIXELS", help="The side of each square in pixels.")
+        int, typer.Option(min=16, max=4096, metavar="PIXELS", help="The side of each square in pixels.")
     ] = 512,
-    per_shard: Annotated[
-        int, typer.Option("--per-shard", min=1, metavar="N", help="Number of samples in each shard.")
-    ] = 1000,
+    per_shard: Annotated[int, typer.Option(min=1, metavar="N", help="Number of samples in each shard.")] = 1000,
 ) -> None:
     """Make shards from a folder of pictures, cut to squares of one size.
 
@@ -125,9 +119,7 @@ def fetch(
     sha256: Annotated[
         Path | None,
         typer.Option(
-            "--sha256",
-            metavar="FILE",
-            help="The output of sha256sum for the shards; all must match. (default: not checked)",
+            metavar="FILE", help="The output of sha256sum for the shards; all must match. (default: not checked)"
         ),
     ] = None,
 ) -> None:
@@ -151,11 +143,9 @@ def cache(
     shards: Shards = None,
     device: Device = None,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, max=1024, metavar="N", help="Number of samples encoded at once.")
+        int, typer.Option(min=1, max=1024, metavar="N", help="Number of samples encoded at once.")
     ] = 8,
-    part: Annotated[
-        str, typer.Option("--part", metavar="I/N", help="Encode every N-th sample from I on, such as 0/4.")
-    ] = "0/1",
+    part: Annotated[str, typer.Option(metavar="I/N", help="Encode every N-th sample from I on, such as 0/4.")] = "0/1",
 ) -> None:
     """Encode pictures and captions once, by a model's own autoencoder and text encoders, to train on."""
     first, _, parts = part.partition("/")

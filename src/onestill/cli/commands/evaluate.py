@@ -13,35 +13,30 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from onestill.cli.console import announced, note_device, print_json, progress
-from onestill.cli.options import Device, Dtype, Engine, Json
+from onestill.cli.options import Json, RuntimeOptions, with_groups
 from onestill.errors import DataError, require
 
 if TYPE_CHECKING:
     from onestill.data import Sample
-    from onestill.evaluate import Contender, Evaluation
+    from onestill.evaluate import Evaluation
     from onestill.evaluate.protocol import Pictures
     from onestill.pipeline import Pipeline
-
-__all__ = ["evaluate"]
 
 BATCH = 16
 SHOWN = 24  # prompts on the sheet side by side
 CAVEATS = ("Figures of one network; compare them only within one report.",)
 
 
+@with_groups
 def evaluate(
+    *,
     reference: Annotated[
         list[str],
-        typer.Option(
-            "--reference",
-            metavar="SHARD|FOLDER",
-            help="Real pictures; their captions are the prompts. May be repeated.",
-        ),
+        typer.Option(metavar="SHARD|FOLDER", help="Real pictures; their captions are the prompts. May be repeated."),
     ],
     network: Annotated[
         Path,
         typer.Option(
-            "--network",
             metavar="FOLDER",
             help="The contrastive model that measures, best one that no contender was trained against.",
         ),
@@ -57,27 +52,19 @@ def evaluate(
     ] = None,
     steps: Annotated[
         list[int] | None,
-        typer.Option("--steps", metavar="N", help="Number of sampling steps. May be repeated. (default: the model's)"),
+        typer.Option(metavar="N", help="Number of sampling steps. May be repeated. (default: the model's)"),
     ] = None,
     guidance_scale: Annotated[
-        float | None,
-        typer.Option(
-            "--guidance-scale", metavar="X", help="The guidance scale of all models. (default: each model's own)"
-        ),
+        float | None, typer.Option(metavar="X", help="The guidance scale of all models. (default: each model's own)")
     ] = None,
     text_model: Annotated[
-        str,
-        typer.Option(
-            "--text-model", metavar="NAME|FOLDER", help="The model whose text encoder the network was trained with."
-        ),
+        str, typer.Option(metavar="NAME|FOLDER", help="The model whose text encoder the network was trained with.")
     ] = "icons",
-    number: Annotated[int, typer.Option("--number", min=2, metavar="N", help="Number of prompts at most.")] = 2000,
+    number: Annotated[int, typer.Option(min=2, metavar="N", help="Number of prompts at most.")] = 2000,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, metavar="N", help="Chooses the prompts, and is the first one's seed.")
+        int, typer.Option(min=0, metavar="N", help="Chooses the prompts, and is the first one's seed.")
     ] = 0,
-    engine: Engine = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    runtime: RuntimeOptions,
     as_json: Json = False,
 ) -> None:
     """Draw the captions of real pictures with every model, measure, and write a report.
@@ -87,16 +74,16 @@ def evaluate(
     for package in ("torch", "transformers"):
         require(package, "evaluate")
     from onestill.engine.device import choose
-    from onestill.evaluate import Protocol, load_network
+    from onestill.evaluate import Protocol, load_network, pipeline_contender
     from onestill.evaluate import evaluate as run
     from onestill.pipeline import load
 
     asked = models or ["icons"]
-    pipes = [load(model, engine=engine, device=device, dtype=dtype) for model in asked]
+    pipes = [load(model, **vars(runtime)) for model in asked]
     contenders = [
-        one
+        pipeline_contender(pipe, name, count, pipe.info.guidance_scale if guidance_scale is None else guidance_scale)
         for pipe, name in zip(pipes, names_of(asked, pipes), strict=True)
-        for one in contenders_of(pipe, name, steps, guidance_scale)
+        for count in steps or [pipe.info.num_inference_steps]
     ]
     samples = read_reference(reference, number, seed, pipes[0])
     protocol = Protocol(
@@ -105,10 +92,10 @@ def evaluate(
         sheets={"side by side": tuple(range(0, len(samples), max(1, len(samples) // SHOWN)))[:SHOWN]},
         batch_size=BATCH,
     )
-    where = choose(device)
+    where = choose(runtime.device)
     net = load_network(network, text_model, device=where)
     # Said when the first is read: by then names and networks were found right, and a mistake stays one line.
-    reals = announced(in_batches(samples), lambda: note_device(device, "torch", where))
+    reals = announced(in_batches(samples), lambda: note_device(runtime.device, "torch", where))
     done = 0
     with progress("evaluating", len(contenders) * protocol.num_pictures) as advance:
 
@@ -131,22 +118,8 @@ def names_of(asked: Sequence[str], pipes: Sequence[Pipeline]) -> list[str]:
     return [pipe.info.name if count[pipe.info.name] == 1 else one for one, pipe in zip(asked, pipes, strict=True)]
 
 
-def contenders_of(
-    pipe: Pipeline, name: str, steps: Sequence[int] | None, guidance_scale: float | None
-) -> list[Contender]:
-    """A pipeline at each number of steps, or at its own, under the name `MODEL, N steps`."""
-    from onestill.evaluate import pipeline_contender
-
-    guidance = pipe.info.guidance_scale if guidance_scale is None else guidance_scale
-    return [pipeline_contender(pipe, name, count, guidance) for count in steps or [pipe.info.num_inference_steps]]
-
-
 def read_reference(sources: list[str], number: int, seed: int, pipe: Pipeline) -> list[Sample]:
-    """At most `number` samples of the size that the model draws, chosen by `seed`.
-
-    Raises:
-        DataError: there are fewer than two.
-    """
+    """At most `number` samples of the size that the model draws, two at least, chosen by `seed`."""
     size = (pipe.info.height, pipe.info.width)
     from onestill.data import ShardReader
 

@@ -15,8 +15,6 @@ from onestill.errors import OnestillError
 if TYPE_CHECKING:
     from onestill.serve.gallery.store import Gallery
 
-__all__ = ["app"]
-
 app = typer.Typer(help="Pictures that visitors of your server show.", no_args_is_help=True)
 MOST = 1000
 

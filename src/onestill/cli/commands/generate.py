@@ -11,20 +11,14 @@ import typer
 
 from onestill.cli.console import note, note_device, once, print_json, progress
 from onestill.cli.options import (
-    Compile,
-    Device,
-    Dtype,
-    Engine,
+    AdditionOptions,
+    CompileOptions,
     Json,
-    Loras,
     Model,
-    Preset,
-    Quantize,
-    TinyVae,
-    Unet,
-    parse_loras,
+    RuntimeOptions,
+    Size,
     parse_size,
-    torch_options,
+    with_groups,
 )
 from onestill.cli.output import Target
 from onestill.errors import ImageError
@@ -34,8 +28,6 @@ if TYPE_CHECKING:
 
     from onestill.pipeline import Pipeline
 
-__all__ = ["generate"]
-
 MOST_PICTURES = 1000  # of one prompt
 QUICK_START_STEPS = 50  # in all; up to there a quick start saves more than it costs
 PICTURES_PER_CALL = 8  # of the pipeline: so few that the bar moves and Ctrl-C loses little
@@ -43,45 +35,38 @@ DEFAULT_STRENGTH = 0.5
 TIMES = ("encode_ms", "denoise_ms", "decode_ms", "total_ms")
 
 
+@with_groups
 def generate(
     prompts: Annotated[
         list[str], typer.Argument(metavar="PROMPT", help="What to draw, in quotation marks. Each prompt is drawn.")
     ],
+    *,
     model: Model = "icons",
-    engine: Engine = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    runtime: RuntimeOptions,
     steps: Annotated[
-        int | None,
-        typer.Option("--steps", metavar="N", help="Number of sampling steps, 1 to 50. (default: the model's)"),
+        int | None, typer.Option(metavar="N", help="Number of sampling steps, 1 to 50. (default: the model's)")
     ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", "-s", metavar="N", help="Picture i has seed SEED + i. (default: random)")
     ] = None,
     num: Annotated[
-        int, typer.Option("--num", metavar="N", min=1, max=MOST_PICTURES, help="Number of pictures for each prompt.")
+        int, typer.Option(metavar="N", min=1, max=MOST_PICTURES, help="Number of pictures for each prompt.")
     ] = 1,
-    size: Annotated[
-        str | None, typer.Option("--size", metavar="WxH", help="Size of each picture in pixels. (default: the model's)")
-    ] = None,
+    size: Size = None,
     guidance_scale: Annotated[
         float | None,
         typer.Option(
-            "--guidance-scale",
-            metavar="X",
-            help="How closely to follow the prompt; 1 turns guidance off. (default: the model's)",
+            metavar="X", help="How closely to follow the prompt; 1 turns guidance off. (default: the model's)"
         ),
     ] = None,
     negative_prompt: Annotated[
-        str | None,
-        typer.Option("--negative-prompt", metavar="TEXT", help="What guidance steers away from. (default: nothing)"),
+        str | None, typer.Option(metavar="TEXT", help="What guidance steers away from. (default: nothing)")
     ] = None,
     sampler: Annotated[
-        str | None,
-        typer.Option("--sampler", metavar="NAME", help="How to step from noise to a picture. (default: the model's)"),
+        str | None, typer.Option(metavar="NAME", help="How to step from noise to a picture. (default: the model's)")
     ] = None,
     image: Annotated[
-        Path | None, typer.Option("--image", metavar="FILE", help="A picture to start from. (default: noise)")
+        Path | None, typer.Option(metavar="FILE", help="A picture to start from. (default: noise)")
     ] = None,
     mask: Annotated[
         Path | None,
@@ -92,8 +77,7 @@ def generate(
         ),
     ] = None,
     strength: Annotated[
-        float | None,
-        typer.Option("--strength", metavar="X", help="With --image: 0 keeps it, 1 ignores it. (default: 0.5)"),
+        float | None, typer.Option(metavar="X", help="With --image: 0 keeps it, 1 ignores it. (default: 0.5)")
     ] = None,
     out: Annotated[
         Path | None,
@@ -107,12 +91,8 @@ def generate(
     force: Annotated[
         bool, typer.Option("--force", help="Replace files that exist. (default: choose a free name)")
     ] = False,
-    unet: Unet = None,
-    lora: Loras = None,
-    tiny_vae: TinyVae = None,
-    preset: Preset = None,
-    compiling: Compile = None,
-    quantizing: Quantize = None,
+    additions: AdditionOptions,
+    compiling: CompileOptions,
     as_json: Json = False,
 ) -> None:
     """Draw pictures from prompts.
@@ -123,7 +103,7 @@ def generate(
         if value is not None and image is None:
             raise ImageError(f"{option} needs a picture to start from; add --image FILE.")
     height, width = parse_size(size)
-    loras = parse_loras(lora)
+    added = additions.arguments()
     wanted = [prompt for prompt in prompts for _ in range(num)]
     target = Target(out, len(wanted), force)
     settings: dict[str, Any] = {
@@ -148,19 +128,14 @@ def generate(
 
     pipe = load(
         model,
-        engine=engine,
-        device=device,
-        dtype=dtype,
-        unet=unet,
-        lora=loras,  # type: ignore[arg-type] # a mapping of paths is one of what load takes
-        tiny_vae=tiny_vae,
-        preset=preset,
+        **vars(runtime),
+        **added,
         quick_start=len(wanted) * (steps or 1) <= QUICK_START_STEPS,
-        options=torch_options(compiling, quantizing),
+        options=compiling.torch_options(),
     )
     load_ms = (time.perf_counter() - started) * 1000
     # The first pause comes when all arguments have been checked, so that a mistake prints one line and no note.
-    settings["pause"] = once(lambda: note_device(device, pipe.info.engine, pipe.info.device))
+    settings["pause"] = once(lambda: note_device(runtime.device, pipe.info.engine, pipe.info.device))
     images, timings, notes = draw(pipe, wanted, first_seed, settings, target)
     for text in notes:
         note(text)
@@ -208,18 +183,12 @@ def draw(
 
 
 def read_image(path: Path) -> Image:
-    """The picture in the file `path`, read whole.
-
-    Raises:
-        ImageError: there is none, or it is too large to be opened safely.
-    """
-    import PIL.Image
+    """The picture in the file `path`, as `onestill.pipeline.picture.read_picture` gives it."""
+    from onestill.pipeline.picture import read_picture
 
     try:
-        with PIL.Image.open(path) as picture:
-            picture.load()
-            return picture
+        return read_picture(path)
     except FileNotFoundError as error:
         raise ImageError(f"There is no picture '{path}'; check the path.") from error
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ImageError(f"'{path}' cannot be read as a picture; give a PNG, JPEG or WebP file.") from error
+    except (OSError, ImageError) as error:
+        raise ImageError(f"'{path}' cannot be read as a picture ({error}); give a PNG, JPEG or WebP file.") from error

@@ -11,8 +11,6 @@ from onestill.cli.database import open_ledger
 from onestill.cli.options import Database, Json, KeysFile, parse_daily
 from onestill.errors import OnestillError
 
-__all__ = ["app"]
-
 app = typer.Typer(help="Keys for those who may draw on your server.", no_args_is_help=True)
 
 

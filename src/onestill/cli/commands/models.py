@@ -13,10 +13,6 @@ from onestill.cli.options import Json, Preset
 if TYPE_CHECKING:
     from onestill.checkpoint import FileInfo, ModelInfo
 
-__all__ = ["models"]
-
-NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
-
 
 def models(
     model: Annotated[
@@ -78,6 +74,7 @@ def counted(found: FileInfo) -> dict[str, object]:
 def facts(info: ModelInfo) -> dict[str, object]:
     """The facts about a model, in values that JSON can hold."""
     from onestill.checkpoint import identify
+    from onestill.checkpoint.files import NETWORKS
 
     return {
         "name": info.name,

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from onestill.data.recipe_reader import RecipeReader
     from onestill.train.recipe import DataOptions
 
-__all__ = ["train"]
-
 MOST_NAMED = 10  # of the samples that could not be used
 
 
@@ -34,10 +32,7 @@ def train(
     devices: Annotated[
         int,
         typer.Option(
-            "--devices",
-            min=0,
-            metavar="N",
-            help="Number of devices that a dry run plans for; 0 is as many as there are processes.",
+            min=0, metavar="N", help="Number of devices that a dry run plans for; 0 is as many as there are processes."
         ),
     ] = 0,
 ) -> None:

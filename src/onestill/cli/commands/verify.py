@@ -11,8 +11,6 @@ import typer
 from onestill.cli.console import note, print_json
 from onestill.cli.options import Json
 
-__all__ = ["verify"]
-
 
 def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The picture, a PNG, JPEG or WebP file.")],

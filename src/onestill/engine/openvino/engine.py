@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from onestill.checkpoint import ModelInfo
 from onestill.engine.device import runs_on_cpu
+from onestill.engine.openvino.cpu import lacks_vnni
 from onestill.engine.openvino.network import LARGEST_BATCH, WORTH_COMPILING, Float, Network
 from onestill.engine.openvino.shared_weights import SharedWeights
 from onestill.engine.openvino.stored_weights import StoredWeights
@@ -28,8 +29,6 @@ from onestill.engine.protocol import Conditioning
 from onestill.errors import NotFiniteError, OnestillError
 from onestill.pixels import to_images, to_pictures
 from onestill.text.tokenize import PromptTokenizer
-
-__all__ = ["OpenVinoEngine"]
 
 DTYPES = ("float32", "bfloat16", "int8")
 
@@ -47,7 +46,7 @@ class OpenVinoEngine:
             quarter slower. Other models ignore it.
 
     Raises:
-        OnestillError: another device or dtype was asked for, or the model has no int8 form.
+        OnestillError: another device or dtype was asked for, or the model or the CPU has no int8.
         CheckpointError: the OpenVINO form is incomplete, was made from other weights, or cannot be loaded.
         NotEnoughMemoryError: the weights do not fit into memory.
     """
@@ -71,6 +70,8 @@ class OpenVinoEngine:
         source = StoredWeights(info) if info.size_multiple else SharedWeights(info, quick_start=quick_start)
         if dtype == "int8" and not source.has_int8:
             raise OnestillError(f"The model '{info.name}' has no int8 form; choose float32 or bfloat16, or export one.")
+        if dtype == "int8" and lacks_vnni():
+            raise OnestillError("This CPU has no VNNI, without which int8 draws wrong images; choose float32.")
         self.info = info
         self.device = "cpu"
         self.dtype = dtype or source.fastest_dtype(core)
@@ -82,7 +83,7 @@ class OpenVinoEngine:
             graph.name: Network(core, graph, options | dict(graph.options), is_large=source.is_large)
             for graph in source.graphs(core, self.dtype)
         }
-        self._text_encoders = [self._networks[name] for name in ("text_encoder", "text_encoder_2")[: 1 + info.is_xl]]
+        self._text_encoders = [self._networks[name] for name in info.text_encoders]
         self._time_embeddings: dict[int, Float] = {}  # filled as timesteps come up; there are few
         # The UNet first, as the others fit beside it. Two large networks at most load at once, for the sake of memory.
         # The encoder waits until there is a picture to encode.
@@ -94,8 +95,7 @@ class OpenVinoEngine:
                 *(pool.submit(encoder.load, (1, info.max_tokens), runs=runs) for encoder in self._text_encoders),
                 pool.submit(self._networks["time"].load, (1,), runs=runs),
             ]
-            components = ("tokenizer", "tokenizer_2")[: 1 + info.is_xl]
-            self._tokenizers = [PromptTokenizer(info, component) for component in components]
+            self._tokenizers = [PromptTokenizer(info, component) for component in info.tokenizers]
             for future in loading:
                 future.result()
 
@@ -135,11 +135,7 @@ class OpenVinoEngine:
         return self._time_embeddings[timestep]
 
     def decode(self, latents: Float) -> NDArray[np.uint8]:
-        """Latents [B, C, h, w] -> pictures [B, H, W, 3].
-
-        Raises:
-            NotFiniteError: the decoder produced NaN or infinity.
-        """
+        """Latents [B, C, h, w] -> pictures [B, H, W, 3]."""
         image = self._networks["decoder"]({"latents": latents / self._decoder_scale})[0]
         if not np.isfinite(image).all():
             raise NotFiniteError.of("the picture", self.dtype)

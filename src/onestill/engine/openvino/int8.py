@@ -27,8 +27,6 @@ from numpy.typing import NDArray
 
 from onestill.errors import CheckpointError
 
-__all__ = ["DYNAMIC", "Layers", "layer_nodes", "quantize", "round_inputs", "store_weights"]
-
 GROUP = 64
 DYNAMIC: Mapping[str, Any] = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP}  # without it OpenVINO would compute in float32
 LEAST = 1e-8  # of a range, as weights may be zeros

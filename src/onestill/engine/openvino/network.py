@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +17,6 @@ from onestill.engine.memory import explain_oom, is_memory_error
 from onestill.engine.openvino.compile_cache import compile_into_folder, compile_to_blob, network_key
 from onestill.errors import CheckpointError
 
-__all__ = ["LARGEST_BATCH", "WORTH_COMPILING", "Float", "Graph", "Network", "static_shapes"]
-
 LARGEST_BATCH = 4  # images to a call; each batch size is compiled for itself, as static shapes run fastest
 WORTH_COMPILING = 8  # images asked for at once; fewer are done one by one before a larger batch would have compiled
 
@@ -25,24 +24,25 @@ Float = NDArray[np.float32]
 Shape = tuple[int, ...]
 
 
-class Graph(Protocol):
-    """One network as a source of weights has it."""
+@dataclass(frozen=True)
+class Graph(ABC):
+    """One network as a source of weights has it.
 
-    @property
-    def name(self) -> str:
-        """Such as "unet"; the cache names files by it."""
+    Attributes:
+        name: such as "unet"; the cache names files by it.
+        path: the file of the graph, for error messages.
+        options: how OpenVINO is to compile it.
+    """
 
-    @property
-    def path(self) -> Path:
-        """The file of the graph, for error messages."""
+    name: str
+    path: Path
+    options: Mapping[str, Any]
 
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """How OpenVINO is to compile it."""
-
+    @abstractmethod
     def fingerprint(self) -> str:
         """What changes when the network does."""
 
+    @abstractmethod
     def read(self, core: Any, shape: Shape) -> tuple[Any, Any]:
         """The network with static shapes, for a first input of `shape`.
 
@@ -91,7 +91,9 @@ class Network:
         with explain_oom("cpu", "hold the model"), self._running:
             network = self._for(shape, cached=True).network
         if runs:
-            self._run({port.any_name: np.zeros(list(port.shape), _dtype(port)) for port in network.inputs})
+            self._run(
+                {port.any_name: np.zeros(list(port.shape), port.element_type.to_dtype()) for port in network.inputs}
+            )
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]], **shared: NDArray[Any]) -> list[Float]:
         """Run B images, in batches of the sizes there are.
@@ -163,7 +165,3 @@ class Network:
             raise CheckpointError(
                 f"OpenVINO cannot load '{self._graph.path}' for an input of {shape}; copy or export the model again."
             ) from error
-
-
-def _dtype(port: Any) -> Any:
-    return port.element_type.to_dtype()

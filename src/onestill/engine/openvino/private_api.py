@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-__all__ = ["UNCHAINED", "can_unchain", "fuse", "keep_half_precision", "trace"]
-
 # OpenVINO writes a kernel for each chain of small operations as it loads a network: half of what loading takes. This
 # option, an internal one, turns that off.
 UNCHAINED: Mapping[str, str] = {"SNIPPETS_MODE": "DISABLE"}

@@ -10,8 +10,6 @@ from typing import Any
 
 from onestill.errors import require
 
-__all__ = ["openvino", "opset13"]
-
 _CONVERTER = "openvino.tools.ovc"
 
 

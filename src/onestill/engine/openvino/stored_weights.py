@@ -12,19 +12,16 @@ convolutions, by images, in the graph, which is faster.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from onestill.checkpoint import ModelInfo, read_json
 from onestill.engine.memory import check_memory_left
-from onestill.engine.openvino.cpu import fastest_float
+from onestill.engine.openvino.cpu import fastest_float, lacks_vnni
 from onestill.engine.openvino.int8 import round_inputs
-from onestill.engine.openvino.network import static_shapes
+from onestill.engine.openvino.network import Graph, static_shapes
 from onestill.errors import CheckpointError
-
-__all__ = ["FOLDER", "FORM", "StoredWeights"]
 
 FOLDER = "openvino"
 FORM = "sd-1"  # of the index; others are of other versions, or share their weights
@@ -34,12 +31,7 @@ GROUP = 128  # numbers of a row that OpenVINO rounds to int8 together; 32, its o
 
 
 @dataclass(frozen=True)
-class _Graph:
-    """See `onestill.engine.openvino.network.Graph`."""
-
-    name: str
-    path: Path
-    options: Mapping[str, Any]
+class _Graph(Graph):
     rounds_inputs: bool
 
     def fingerprint(self) -> str:
@@ -82,7 +74,7 @@ class StoredWeights:
     def fastest_dtype(self, core: Any) -> str:
         """What the CPU computes this form fastest in."""
         # Where OpenVINO has int8 at all, as the same weights in a wider type take more memory, too.
-        if self.has_int8 and "INT8" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if self.has_int8 and "INT8" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") and not lacks_vnni():
             return "int8"
         return fastest_float(core)
 
@@ -94,7 +86,7 @@ class StoredWeights:
         """
         del core
         self._check_memory(dtype)
-        texts = ("text_encoder", "text_encoder_2")[: 1 + self._info.is_xl]
+        texts = self._info.text_encoders
         # The group is given even where it is 0, as OpenVINO rounds to int8 by default where the weights are.
         group = GROUP if dtype == "int8" else 0
         for name in (*texts, "unet", "decoder", "encoder"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,10 @@ import torch
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from onestill.checkpoint import ModelInfo, cache_folder, written_whole
+from onestill.checkpoint import ModelInfo, cache_folder, seal, unsealed, written_whole
 from onestill.engine.protocol import TorchOptions
 from onestill.errors import OnestillError, near, require
 from onestill.networks.inference import Networks
-
-__all__ = ["ATTENTIONS", "COMPILES", "QUANTIZES", "compiled", "fuse", "prepared", "run_as_asked", "save_compiled"]
 
 ATTENTIONS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -26,8 +25,11 @@ ATTENTIONS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "math": SDPBackend.MATH,
 }
-COMPILES = ("none", "regional", "whole")
-QUANTIZES = ("none", "int8", "fp8")
+CHOICES = {  # of options; an attention may also be None
+    "compile": ("none", "regional", "whole"),
+    "quantize": ("none", "int8", "fp8"),
+    "attention": tuple(ATTENTIONS),
+}
 LEAST_WIDTH = 512  # of a linear layer that is quantised: smaller ones lose quality and gain nothing
 # Kinds of block times numbers of images times sizes to compile for; torch gives up at 8. More are drawn uncompiled.
 MOST_COMPILED = 256
@@ -42,10 +44,10 @@ def prepared(networks: Networks, options: TorchOptions, *, on_gpu: bool) -> None
         OnestillError: an option does not exist, or cannot be had on this device.
         MissingExtraError: torchao is asked for and not installed.
     """
-    _check("compile", options.compile, COMPILES)
-    _check("quantize", options.quantize, QUANTIZES)
-    if options.attention is not None:
-        _check("attention", options.attention, tuple(ATTENTIONS))
+    for name, known in CHOICES.items():
+        value = getattr(options, name)
+        if value is not None and value not in known:
+            raise OnestillError(f"{name} is '{value}'; choose from {', '.join(known)}.{near(value, known)}")
     modules = list(dict.fromkeys([networks.unet, networks.latent_space.decoder]))
     # Uncompiled, CUDA's group norm copies what is channels last to the other layout, each time.
     if on_gpu and options.compile == "whole" if options.channels_last is None else options.channels_last:
@@ -73,11 +75,6 @@ def fuse(unet: Any) -> None:
             for name in ("to_k", "to_v") if module.is_cross_attention else ("to_q", "to_k", "to_v"):
                 delattr(module, name)
     unet.set_attn_processor(FusedAttnProcessor2_0())
-
-
-def _check(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise OnestillError(f"{name} is '{value}'; choose from {', '.join(known)}.{near(value, known)}")
 
 
 def _quantize(networks: Networks, options: TorchOptions, on_gpu: bool) -> None:
@@ -174,7 +171,7 @@ def artifacts(networks: Networks, options: TorchOptions, info: ModelInfo, dtype:
     device = networks.device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     parts = [
-        torch.__version__,
+        f"{torch.__version__} sealed",
         machine,
         dtype,
         repr(options),
@@ -191,7 +188,7 @@ def save_compiled(networks: Networks, options: TorchOptions, info: ModelInfo, dt
     path = artifacts(networks, options, info, dtype)
     # Only a speed-up: a cache that cannot be written must not stop anyone from drawing.
     with contextlib.suppress(OSError), written_whole(path) as unfinished:
-        unfinished.write_bytes(found[0])
+        unfinished.write_bytes(found[0] + seal(found[0]))
     return path
 
 
@@ -201,4 +198,7 @@ def _load_artifacts(path: Path) -> None:
     except OSError:
         logging.getLogger("onestill").info("compiling for the first time, which takes minutes; the result is cached")
         return
-    torch.compiler.load_cache_artifacts(content)
+    if (whole := unsealed(memoryview(content))) is None:
+        warnings.warn(f"The cached code '{path.name}' was damaged and is compiled again.", RuntimeWarning, stacklevel=2)
+        return
+    torch.compiler.load_cache_artifacts(bytes(whole))

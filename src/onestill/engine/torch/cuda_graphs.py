@@ -17,8 +17,6 @@ from torch import Tensor
 
 from onestill.engine.memory import is_memory_error
 
-__all__ = ["Buckets", "Graphs", "Recorder"]
-
 MOST_GRAPHS = 16  # of a function; each holds the memory of one call
 MOST_SHAPES = 512  # sets of shapes that are remembered as asked for once
 WARM_UPS = 3  # calls before a recording, in which libraries choose and prepare their kernels

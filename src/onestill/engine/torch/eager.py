@@ -5,7 +5,7 @@ It draws real checkpoints of every kind, on any device, through diffusers' and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import numpy as np
 import torch
@@ -22,8 +22,6 @@ from onestill.networks.load import DTYPES, load_components
 from onestill.networks.precision import exact_output
 from onestill.pixels import to_images
 from onestill.text.tokenize import PromptTokenizer, Tokens
-
-__all__ = ["TorchEngine"]
 
 MOST_BATCH = 8  # images to a call, which bounds memory
 
@@ -56,8 +54,7 @@ class TorchEngine:
         self._device = torch.device(self.device)
         if threads is not None:
             torch.set_num_threads(threads)
-        components = ("tokenizer", "tokenizer_2") if info.is_xl else ("tokenizer",)
-        tokenizers = [PromptTokenizer(info, component) for component in components]
+        tokenizers = [PromptTokenizer(info, component) for component in info.tokenizers]
         check_memory(info, self.dtype)
         parts = load_components(info, self.dtype)
         if parts["vae"].dtype != DTYPES[self.dtype] and _has_bfloat16(self._device):
@@ -75,16 +72,11 @@ class TorchEngine:
         """Encode B prompts."""
         encoder = self._networks.text_encoder
         tokens = encoder.tokenize(prompts)
-        states, pooled = [], []
         with torch.inference_mode(), explain_oom(self._device, f"encode {len(prompts)} prompts"):
-            for start in range(0, len(prompts), MOST_BATCH):
-                found = encoder.states(*self._inputs(tokens, slice(start, start + MOST_BATCH)))
-                states.append(_to_numpy(found[0]))
-                if found[1] is not None:
-                    pooled.append(_to_numpy(found[1]))
-        return Conditioning(
-            np.concatenate(states), tokens[0].cut, tokens[0].words_cut, np.concatenate(pooled) if pooled else None
-        )
+            found = [encoder.states(*self._inputs(tokens, part)) for part in _batches(prompts)]
+            states = np.concatenate([_to_numpy(states) for states, _ in found])
+            pooled = [_to_numpy(pooled) for _, pooled in found if pooled is not None]
+        return Conditioning(states, tokens[0].cut, tokens[0].words_cut, np.concatenate(pooled) if pooled else None)
 
     def _inputs(self, tokens: Sequence[Tokens], part: slice) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         ids = [torch.from_numpy(one.ids[part]).to(self._device) for one in tokens]
@@ -95,9 +87,8 @@ class TorchEngine:
     def denoise(self, latents: NDArray[np.float32], timestep: int, conditioning: Conditioning) -> NDArray[np.float32]:
         """Latents [B, C, h, w] -> the network's output, of the same shape."""
         outputs = []
-        with torch.inference_mode(), explain_oom(self._device, _drawing(latents, self.info)):
-            for start in range(0, len(latents), MOST_BATCH):
-                part = slice(start, start + MOST_BATCH)
+        with torch.inference_mode(), explain_oom(self._device, self._drawing(latents)):
+            for part in _batches(latents):
                 given = conditioning[part]
                 x = self._to_torch(latents[part], self._networks.dtype)
                 states, pooled = self._to_torch(given.states, self._networks.dtype), self._optional(given.pooled)
@@ -108,31 +99,34 @@ class TorchEngine:
         return np.concatenate(outputs)
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Latents [B, C, h, w] -> pictures [B, H, W, 3].
-
-        Raises:
-            NotFiniteError: the network or the decoder produced NaN or infinity.
-        """
+        """Latents [B, C, h, w] -> pictures [B, H, W, 3]."""
         pictures = []
-        with torch.inference_mode(), explain_oom(self._device, _drawing(latents, self.info)):
-            for start in range(0, len(latents), MOST_BATCH):
-                z = self._to_torch(latents[start : start + MOST_BATCH], torch.float32)
-                try:
-                    pictures.append(to_uint8(self._networks.latent_space.checked_decode(z)).cpu().numpy())
-                except FloatingPointError as error:
-                    raise NotFiniteError.of(str(error), self.dtype) from None
+        with torch.inference_mode(), explain_oom(self._device, self._drawing(latents)):
+            for part in _batches(latents):
+                pictures.append(self._checked_pictures(self._to_torch(latents[part], torch.float32)))
         return np.concatenate(pictures)
+
+    def _checked_pictures(self, latents: torch.Tensor) -> NDArray[np.uint8]:
+        try:
+            pictures: NDArray[np.uint8] = to_uint8(self._networks.latent_space.checked_decode(latents)).cpu().numpy()
+        except FloatingPointError as error:
+            raise NotFiniteError.of(str(error), self.dtype) from None
+        return pictures
 
     def encode_image(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Pictures [B, H, W, 3] -> latents [B, C, h, w]."""
         latents, space = [], self._networks.latent_space
         with torch.inference_mode(), explain_oom(self._device, "encode the picture"):
-            for start in range(0, len(pictures), MOST_BATCH):
-                images = self._to_torch(to_images(pictures[start : start + MOST_BATCH]), torch.float32)
-                encoded = space.encode(images)
+            for part in _batches(pictures):
+                encoded = space.encode(self._to_torch(to_images(pictures[part]), torch.float32))
                 # Rounded to the autoencoder's type, as diffusers' pipelines scale the latents in it.
                 latents.append(_to_numpy(encoded.to(space.autoencoder.dtype)))
         return np.concatenate(latents)
+
+    def _drawing(self, latents: NDArray[np.float32]) -> str:
+        """The work that an out-of-memory error names, for latents [B, C, h, w]."""
+        height, width = (side * self.info.vae_scale_factor for side in latents.shape[2:])
+        return f"draw {len(latents)} pictures of {width}x{height}"
 
     def _optional(self, array: NDArray[np.float32] | None) -> torch.Tensor | None:
         return None if array is None else self._to_torch(array, self._networks.dtype)
@@ -141,14 +135,12 @@ class TorchEngine:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, dtype)
 
 
+def _batches(items: Sized) -> list[slice]:
+    return [slice(start, start + MOST_BATCH) for start in range(0, len(items), MOST_BATCH)]
+
+
 def _has_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _drawing(latents: NDArray[np.float32], info: ModelInfo) -> str:
-    """The work that an out-of-memory error names, for latents [B, C, h, w]."""
-    height, width = (side * info.vae_scale_factor for side in latents.shape[2:])
-    return f"draw {len(latents)} pictures of {width}x{height}"
 
 
 def _to_numpy(tensor: torch.Tensor) -> NDArray[np.float32]:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from threading import RLock
 from typing import Any, NamedTuple
@@ -24,19 +23,15 @@ from torch import Tensor
 
 from onestill.checkpoint import ModelInfo
 from onestill.engine.memory import explain_oom
+from onestill.engine.prompt_cache import PromptCache
 from onestill.engine.protocol import GenerationRequest, GenerationResult, TorchOptions
 from onestill.engine.torch.compiling import compiled, prepared, run_as_asked, save_compiled
 from onestill.engine.torch.cuda_graphs import Buckets, Graphs, Recorder
 from onestill.engine.torch.eager import TorchEngine
 from onestill.engine.torch.stages import decode_latents, encode_prompts, take_steps
 from onestill.engine.torch.step_table import step_table
-from onestill.errors import NotFiniteError
-from onestill.networks.latents import to_uint8
-
-__all__ = ["BATCHES", "FastEngine"]
 
 BATCHES = (1, 2, 4, 8)  # images to a call; other numbers are padded to the next, as each size is a graph of its own
-PROMPTS_CACHED = 256  # whose states stay on the device; SDXL's take 0.3 MB each
 TABLES_CACHED = 64  # step tables
 
 
@@ -55,17 +50,12 @@ class FastEngine(TorchEngine):
     Any number of threads may call it; one at a time is served.
 
     Args:
-        info: the model.
+        info, device, dtype, threads: as `TorchEngine` takes them.
         options: how to compute.
-        device: as `onestill.engine.device.choose` takes it; None and "auto" are a GPU where torch has one.
-        dtype: one of `onestill.networks.load.DTYPES`; None is float32 on a CPU and float16 elsewhere.
-        threads: how many CPU threads torch uses, in the whole process; None leaves them as they are.
         recorder: what makes graphs; None is CUDA where it is there and `options.graphs` asks for it.
 
     Raises:
-        OnestillError: an option cannot be had here; the sentence says which.
-        CheckpointError: the weights do not fit the configs, or are of a class that is not supported.
-        NotEnoughMemoryError: the weights do not fit into memory.
+        OnestillError: as `TorchEngine`, or an option cannot be had here; the sentence says which.
     """
 
     def __init__(
@@ -88,7 +78,7 @@ class FastEngine(TorchEngine):
         prepared(self._networks, options, on_gpu=on_gpu)
         call = compiled(self._networks, options, info, self.dtype)
         self._lock = RLock()  # one call at a time: graphs share their memory
-        self._prompts: OrderedDict[str, _Encoded] = OrderedDict()
+        self._prompts = PromptCache(self._encode_new)
         self._table = lru_cache(TABLES_CACHED)(self._new_table)
         if recorder is None and options.graphs and on_gpu:
             recorder = Graphs(self._device)
@@ -108,18 +98,11 @@ class FastEngine(TorchEngine):
         return sizes if self._recorder is None else tuple(size for size in sizes for _ in range(2))
 
     def generate(self, request: GenerationRequest) -> GenerationResult:
-        """Draw B pictures.
-
-        Raises:
-            NotEnoughMemoryError: they do not fit; the engine works on for the next request.
-            NotFiniteError: the model produced NaN or infinity.
-        """
+        """See `onestill.engine.protocol.EndToEndEngine`."""
         found = []
-        height, width = (side * self.info.vae_scale_factor for side in request.noise.shape[3:])
-        doing = f"draw {len(request.prompts)} pictures of {width}x{height}"
         with self._lock, torch.inference_mode(), _current(self._device):
             try:
-                with explain_oom(self._device, doing):
+                with explain_oom(self._device, self._drawing(request.noise[0])):
                     for first in range(0, len(request.prompts), BATCHES[-1]):
                         found.append(self._generate(request, slice(first, first + BATCHES[-1])))
             except MemoryError:
@@ -147,7 +130,7 @@ class FastEngine(TorchEngine):
         size = next(size for size in BATCHES if size >= count)
         rows = [min(i, count - 1) for i in range(size)]  # the last image again pads the batch
         clock = _Clock(self._device)
-        encoded = self._encode_each([prompts[row] for row in rows])
+        encoded = self._prompts([prompts[row] for row in rows])
         states, pooled = _stacked(encoded)
         if request.negatives is not None:
             negatives = self._negative([request.negatives[part][row] for row in rows])
@@ -179,41 +162,28 @@ class FastEngine(TorchEngine):
         if bool(is_finite):
             found: NDArray[np.uint8] = pictures[:count].cpu().numpy()
             return found
-        try:
-            # Decode again, eagerly and in float32: either that succeeds, or the error names what overflowed.
-            checked = self._networks.latent_space.checked_decode(latents[:count])
-            decoded: NDArray[np.uint8] = to_uint8(checked).cpu().numpy()
-            return decoded
-        except FloatingPointError as error:
-            raise NotFiniteError.of(str(error), self.dtype) from None
+        # Decode again, eagerly and in float32: either that succeeds, or the error names what overflowed.
+        return self._checked_pictures(latents[:count])
 
     # --- prompts ---
 
-    def _encode_each(self, prompts: Sequence[str]) -> list[_Encoded]:
-        """The prompts encoded, each one once; the states of the latest are cached."""
-        new = [text for text in dict.fromkeys(prompts) if text not in self._prompts]
-        for first in range(0, len(new), BATCHES[-1]):
-            self._encode_new(new[first : first + BATCHES[-1]])
-        found = [self._prompts[text] for text in prompts]
-        for text in prompts:
-            self._prompts.move_to_end(text)
-        while len(self._prompts) > max(PROMPTS_CACHED, len(prompts)):
-            self._prompts.popitem(last=False)
-        return found
+    def _encode_new(self, prompts: list[str]) -> list[_Encoded]:
+        parts = [prompts[first : first + BATCHES[-1]] for first in range(0, len(prompts), BATCHES[-1])]
+        return [one for part in parts for one in self._encode_batch(part)]
 
-    def _encode_new(self, prompts: Sequence[str]) -> None:
+    def _encode_batch(self, prompts: Sequence[str]) -> Iterator[_Encoded]:
         size = next(size for size in BATCHES if size >= len(prompts))
         tokens = self._networks.text_encoder.tokenize([*prompts, *[""] * (size - len(prompts))])
         ids = [torch.from_numpy(one.ids) for one in tokens]
         mask = torch.from_numpy(tokens[0].mask) if self.info.use_attention_mask else None
         states, pooled = self._encoder(ids[0], ids[1] if len(ids) > 1 else None, mask)
-        for i, text in enumerate(prompts):
+        for i in range(len(prompts)):
             own = None if pooled is None else pooled[i].clone()
-            self._prompts[text] = _Encoded(states[i].clone(), own, tokens[0].cut[i], tokens[0].words_cut[i])
+            yield _Encoded(states[i].clone(), own, tokens[0].cut[i], tokens[0].words_cut[i])
 
     def _negative(self, negatives: Sequence[str | None]) -> tuple[Tensor, Tensor | None]:
         """The states [B, K, D] and pooled [B, P] of what guidance steers away from."""
-        states, pooled = _stacked(self._encode_each([text or "" for text in negatives]))
+        states, pooled = _stacked(self._prompts([text or "" for text in negatives]))
         if self.info.zero_negative and all(text is None for text in negatives):
             return torch.zeros_like(states), None if pooled is None else torch.zeros_like(pooled)
         return states, pooled

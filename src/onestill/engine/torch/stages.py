@@ -22,8 +22,6 @@ from onestill.networks.latents import to_uint8
 from onestill.sampling import blend, classifier_free_guidance
 from onestill.schedule import add_noise
 
-__all__ = ["decode_latents", "encode_prompts", "take_steps"]
-
 
 def encode_prompts(
     networks: Networks, ids: Tensor, second_ids: Tensor | None, mask: Tensor | None

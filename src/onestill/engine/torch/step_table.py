@@ -16,8 +16,6 @@ from onestill.checkpoint import ModelInfo
 from onestill.engine.protocol import first_latents
 from onestill.sampling import sample
 
-__all__ = ["SETTINGS", "step_table"]
-
 # Columns before the weights: a call's timestep, what x and the output are multiplied by in x0, and alpha and sigma.
 SETTINGS = 5
 

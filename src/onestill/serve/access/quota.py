@@ -15,14 +15,14 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import HTTPConnection
 
 from onestill.serve.access.keys import KEY_FORM, Key, hash_of
-from onestill.serve.errors import ApiError
+from onestill.serve.errors import ApiError, Unavailable
 
 if TYPE_CHECKING:
     from onestill.serve.access.ledger import Ledger
@@ -45,12 +45,19 @@ class Visitor:
         accounts: the accounts on which pictures are counted, each with its pictures a day.
         owner: who owns what the visitor publishes; "" owns nothing.
         address: the keyed hash of the address of a visitor without a key.
+        client: which of the visitor's connections or programs asks; not for display.
     """
 
     name: str
     accounts: tuple[tuple[str, int], ...] = ()
     owner: str = ""
     address: str = ""
+    client: str = field(default="", compare=False)
+
+    @property
+    def source(self) -> str:
+        """Where from: the address where there is one, as a visitor can get a new cookie at any time; else the key."""
+        return self.address or self.name
 
 
 class Access:
@@ -97,11 +104,11 @@ class Access:
             found = await self._valid_key(given)
             if found is not None:
                 accounts = () if found.daily is None else ((f"key:{found.id}", found.daily),)
-                return Visitor(f"key:{found.id}", accounts, f"key:{found.id}")
+                return Visitor(f"key:{found.id}", accounts, f"key:{found.id}", client=_client_of(connection))
             raise ApiError(401, "This key is not valid; check it, or ask for a new one.", "invalid_api_key")
         if self.trial == 0:
             raise ApiError(401, "This server needs a key; send it as 'Authorization: Bearer ...'.", "no_api_key")
-        return self._anonymous(connection)
+        return replace(self._anonymous(connection), client=_client_of(connection))
 
     async def _valid_key(self, given: str) -> Key | None:
         match = KEY_FORM.fullmatch(given)
@@ -192,6 +199,15 @@ class Access:
             headers=_rate_headers(left, min(daily for _, daily in visitor.accounts)),
         )
 
+    async def why_not_ready(self) -> str | None:
+        """Why nobody can be counted at present; None where everyone can."""
+        try:
+            if self._ledger is not None:
+                await self.in_pool(self._ledger.check)
+        except Unavailable:
+            return "the database does not answer"
+        return None
+
     async def in_pool(self, call: Callable[..., T], *arguments: Any) -> T:
         """The result of a call made in the database's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
@@ -213,6 +229,13 @@ def _rate_headers(left: int, daily: int) -> dict[str, str]:
         "x-ratelimit-remaining-requests": str(left),
         "x-ratelimit-reset-requests": f"{minutes // 60}h{minutes % 60}m{seconds}s",
     }
+
+
+def _client_of(connection: HTTPConnection) -> str:
+    # A proxy hides the port; then programs are told apart by what they send.
+    headers = connection.headers
+    said = (headers.get("user-agent", ""), headers.get("authorization", ""))
+    return f"{connection.client} {hashlib.sha256(repr(said).encode()).hexdigest()}"
 
 
 def network(address: str) -> str:

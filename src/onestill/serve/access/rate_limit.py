@@ -25,6 +25,12 @@ class TokenBucket:
         self._tokens -= 1
         return True
 
+    def spend(self, tokens: float) -> float:
+        """Take tokens, also those that are not there yet; returns the seconds until they will have been."""
+        self.refill()
+        self._tokens -= tokens
+        return max(0.0, -self._tokens / self._each_s)
+
     def refill(self) -> bool:
         """Add the tokens of the time since the last call; returns whether the bucket is full."""
         now = time.monotonic()

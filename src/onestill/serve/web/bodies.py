@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -11,7 +13,7 @@ from fastapi import Request
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from onestill.serve.errors import ApiError
 from onestill.serve.web.errors import from_validation
@@ -46,19 +48,41 @@ async def json_body(request: Request) -> Any:
     # A page of another site can post text/plain without a preflight, but not JSON.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(400, "The body must be JSON: send it as Content-Type: application/json.", "invalid_body")
-    body = await request.body()
-    if len(body) > MOST_JSON:  # parsing more would block the event loop
-        raise ApiError(413, f"The body is too large; send at most {MOST_JSON // 1024} KB of JSON.", "too_large")
+    too_large = ApiError(413, f"The body is too large; send at most {MOST_JSON // 1024} KB of JSON.", "too_large")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > MOST_JSON:
+        raise too_large
+    body = bytearray()
+    async for data in request.stream():
+        body += data
+        if len(body) > MOST_JSON:
+            raise too_large
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "The body is not valid JSON; check its quotes and commas.", "invalid_body") from error
 
 
-async def multipart_body(request: Request) -> tuple[dict[str, Any], Uploads]:
-    """The text fields of a multipart body, converted to JSON's types, and its files."""
+class _FormParser(MultiPartParser):
+    spool_max_size = sys.maxsize  # in memory, where the sizes of all forms are bounded together
+
+
+async def multipart_body(request: Request, take: Callable[[int], None]) -> tuple[dict[str, Any], Uploads]:
+    """The text fields of a multipart body, converted to JSON's types, and its files.
+
+    Args:
+        request: whose body it is.
+        take: is told the size of each piece as it comes, and may raise to refuse it.
+    """
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        async for data in request.stream():
+            take(len(data))
+            yield data
+
+    most = {"max_files": MOST_IMAGES + 1, "max_fields": 32, "max_part_size": MOST_JSON}
     try:
-        form = await request.form(max_files=MOST_IMAGES + 1, max_fields=32, max_part_size=MOST_JSON)
+        form = await _FormParser(request.headers, pieces(), **most).parse()
     except (HTTPException, MultiPartException, AssertionError, ValueError) as error:
         raise ApiError(400, "The form cannot be read; send valid multipart/form-data.", "invalid_body") from error
     try:

@@ -201,8 +201,7 @@ class _Routes:
 
 
 def _take(buckets: TokenBuckets, visitor: Visitor) -> None:
-    # By address where there is one, as a visitor can get a new cookie at any time.
-    if not buckets.take(visitor.address or visitor.name):
+    if not buckets.take(visitor.source):
         raise ApiError(429, "Too many requests; wait a moment.", "rate_limit", retry_after_s=6)
 
 

@@ -22,7 +22,7 @@ from onestill.serve.queue.jobs import Picture
 from onestill.serve.web.bodies import json_body, multipart_body, validate
 from onestill.serve.web.errors import REFUSALS, content, error_object, to_api_error
 from onestill.serve.web.requests import Generation, notes_on
-from onestill.serve.web.server import Drawing, File, Server, Uploads
+from onestill.serve.web.server import Drawing, File, Server, Uploads, while_there
 
 __all__ = ["images_router"]
 
@@ -116,12 +116,14 @@ def images_router(server: Server) -> APIRouter:
         return await _answer(request, await queue_edit(request), "image_edit")
 
     async def queue_edit(request: Request) -> Queued:
-        # A call of its own, so that nothing holds the upload in memory while its request waits.
+        # A call of its own, so that nothing holds the upload in memory while its request waits in the queue.
         visitor = await server.access.identify(request)
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise ApiError(400, "The body must be a form: send it as multipart/form-data.", "invalid_body")
-        fields, uploads = await multipart_body(request)
-        return await _queue(server, request, visitor, validate(server, server.forms.edit, fields), uploads)
+        with server.uploads.share(visitor.source) as take:
+            fields, uploads = await multipart_body(request, take)
+            form = validate(server, server.forms.edit, fields)
+            return await while_there(request, _queue(server, request, visitor, form, uploads))
 
     for route, media_type, schema in (
         (generations, "application/json", server.forms.generation.model_json_schema()),

@@ -10,15 +10,18 @@ import asyncio
 import base64
 import json
 import time
+from collections.abc import Coroutine
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
+from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from onestill.serve.access.quota import Visitor, network
 from onestill.serve.access.rate_limit import TokenBucket
+from onestill.serve.connections import share_of
 from onestill.serve.errors import ApiError, Superseded
 from onestill.serve.queue.jobs import Picture
 from onestill.serve.web.errors import error_object, from_validation, to_api_error
@@ -42,18 +45,18 @@ async def converse(server: Server, socket: WebSocket) -> None:
     key = next((_key_in(name) for name in offered if name.startswith(KEY_PROTOCOL)), None)
     await socket.accept(subprotocol=PROTOCOL if PROTOCOL in offered else None)
     address = network(socket.client.host if socket.client else "")
-    if server.live.total() >= server.bounds.live or server.live[address] >= server.bounds.live_each:
+    if server.live[address] >= share_of(server.bounds.live_each, server.bounds.live, server.live.total()):
         await _refuse(socket, ApiError(429, "Too many live connections; close one.", "too_many_connections"))
         return
     server.live[address] += 1
     try:
         try:
-            await server.access.identify(socket, key)
+            visitor = await server.access.identify(socket, key)
         except Exception as error:
             await _refuse(socket, to_api_error(error))
             return
         with suppress(WebSocketDisconnect, TimeoutError):  # the client left, or reads nothing
-            await _Connection(server, socket, key).run()
+            await _Connection(server, socket, key, visitor).run()
     finally:
         server.live[address] -= 1
         if not server.live[address]:
@@ -86,12 +89,14 @@ class _Answer(NamedTuple):
 class _Connection:
     """A reader and a sender, with a queue of answers between them in the order in which they are known."""
 
-    def __init__(self, server: Server, socket: WebSocket, key: str | None) -> None:
+    def __init__(self, server: Server, socket: WebSocket, key: str | None, visitor: Visitor) -> None:
         self._server = server
         self._socket = socket
         self._key = key
-        self._slot = server.scheduler.slot()
+        self._slot = server.scheduler.slot(visitor.name, visitor.address)
         self._answers: asyncio.Queue[_Answer] = asyncio.Queue()
+        self._none_waits = asyncio.Event()  # whether no answer is known that the sender has not begun with
+        self._none_waits.set()
         self._room = asyncio.Semaphore(UNANSWERED)
         each_s = server.bounds.messages_each_s
         self._rate = TokenBucket(each_s, 2 * each_s)
@@ -134,13 +139,32 @@ class _Connection:
     # --- up ---------------------------------------------------------------------------------------------------------
 
     async def _read_all(self) -> None:
-        while True:
-            message = await self._socket.receive()
-            if message["type"] == "websocket.disconnect":
-                return
+        message = await self._socket.receive()
+        while message["type"] != "websocket.disconnect":
             came = time.perf_counter()
             await self._room.acquire()
-            await self._take(message.get("text"), message.get("bytes"), came)
+            await self._none_waits.wait()  # who does not read the answers cannot make the server hold many pictures
+            text, data = message.get("text"), message.get("bytes")
+            if data is None:
+                await self._take(text, data, came)
+                message = await self._socket.receive()
+            else:
+                message = await self._receive_while(self._take(text, data, came))
+
+    async def _receive_while(self, taking: Coroutine[Any, Any, None]) -> Message:
+        """The next message, after `taking` has ended, which is cancelled where the client disconnects first."""
+        take, following = asyncio.ensure_future(taking), asyncio.ensure_future(self._socket.receive())
+        try:
+            await asyncio.wait({take, following}, return_when=asyncio.FIRST_COMPLETED)
+            if not take.done() and following.result()["type"] == "websocket.disconnect":
+                take.cancel()
+                return following.result()
+            await take
+            return await following
+        except BaseException:
+            take.cancel()
+            following.cancel()
+            raise
 
     async def _take(self, text: str | None, data: bytes | None, came: float) -> None:
         message_id: int | None = None
@@ -158,22 +182,29 @@ class _Connection:
             drawing = await self._draw(visitor, form, upload or None)
         except ValidationError as error:
             refusal = from_validation(error, self._server.forms.live.model_fields)
-            self._answers.put_nowait(_Answer(message_id, refusal, came))
+            self._put(_Answer(message_id, refusal, came))
         except Exception as error:
-            self._answers.put_nowait(_Answer(message_id, to_api_error(error), came))
+            self._put(_Answer(message_id, to_api_error(error), came))
         else:
             answer = _Answer(message_id, drawing, came)
 
             def done(future: Future[list[Picture]]) -> None:
                 with suppress(RuntimeError):  # the loop has closed
-                    loop.call_soon_threadsafe(self._answers.put_nowait, answer)
+                    loop.call_soon_threadsafe(self._put, answer)
 
             drawing.future.add_done_callback(done)
 
+    def _put(self, answer: _Answer) -> None:
+        self._answers.put_nowait(answer)
+        self._none_waits.clear()
+
     async def _draw(self, visitor: Visitor, form: Live, upload: bytes | None) -> Drawing[Live]:
         check_quota, self._quota_short = self._quota_short, False  # an answer on its way may set it again
+        server = self._server
         try:
-            return await self._server.draw(visitor, form, upload, slot=self._slot, check_quota=check_quota)
+            with server.uploads.share(visitor.source) as take:
+                take(len(upload or b""))
+                return await server.draw(visitor, form, upload, slot=self._slot, check_quota=check_quota)
         except Exception:
             self._quota_short |= check_quota
             raise
@@ -183,6 +214,8 @@ class _Connection:
     async def _answer_all(self) -> None:
         while self._close_code != REFUSED:
             answer = await self._answers.get()
+            if self._answers.empty():
+                self._none_waits.set()
             message: str | bytes
             try:
                 kind, message = "image", await self._picture(answer)

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import secrets
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
-import PIL.Image
-from PIL.Image import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from onestill.checkpoint import ModelInfo
-from onestill.errors import ImageError
-from onestill.pipeline.masks import check_mask_size, fitted_mask
-from onestill.pipeline.picture import fitted, upright_size
-from onestill.serve.errors import ApiError
 from onestill.serve.queue.jobs import Job
 
 __all__ = [
@@ -36,8 +27,6 @@ __all__ = [
     "forms_for",
     "job_of",
     "notes_on",
-    "read_mask",
-    "read_upload",
 ]
 
 LARGEST_SEED = 2**53 - 1  # the largest integer that JavaScript represents exactly
@@ -58,6 +47,7 @@ class Bounds:
         n, live_n: pictures of one request, of one live message.
         steps: sampling steps.
         body: bytes of a request, uploads included.
+        uploads: bytes of all uploads that are received or wait; of one visitor a quarter, or `body` where that is more.
         message: bytes of one live message.
         upload_px: pixels of an uploaded picture.
         messages_each_s: live messages a second of one connection; twice as many may come at once.
@@ -70,6 +60,7 @@ class Bounds:
     live_n: int = 4
     steps: int = 50
     body: int = 12 * 2**20
+    uploads: int = 64 * 2**20
     message: int = 2**20
     upload_px: int = 16_000_000
     messages_each_s: float = 60.0
@@ -313,63 +304,3 @@ def _size_of(form: Form, info: ModelInfo) -> tuple[int, int]:
         return round(abs(wider - taller), 6), abs(wider + taller)
 
     return min(info.sizes, key=distance)
-
-
-def read_upload(data: bytes, form: Form, info: ModelInfo, most_px: int) -> Image:
-    """The picture in an upload, fitted at once to the size of its request, as it may wait long in the queue.
-
-    Only PNG, JPEG and WebP are accepted, and the size is checked before any pixel is decoded.
-
-    Args:
-        data: the file.
-        form: the validated request that it came with.
-        info: the model's.
-        most_px: pixels that it may have.
-
-    Raises:
-        ApiError: the file has another format, is damaged, or has more than `most_px` pixels.
-    """
-    with _opened(data, "image", most_px) as picture:
-        return PIL.Image.fromarray(fitted(picture, *_size_of(form, info)))
-
-
-def read_mask(data: bytes, image: bytes, form: Form, info: ModelInfo, most_px: int) -> Image:
-    """The mask in an upload, white where to draw, cut as `read_upload` cuts its image. The same bounds hold.
-
-    Raises:
-        ApiError: as `read_upload`, or the mask has another size than the image.
-    """
-    with _opened(image, "image", most_px) as picture:
-        size = upright_size(picture)
-    with _opened(data, "mask", most_px) as mask:
-        try:
-            check_mask_size(upright_size(mask), size)
-        except ImageError as error:
-            raise ApiError(400, str(error), "invalid_image", param="mask") from error
-        return PIL.Image.fromarray(fitted_mask(mask, size, *_size_of(form, info)))
-
-
-@contextmanager
-def _opened(data: bytes, param: str, most_px: int) -> Iterator[Image]:
-    """The picture in a file, whose pixels are decoded when they are asked for. Raises ApiError as `read_upload`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of sizes that the next lines check
-            with PIL.Image.open(io.BytesIO(data), formats=tuple(KINDS.values())) as picture:
-                width, height = picture.size
-                if width * height > most_px or max(width, height) > 64 * min(width, height):
-                    raise PIL.Image.DecompressionBombError
-                yield picture
-    except ApiError:
-        raise
-    except PIL.Image.DecompressionBombError as error:
-        raise ApiError(
-            400,
-            f"The {param} has too many pixels; give one of at most {most_px / 1e6:.0f} megapixels, not a strip.",
-            "image_too_large",
-            param=param,
-        ) from error
-    except Exception as error:  # a damaged file may raise anything that Pillow's decoders do
-        raise ApiError(
-            400, f"The {param} cannot be read; give a PNG, JPEG or WebP file.", "invalid_image", param=param
-        ) from error

@@ -22,13 +22,14 @@ from onestill.serve.provenance import Stamp
 from onestill.serve.queue.jobs import Job, Picture
 from onestill.serve.queue.scheduler import Limits, Scheduler, Slot
 from onestill.serve.safety import ImageFilter, PromptFilter, refuse_pictures, refuse_prompt
-from onestill.serve.web.requests import Bounds, Encoding, Form, Forms, forms_for, job_of, read_mask, read_upload
+from onestill.serve.uploads.decoder import Decoder, Room
+from onestill.serve.web.requests import Bounds, Encoding, Form, Forms, forms_for, job_of
 from onestill.text.tokenize import PromptTokenizer
 
 if TYPE_CHECKING:
     from onestill.serve.gallery.store import Gallery
 
-__all__ = ["Drawing", "File", "Server", "Settings", "Uploads"]
+__all__ = ["Drawing", "File", "Server", "Settings", "Uploads", "while_there"]
 
 MASKED_STRENGTH = 1.0  # unless asked otherwise: who sends OpenAI's API a mask wants something else inside it
 QUICK_PX = 300 * 300  # encoding a JPEG of at most that many pixels takes less time than a hop to another thread
@@ -70,12 +71,21 @@ class Server:
         settings: see there.
         access: who may draw, and how much; None lets everyone draw any number.
         gallery: pictures that visitors publish, in the database of `access`; None has no gallery.
+        load: loads the model once more, where its engine is broken; None never does.
+
+    Attributes:
+        info: what the model is, and what runs it.
     """
 
     def __init__(
-        self, pipe: Pipeline, settings: Settings, access: Access | None = None, gallery: Gallery | None = None
+        self,
+        pipe: Pipeline,
+        settings: Settings,
+        access: Access | None = None,
+        gallery: Gallery | None = None,
+        load: Callable[[], Pipeline] | None = None,
     ) -> None:
-        self.pipe = pipe
+        self.info: LoadedInfo = pipe.info
         self.settings = settings
         self.bounds = settings.bounds
         self.access = access or Access()
@@ -83,14 +93,17 @@ class Server:
         self.forms: Forms = forms_for(pipe.info, settings.bounds, settings.aliases)
         self._tokenizer = PromptTokenizer(pipe.info)
         self.metrics = Metrics()
-        self.scheduler = Scheduler(pipe, settings.limits)
+        self.scheduler = Scheduler(pipe, settings.limits, load)
         self.live: Counter[str] = Counter()  # address -> live connections
+        self.uploads = Room(self.bounds.uploads, self.bounds.body)
+        self._decoder = Decoder()
         self._pool = ThreadPoolExecutor(2, "onestill-files")
 
-    @property
-    def info(self) -> LoadedInfo:
-        """What the model is, and what runs it."""
-        return self.pipe.info
+    def drain(self, grace_s: float) -> None:
+        """End the scheduler, as `Scheduler.close` says; uploads that are not decoded by then are refused."""
+        self._decoder.refuse()
+        self.scheduler.close(grace_s)
+        self._decoder.close()
 
     def check_model(self, name: str) -> None:
         """Refuse (ApiError, 404) a name that is not the model's."""
@@ -103,7 +116,7 @@ class Server:
 
     def close(self, grace_s: float = 0.0) -> None:
         """End the scheduler, as `Scheduler.close` says, and everything else."""
-        self.scheduler.close(grace_s)
+        self.drain(grace_s)
         self._pool.shutdown(wait=True)
         self.access.close()
 
@@ -147,15 +160,15 @@ class Server:
         if check_quota:
             await self.access.check(visitor, len(job.seeds))
         if upload is not None:
-            image = await self.in_pool(read_upload, upload, form, self.info, self.bounds.upload_px)
-            job = replace(job, image=image)
-        if upload is not None and mask is not None:
-            area = await self.in_pool(read_mask, mask, upload, form, self.info, self.bounds.upload_px)
-            job = replace(job, mask=area, strength=getattr(form, "strength", None) or MASKED_STRENGTH)
+            size = (job.height, job.width)
+            job = replace(job, image=await self._decoder.read(visitor.source, upload, *size, self.bounds.upload_px))
+            if mask is not None:
+                area = await self._decoder.read(visitor.source, mask, *size, self.bounds.upload_px, upload)
+                job = replace(job, mask=area, strength=getattr(form, "strength", None) or MASKED_STRENGTH)
         if slot is not None:
             future = slot.put(job)
         else:
-            future = self.scheduler.submit(job, visitor.name, visitor.address, on_picture)
+            future = self.scheduler.submit(job, visitor.name, visitor.address, on_picture, client=visitor.client)
         return Drawing(self, visitor, form, job, future)
 
     async def encode(self, picture: Picture, encoding: Encoding) -> bytes:
@@ -206,17 +219,7 @@ class Drawing(Generic[AnyForm]):
 
     async def pictures(self, request: Request) -> list[Picture]:
         """The pictures, unless the client of the request disconnects first, which withdraws the job."""
-        result = asyncio.wrap_future(self.future)
-        watch = asyncio.create_task(_disconnected(request))
-        try:
-            waiting: set[asyncio.Future[Any]] = {result, watch}
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            if not result.done():
-                raise ApiError(400, "The client went away.", "client_gone")
-            return result.result()
-        finally:
-            watch.cancel()
-            result.cancel()
+        return await while_there(request, asyncio.wrap_future(self.future))
 
     async def files(
         self, pictures: Sequence[Picture], accept: Callable[[Sequence[File]], Awaitable[None]] | None = None
@@ -245,6 +248,24 @@ class Drawing(Generic[AnyForm]):
         if whole := sum(picture.partial is None for picture in pictures):
             await server.access.spend(self.visitor, whole)
         return files
+
+
+async def while_there(request: Request, awaited: Awaitable[T]) -> T:
+    """The result of what the client of a request waits for, which is cancelled where the client disconnects first.
+
+    The body of the request must have been read.
+    """
+    result = asyncio.ensure_future(awaited)
+    watch = asyncio.create_task(_disconnected(request))
+    try:
+        waiting: set[asyncio.Future[Any]] = {result, watch}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
+            raise ApiError(400, "The client went away.", "client_gone")
+        return result.result()
+    finally:
+        watch.cancel()
+        result.cancel()
 
 
 async def _disconnected(request: Request) -> None:

@@ -59,7 +59,10 @@ class Method:
         self._shown: tuple[Tensor, Tensor, list[str]] | None = None
 
     def to(self, device: torch.device) -> None:
-        self.tower.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # oneDNN's AVX2 kernels end the process in the backward of ResNet's strided 1x1 convolutions where those have
+        # fewer than 8 channels, an eighth of the width, and lie channels last.
+        layout = torch.channels_last if self.options.width >= 64 else torch.contiguous_format
+        self.tower.to(device, memory_format=layout)  # type: ignore[call-overload]
 
     def step(self, state: TrainState, batch: Batch) -> Objectives:
         tower, options = self.tower, self.options
