@@ -147,7 +147,7 @@ class Scheduler:
             job: what to draw.
             visitor: the name of who asks; the fair queue alternates between visitors.
             address: where from, as many visitors may be one person; "" where that says nothing.
-            on_picture: called in the model's thread with each picture's index as it is drawn, its partial images before.
+            on_picture: called in the model's thread with each picture's index as it is drawn, after its partial images.
             client: which of the visitor's programs or connections asks; the visitor's turns alternate between them.
 
         Raises:
@@ -348,14 +348,14 @@ class Scheduler:
             if self._ended.is_set() or all(task.future.done() for task, _ in units):
                 raise Stopped
 
+        def hand_on(i: int, picture: Picture) -> None:
+            units[i][0].hand_on(units[i][1], picture)
+
         started = time.monotonic()
         self._health.move()
         try:
             pictures = self._model.draw(
-                [task.job for task, _ in units],
-                [task.job.seeds[i] for task, i in units],
-                pause,
-                lambda i, picture: units[i][0].hand_on(units[i][1], picture),
+                [task.job for task, _ in units], [task.job.seeds[i] for task, i in units], pause, hand_on
             )
         except Stopped:
             return
