@@ -16,7 +16,8 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor
 
-from onestill.errors import CheckpointError
+from onestill.checkpoint.scheduler_config import EDM, with_defaults
+from onestill.errors import CheckpointError, ScheduleError
 from onestill.networks.condition import Condition, added_cond_kwargs, concatenated
 from onestill.networks.precision import exact_output
 from onestill.sampling import SAMPLERS, classifier_free_guidance
@@ -37,7 +38,7 @@ __all__ = [
 def call_unet(
     unet: Any,
     x: Tensor,
-    timesteps: Tensor | int,
+    timesteps: Tensor | float,
     text: Tensor,
     pooled: Tensor | None = None,
     sizes: Tensor | None = None,
@@ -129,7 +130,10 @@ def read_schedule(source: str | Path) -> NoiseSchedule:
         return training_schedule()
     try:
         read = json.loads(config.read_text(encoding="utf-8"))
-        return NoiseSchedule.from_config({**read, "timestep_spacing": "trailing", "steps_offset": 0})
+        known = with_defaults(read) if "_class_name" in read else read
+        if known.get("_class_name") in EDM:
+            raise ScheduleError("its noise levels are EDM's")
+        return NoiseSchedule.from_config({**known, "timestep_spacing": "trailing", "steps_offset": 0})
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{config} is no schedule to train on: {error}") from error
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -25,7 +26,7 @@ from onestill.engine.protocol import (
     TorchOptions,
     first_latents,
 )
-from onestill.errors import ImageError, NotFiniteError
+from onestill.errors import ImageError, NotFiniteError, require
 from onestill.noise import noise_source
 from onestill.pipeline.checks import MOST_IMAGES, checked_prompts, checked_whole, matched_negatives, seeds_of
 from onestill.pipeline.loaded import LoadedInfo
@@ -36,6 +37,9 @@ from onestill.pipeline.picture import fitted, save_picture
 from onestill.pipeline.plan import Plan
 from onestill.pipeline.watch import OnPartial, Watch, partial_steps
 from onestill.sampling import DRAWING, PredictX0, classifier_free_guidance, inpainting, sample
+
+if TYPE_CHECKING:
+    from onestill.networks.scheduler import DiffusersScheduler
 
 __all__ = ["Output", "Pipeline", "Timings", "load", "save_picture"]
 
@@ -71,6 +75,7 @@ class Pipeline:
         self.engine = engine
         self._info = LoadedInfo.of(engine)
         self._prompts = PromptCache(self._encode_new)
+        self._scheduler = by_diffusers(self._info.scheduler) if self._info.scheduler else None
 
     @property
     def info(self) -> LoadedInfo:
@@ -154,7 +159,7 @@ class Pipeline:
         prepared = time.perf_counter()
 
         # An engine that goes all the way has no image before the last step.
-        draws_whole = isinstance(self.engine, EndToEndEngine) and not watch.steps
+        draws_whole = isinstance(self.engine, EndToEndEngine) and not (watch.steps or plan.scheduler)
         draw = self._draw_whole if draws_whole else self._draw_in_steps
         drawing = _Drawing(plan, prompts, negatives, seeds, start, watch)
         drawn = GenerationResult.joined([draw(batch) for batch in drawing.batches()])
@@ -226,30 +231,37 @@ class Pipeline:
     ) -> NDArray[np.float32]:
         """Latents [B, C, h, w]."""
         plan, start = batch.plan, batch.start
-        schedule = self.info.schedule
-        draw = noise_source(batch.seeds, plan.latent_shape)
-        noise = draw(0)
-        x = first_latents(self.info, plan.timesteps[0], noise, None if start is None else start.latents)
+        latents, mask = (None, None) if start is None else (start.latents, start.latent_mask)
         conditioning = prompts if negatives is None else Conditioning.joined([prompts, negatives])
         conditioning = replace(
             conditioning, time_ids=plan.time_ids(len(conditioning.states)), guidance_scale=plan.guidance_scale
         )
 
-        def predict_x0(x: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
+        def predict(x: NDArray[np.float32], timestep: float) -> NDArray[np.float32]:
             batch.watch.pause()
             if negatives is None:
-                output = self.engine.denoise(x, timestep, conditioning)
-            else:
-                both = self.engine.denoise(np.concatenate([x, x]), timestep, conditioning)
-                output = classifier_free_guidance(both[: len(x)], both[len(x) :], plan.guidance_scale)
-            return np.asarray(schedule.x0(output, x, timestep), dtype=np.float32)
+                return self.engine.denoise(x, timestep, conditioning)
+            both = self.engine.denoise(np.concatenate([x, x]), timestep, conditioning)
+            return classifier_free_guidance(both[: len(x)], both[len(x) :], plan.guidance_scale)  # type: ignore[no-any-return]
 
-        predict: PredictX0 = predict_x0
-        if start is not None and start.latent_mask is not None:
-            predict = inpainting(predict, schedule, start.latent_mask, start.latents, noise)
+        if self._scheduler is not None and plan.scheduler:
+            return self._scheduler.sample(
+                predict, batch.seeds, plan.latent_shape, plan.num_inference_steps, latents, plan.strength, mask
+            )
+        schedule = self.info.schedule
+        draw = noise_source(batch.seeds, plan.latent_shape)
+        noise = draw(0)
+        x = first_latents(self.info, plan.timesteps[0], noise, latents)
+
+        def predict_x0(x: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
+            return np.asarray(schedule.x0(predict(x, timestep), x, timestep), dtype=np.float32)
+
+        estimate: PredictX0 = predict_x0
+        if mask is not None:
+            estimate = inpainting(estimate, schedule, mask, latents, noise)
         if batch.watch.steps:
-            predict = self._shown(predict, start, batch.watch)
-        return np.asarray(sample(plan.sampler, predict, x, schedule, plan.timesteps, draw), dtype=np.float32)
+            estimate = self._shown(estimate, start, batch.watch)
+        return np.asarray(sample(plan.sampler, estimate, x, schedule, plan.timesteps, draw), dtype=np.float32)
 
     def _shown(self, predict_x0: PredictX0, start: Start | None, watch: Watch) -> PredictX0:
         """A network whose estimates are decoded and handed on after the steps that `watch` names."""
@@ -287,6 +299,20 @@ class Pipeline:
         return self.engine.generate(request)
 
 
+def by_diffusers(config: Mapping[str, Any]) -> DiffusersScheduler:
+    """The scheduler of a config, by diffusers' own class.
+
+    Raises:
+        MissingExtraError: diffusers is not installed.
+        ScheduleError: it refuses the config.
+    """
+    for package in ("torch", "diffusers"):
+        require(package, "torch")
+    from onestill.networks.scheduler import DiffusersScheduler
+
+    return DiffusersScheduler(config)
+
+
 def load(
     model: str | os.PathLike[str] = "icons",
     *,
@@ -299,6 +325,7 @@ def load(
     lora: str | os.PathLike[str] | Mapping[str | os.PathLike[str], float] | None = None,
     tiny_vae: str | os.PathLike[str] | None = None,
     preset: str | None = None,
+    schedule: str | None = None,
     options: TorchOptions | None = None,
 ) -> Pipeline:
     """Load a model.
@@ -316,6 +343,7 @@ def load(
         lora: a LoRA's safetensors file to add to the weights, or several, each with what it is multiplied by.
         tiny_vae: TAESD, or TAESDXL for SDXL, in the decoder's place: a safetensors file or a folder with one.
         preset: one of `onestill.checkpoint.PRESETS`, for a model whose files do not say its steps and sampler.
+        schedule: one of `onestill.checkpoint.SCHEDULES`, for a model whose files do not say what its output means.
         options: how torch computes; None is the fast way on a GPU and the plain way on a CPU.
 
     Raises:
@@ -329,7 +357,7 @@ def load(
             dtype,
             threads=threads,
             quick_start=quick_start,
-            additions=Additions.of(unet, lora, tiny_vae, preset),
+            additions=Additions.of(unet, lora, tiny_vae, preset, schedule),
             options=options,
         )
     )
