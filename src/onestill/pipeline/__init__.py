@@ -60,8 +60,13 @@ class _Drawing:
     def batches(self) -> Iterator[_Drawing]:
         for first in range(0, len(self.prompts), MOST_AT_ONCE):
             part = slice(first, first + MOST_AT_ONCE)
-            parts = {"prompts": self.prompts[part], "negatives": self.negatives[part], "seeds": self.seeds[part]}
-            yield replace(self, **parts, watch=self.watch.batch(first))
+            yield replace(
+                self,
+                prompts=self.prompts[part],
+                negatives=self.negatives[part],
+                seeds=self.seeds[part],
+                watch=self.watch.batch(first),
+            )
 
 
 class Pipeline:

@@ -41,9 +41,8 @@ def notes_on(plan: Plan, start: Start | None, *, has_negative: bool, partial_ima
     wanted, shown = partial_images
     if shown < wanted:
         found = "none" if not shown else "one" if shown == 1 else str(shown)
-        notes.append(
-            f"{wanted} partial images were asked for and {found} shown: one comes after each step but the last."
-        )
+        why = "diffusers' schedulers have none" if plan.scheduler else "one comes after each step but the last"
+        notes.append(f"{wanted} partial images were asked for and {found} shown: {why}.")
     return notes
 
 

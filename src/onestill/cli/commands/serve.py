@@ -261,8 +261,8 @@ def check(settings: Settings, hooks: Hooks, model: str, additions: AdditionOptio
     info = describe(resolve(model), Additions.of(**additions.arguments()))
     aliases = tuple(checked_alias(text, info.name) for text in settings.aliases)
     prompt_filter, image_filter = hooks.filters(info)
-    filters = {"prompt_filter": prompt_filter, "image_filter": image_filter}
-    return replace(settings, aliases=aliases, stamp=hooks.stamp(), **filters)
+    hooked = replace(settings, prompt_filter=prompt_filter, image_filter=image_filter, stamp=hooks.stamp())
+    return replace(hooked, aliases=aliases)
 
 
 def checked_alias(text: str, name: str) -> str:

@@ -364,8 +364,7 @@ class Scheduler:
             return
         finally:
             self._health.rest()
-        took = time.monotonic() - started
-        self._picture_s += 0.1 * (took / len(units) - self._picture_s)
+        self._picture_s += 0.1 * ((time.monotonic() - started) / len(units) - self._picture_s)
         self._health.worked()
         self._good += 1
         if self._good >= GOOD_TO_GROW and self._batch < self.limits.batch:

@@ -80,9 +80,9 @@ async def multipart_body(request: Request, take: Callable[[int], None]) -> tuple
             take(len(data))
             yield data
 
-    most = {"max_files": MOST_IMAGES + 1, "max_fields": 32, "max_part_size": MOST_JSON}
+    parser = _FormParser(request.headers, pieces(), max_files=MOST_IMAGES + 1, max_fields=32, max_part_size=MOST_JSON)
     try:
-        form = await _FormParser(request.headers, pieces(), **most).parse()
+        form = await parser.parse()
     except (HTTPException, MultiPartException, AssertionError, ValueError) as error:
         raise ApiError(400, "The form cannot be read; send valid multipart/form-data.", "invalid_body") from error
     try:
