@@ -119,7 +119,7 @@ async def watched(process: Process, seconds: float) -> dict[str, Any]:
 
     async def watch() -> None:
         while time.monotonic() < until:
-            memory.append(memory_mb(process.process.pid))
+            memory.append(memory_mb(process.pid))
             await asyncio.sleep(0.25)
 
     (times, failures), *_ = await asyncio.gather(

@@ -21,6 +21,7 @@ UPGRADE = (
     b"GET /v1/realtime HTTP/1.1\r\n" + HOST_LINE + b"upgrade: websocket\r\nconnection: upgrade\r\n"
     b"sec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
 )
+THREADS: list[threading.Thread] = []
 SIDE = 4000  # pixels of the largest upload that is allowed
 
 
@@ -100,7 +101,7 @@ def form(upload: bytes) -> bytes:
 
 
 def again(attack: Callable[[], None]) -> None:
-    """Attack for ever, in a thread, also where the server closes the connection or refuses it."""
+    """Attack for ever, in a thread that `main` starts, also where the server closes the connection or refuses it."""
 
     def loop() -> None:
         while True:
@@ -109,7 +110,7 @@ def again(attack: Callable[[], None]) -> None:
             except OSError:
                 time.sleep(0.1)
 
-    threading.Thread(target=loop, daemon=True).start()
+    THREADS.append(threading.Thread(target=loop, daemon=True))
 
 
 def drained(client: socket.socket) -> None:
@@ -225,17 +226,17 @@ def idle(port: int) -> None:
 
 
 def never_read(port: int) -> None:
-    """Sixteen live connections and eight API clients that ask for four PNGs at a time, and read nothing."""
+    """Sixteen live connections and eight API clients of one address that ask for four PNGs at once and read nothing."""
     body = json.dumps({"prompt": "a red apple", "n": 4}).encode()
     request = (
         b"POST /v1/images/generations HTTP/1.1\r\n" + HOST_LINE + b"content-type: application/json\r\n"
         b"content-length: %d\r\n\r\n" % len(body) + body
     )
-    asks = lambda: (message(n, n=4, format="png") for n in range(10**6))  # noqa: E731
-    for i in range(16):
-        again(lambda i=i: flood(port, 10 + i // 4, UPGRADE, asks(), reads=False))
-    for i in range(8):
-        again(lambda i=i: flood(port, 20 + i // 4, b"", forever(request), reads=False))
+    asks = b"".join(message(n, n=4, format="png") for n in range(1000))
+    for _ in range(16):
+        again(lambda: flood(port, 10, UPGRADE, forever(asks), reads=False))
+    for _ in range(8):
+        again(lambda: flood(port, 10, b"", forever(request * 100), reads=False))
 
 
 def one_address(port: int) -> None:
@@ -286,6 +287,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     ATTACKS[name](port)
     print("ready", flush=True)
+    for thread in THREADS:
+        thread.start()
     threading.Event().wait(600)
 
 

@@ -44,7 +44,7 @@ def make_app(commands: Iterable[str] = COMMANDS) -> typer.Typer:
 
 def from_home(command: Callable[..., T]) -> Callable[..., T]:
     """The command with `~` at the start of its paths as the user's home, which shells leave alone in `--out=~/x`."""
-    if hasattr(command, "__wrapped__"):
+    if hasattr(command, "expands_home"):  # the commands of a group outlive an app
         return command
 
     @functools.wraps(command)
@@ -52,6 +52,7 @@ def from_home(command: Callable[..., T]) -> Callable[..., T]:
         paths = {name: Path(os.path.expanduser(value)) for name, value in values.items() if isinstance(value, Path)}
         return command(**values | paths)
 
+    run.expands_home = True  # type: ignore[attr-defined]
     return run
 
 
@@ -91,7 +92,8 @@ def _run(arguments: list[str] | None) -> int:
     first = (sys.argv[1:] if arguments is None else arguments)[:1]
     command = typer.main.get_command(make_app([name for name in COMMANDS if name in first] or COMMANDS))
     try:
-        status = command.main(arguments, prog_name="onestill", standalone_mode=False)
+        # The context says whether the command has the process for itself: a program may call `onestill.cli.main` too.
+        status = command.main(arguments, prog_name="onestill", standalone_mode=False, obj=arguments is None)
     except OnestillError as error:
         say_error(str(error))
         return error.exit_status

@@ -37,6 +37,7 @@ OTHER_FILES = 150  # that a server has open beside its connections
 # At shutdown: seconds for the queue to drain, then for uvicorn's connections. The process ends within ten seconds.
 DRAIN_S = 5.0
 GRACE_S = 7
+LATE_S = 0.2  # between two looks at connections that are accepted meanwhile
 LEAVE_S = 9.0  # then the process ends, whatever still runs
 ANSWER_S = 0.5  # for the last answers of a server whose engine was given up
 TWICE_S = 0.5  # within that a second Ctrl-C is the first one: a terminal sends it to the supervisor and to the server
@@ -285,8 +286,18 @@ class _DrainingServer(uvicorn.Server):
         if self._owns_process:
             _later(LEAVE_S, _leave, self.status)
         draining = asyncio.get_running_loop().run_in_executor(None, self._drain)
+        late = asyncio.create_task(self._close_late())
         await super().shutdown(sockets)
+        late.cancel()
         await draining
+
+    async def _close_late(self) -> None:
+        """Close the connections that were accepted after uvicorn had closed all others."""
+        while True:
+            await asyncio.sleep(LATE_S)
+            for connection in list(self.server_state.connections):
+                if not connection.transport.is_closing():
+                    connection.shutdown()
 
 
 def _later(seconds: float, call: Callable[..., object], *arguments: object) -> None:

@@ -94,11 +94,11 @@ print(*{{worker.decoded(data, 32, 32, {MOST})[0] for _ in range({times})}})
 """
         return subprocess.run([sys.executable, "-c", program], input=data, stdout=subprocess.PIPE)
 
-    slow = ended("worker.CPU_S = 0; worker._limit(2**30)", slow_jpeg(), times=9)
+    slow = ended("worker.CPU_S = 0; worker._limit(2**30)", slow_jpeg(), times=200)
     assert (slow.returncode, slow.stdout) == (-signal.SIGXCPU, b"")
     large = png((2500, 2500))
     assert ended("worker._limit(2**30)", large).stdout == b"%d\n" % DONE
-    assert ended("worker._limit(2**25)", large).stdout == b"%d\n" % TOO_COSTLY
+    assert ended("worker._limit(2**24)", large).stdout == b"%d\n" % TOO_COSTLY
 
 
 def test_visitors_take_turns_and_each_has_one_at_a_time() -> None:

@@ -70,13 +70,14 @@ class Health:
         if self._faults >= FAULTS_TO_BREAK:
             self._refuses_until = time.monotonic() + 1.0
 
-    def mend(self, give_up: Callable[[], None]) -> None:
+    def mend(self, answer: Callable[[], None], lose: Callable[[], None]) -> None:
         """Where the last calls failed, wait until the engine draws a known picture: rest, load it anew, or give it up.
 
         So a request that always fails harms nobody else, and an engine that always fails gets no more requests.
 
         Args:
-            give_up: called where the engine fails even when it was loaded anew; then this waits for the end.
+            answer: called each time that the engine has failed on it, to answer who waits.
+            lose: called where the engine fails even when it was loaded anew; then this waits for the end.
         """
         if self._faults < FAULTS_TO_BREAK and not self.thread_died:
             return
@@ -86,10 +87,11 @@ class Health:
             if self._works(reload) or self._ended.is_set():
                 self.worked()
                 return
+            self.lost = FAILS if reload else None
+            answer()
             if reload:
                 LOG.critical("The engine fails even when it is loaded anew.")
-                self.lost = FAILS
-                give_up()
+                lose()
                 self._ended.wait()
                 return
             if rests:
@@ -110,6 +112,8 @@ class Health:
                 self._model.reload()
                 self._reloading = False
             return self._model.works(pause)
+        except Stopped:
+            return False
         except BaseException as error:  # whatever an engine raises
             LOG.error("The engine failed on a known picture.\n%s", described(error, ()))
             return False

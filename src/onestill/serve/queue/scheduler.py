@@ -310,11 +310,11 @@ class Scheduler:
             where = "".join(traceback.format_stack(frame)) if frame else ""
             LOG.critical("The engine has not answered for %g s, here:\n%s", self.limits.hung_s, where)
             self._health.lost = HANGS
-            self._give_up()
+            self._answer_hopeless()
+            self.on_lost()
 
-    def _give_up(self) -> None:
+    def _answer_hopeless(self) -> None:
         self._answer_all(EngineFault("The engine does not draw any more; try again in a moment.", 5))
-        self.on_lost()
 
     def _fail_all(self, units: list[Unit]) -> None:
         for task, _ in units:
@@ -326,7 +326,7 @@ class Scheduler:
         lower_priority()
         while not self._ended.is_set():
             try:
-                self._health.mend(self._give_up)
+                self._health.mend(self._answer_hopeless, self.on_lost)
                 with self._changed:
                     self._running = self._next()
                 self._draw(self._running)

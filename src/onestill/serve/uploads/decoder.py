@@ -44,7 +44,7 @@ KEPT = (
 
 
 class Room:
-    """The bytes of uploads that are received, or wait for their turn.
+    """The bytes of uploads that are received, or wait to be decoded.
 
     Args:
         most: bytes in all.
@@ -186,8 +186,8 @@ class Decoder:
             self._next(who)
 
     def _refuse_waiting(self) -> None:
-        for turns in self._waiting.values():
-            for turn in turns:
+        for queue in self._waiting.values():
+            for turn in queue:
                 if not turn.done():
                     turn.set_exception(_closing())
         self._waiting.clear()

@@ -16,7 +16,7 @@ from onestill.pipeline import Pipeline
 from onestill.pipeline.loaded import LoadedInfo
 from onestill.pipeline.picture import picture_bytes
 from onestill.serve.access.quota import Access, Visitor
-from onestill.serve.errors import ApiError
+from onestill.serve.errors import ApiError, TooLate
 from onestill.serve.metrics import Metrics
 from onestill.serve.provenance import Stamp
 from onestill.serve.queue.jobs import Job, Picture
@@ -121,8 +121,19 @@ class Server:
         self.access.close()
 
     async def in_pool(self, call: Callable[..., T], *arguments: Any) -> T:
-        """The result of a call made in a thread, so that the event loop goes on meanwhile."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
+        """The result of a call made in a thread, so that the event loop goes on meanwhile.
+
+        Raises:
+            TooLate: it took as long as a request may wait.
+        """
+        result = asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
+        try:
+            await asyncio.wait({result}, timeout=self.settings.limits.timeout_s)
+            if not result.done():
+                raise TooLate("The server needs too long for this at present; try again in a moment.", 5)
+            return result.result()
+        finally:
+            result.cancel()
 
     async def draw(
         self,
