@@ -160,7 +160,7 @@ def test_what_is_no_image_is_one_sentence(pipe: Pipeline, image: Any) -> None:
         (PromptError, {"prompt": ["a star", ""]}),
         (PromptError, {"prompt": 3}),
         (PromptError, {"prompt": [b"a star"]}),
-        (PromptError, {"prompt": "x" * 10_001}),
+        (PromptError, {"prompt": "x" * 32_001}),
         (PromptError, {"prompt": "a \ud800 star"}),
         (PromptError, {"negative_prompt": 3}),
         (SizeError, {"height": 64, "width": 64}),
