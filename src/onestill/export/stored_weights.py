@@ -21,7 +21,7 @@ from onestill.engine.openvino.stored_weights import FOLDER, FORM
 from onestill.errors import OnestillError
 from onestill.export.convert import convert, example_inputs, wrapped
 from onestill.networks.load import load_components
-from onestill.text.tokenize import write_clip_vocabulary
+from onestill.text.tokenize import CLIP_END, CLIP_PADDING, write_clip_vocabulary
 
 WEIGHTS = ("float16", "int8")
 TRACED = (16, 16)  # latent size to trace with; graphs hold for every size, and a small one is traced fast
@@ -139,7 +139,7 @@ def _write_tokenizer(info: ModelInfo, name: str, target: Path) -> None:
         config = read_json(source, "tokenizer_config.json")
     else:
         write_clip_vocabulary(target)
-        config = {"pad_token": "!" if name == "tokenizer_2" else "<|endoftext|>"}
+        config = {"pad_token": CLIP_PADDING.get(name, CLIP_END)}
     (target / "tokenizer_config.json").write_text(
         json.dumps({**config, "model_max_length": info.max_tokens}, indent=2) + "\n"
     )
