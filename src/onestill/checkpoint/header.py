@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from onestill.errors import CheckpointError, UnsafeFormatError
 
@@ -55,13 +56,31 @@ def read_header(path: Path) -> Header:
                 raise ValueError("header longer than the file")
             entries = json.loads(file.read(length))
             notes = entries.pop("__metadata__", None) or {}
+            _check(notes, entries)
             tensors = {name: Tensor(at["dtype"], tuple(at["shape"])) for name, at in entries.items()}
             end = 8 + length + max((int(at["data_offsets"][1]) for at in entries.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise CheckpointError(f"'{path}' is no safetensors file, or is damaged; copy the model again.") from error
     if size < end:
         raise CheckpointError(f"'{path}' is truncated: it has {size} of {end} bytes; copy the model again.")
+    if size > end:  # which safetensors refuses too
+        raise CheckpointError(f"'{path}' is not the file that the model was published with; copy the model again.")
     return Header(tensors, {str(name): str(value) for name, value in notes.items()}, end)
+
+
+def _check(notes: Any, entries: Mapping[str, Any]) -> None:
+    """Raise ValueError for what safetensors itself refuses: tensors that overlap, leave gaps, or are no tensors."""
+    if not isinstance(notes, dict):
+        raise ValueError("notes")
+    filled = 0
+    for start, end, kind, shape in sorted(
+        (*at["data_offsets"], str(at["dtype"]), at["shape"]) for at in entries.values()
+    ):
+        if any(type(number) is not int or number < 0 for number in (start, end, *shape)):
+            raise ValueError("numbers")
+        if start != filled or (kind in BYTES and end - start != prod(shape) * BYTES[kind]):
+            raise ValueError("places")
+        filled = end
 
 
 def check_safetensors(path: Path) -> None:
@@ -70,8 +89,7 @@ def check_safetensors(path: Path) -> None:
     Raises:
         CheckpointError: it is damaged, truncated, or has something behind its tensors.
     """
-    if path.stat().st_size > read_header(path).end:
-        raise CheckpointError(f"'{path}' is not the file that the model was published with; copy the model again.")
+    read_header(path)
 
 
 def is_pickle(path: Path, start: bytes) -> bool:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors import SafetensorError
 from torch import Tensor
 
 from onestill.errors import CheckpointError
@@ -105,7 +104,7 @@ def load_unet(folder: str | Path) -> UNet2DConditionModel:
         if not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(folder)
         return UNet2DConditionModel.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of files that are damaged the libraries raise anything
         raise CheckpointError(
             f"{folder} holds no whole UNet2DConditionModel: train a teacher with a 'diffusion' recipe."
         ) from error
@@ -130,7 +129,7 @@ def read_schedule(source: str | Path) -> NoiseSchedule:
     try:
         read = json.loads(config.read_text(encoding="utf-8"))
         return NoiseSchedule.from_config({**read, "timestep_spacing": "trailing", "steps_offset": 0})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"{config} is no schedule to train on: {error}") from error
 
 
