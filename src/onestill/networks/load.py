@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from onestill.checkpoint import ComponentFile, ModelInfo, weights_file
 from onestill.checkpoint.single_file import UNET_PREFIX
-from onestill.errors import CheckpointError
+from onestill.errors import CheckpointError, first_line
 from onestill.networks.libraries import quiet_libraries
 from onestill.networks.lora import add_loras
 
@@ -94,7 +94,7 @@ def _of_folder(info: ModelInfo, component: str, kind: str, dtype: str) -> Any:
             return CLASSES[component][kind].from_pretrained(str(folder.resolve()), **options)
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         raise CheckpointError(
-            f"The weights in '{folder}' do not fit its config ({_first_line(error)}); copy it again."
+            f"The weights in '{folder}' do not fit its config ({first_line(error)}); copy it again."
         ) from error
 
 
@@ -119,7 +119,7 @@ def _of_file(network: ComponentFile, kind: Any) -> Any:
         with safe_open(str(network.file), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(network.prefix)}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"'{network.file}' cannot be read ({_first_line(error)}); copy it again.") from error
+        raise CheckpointError(f"'{network.file}' cannot be read ({first_line(error)}); copy it again.") from error
     state = _converted(tensors, network, module)
     _check(state, tensors, network, module)
     module.load_state_dict({name: state[name] for name in module.state_dict()}, assign=True)
@@ -185,7 +185,3 @@ def _counted(names: list[str]) -> str:
     shown = ", ".join(f"'{name}'" for name in names[:MOST_NAMED])
     more = len(names) - MOST_NAMED
     return f"{len(names)} tensors ({shown}{f' and {more} more' if more > 0 else ''})"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:200]

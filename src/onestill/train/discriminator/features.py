@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel
 
-from onestill.errors import CheckpointError, RecipeError
+from onestill.errors import CheckpointError, RecipeError, first_line
 from onestill.networks.condition import Condition
 from onestill.networks.contrastive import ContrastiveModel, tokens
 
@@ -151,7 +151,7 @@ def _open_vit(folder: Path) -> tuple[Any, Any]:
         assert all(isinstance(number, int) for number in shape)
     except Exception as error:  # of files that are damaged the libraries raise anything
         raise CheckpointError(
-            f"{folder} holds no vision transformer ({error}): give the folder of a DINOv2, ViT or CLIP in "
+            f"{folder} holds no vision transformer ({first_line(error)}): give the folder of a DINOv2, ViT or CLIP in "
             "transformers' format."
         ) from error
     return model.eval().requires_grad_(False), model.config
