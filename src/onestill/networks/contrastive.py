@@ -114,8 +114,8 @@ class ContrastiveModel(nn.Module):
             model.load_state_dict({**model.state_dict(), **heads, **weights})
         except Exception as error:  # of files that are damaged the libraries raise anything
             raise CheckpointError(
-                f"{folder} holds no contrastive model, or one that cannot be opened ({first_line(error)}): copy it again, "
-                "or train one with a 'contrastive' recipe."
+                f"{folder} holds no contrastive model, or one that cannot be opened ({first_line(error)}): copy it "
+                "again, or train one with a 'contrastive' recipe."
             ) from error
         return model.eval().requires_grad_(False)
 

@@ -110,8 +110,8 @@ def open_cnn(folder: str | Path) -> nn.Module:
             network = AutoModel.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of files that are damaged the libraries raise anything
         raise CheckpointError(
-            f"{folder} holds no whole convolutional network ({first_line(error)}): give the folder of one in transformers' "
-            "format, or make EfficientNet-lite0 with python -m recipes.icons.networks."
+            f"{folder} holds no whole convolutional network ({first_line(error)}): give the folder of one in "
+            "transformers' format, or make EfficientNet-lite0 with python -m recipes.icons.networks."
         ) from error
     frozen: nn.Module = network.eval().requires_grad_(False)
     return frozen
