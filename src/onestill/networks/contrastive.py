@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModel
 
 from onestill.errors import CheckpointError, first_line
 from onestill.networks.condition import pool
+from onestill.networks.libraries import open_whole
 
 __all__ = ["ContrastiveModel", "new_backbone", "tokens"]
 
@@ -105,8 +106,8 @@ class ContrastiveModel(nn.Module):
             kind = json.loads((folder / "image_tower" / "config.json").read_text(encoding="utf-8"))["model_type"]
             # A ViT would otherwise be given a pooler with random weights, which nothing here uses.
             bare = {"add_pooling_layer": False} if kind == "vit" else {}
-            options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
-            backbone = AutoModel.from_pretrained(folder / "image_tower", **options, **bare)
+            options = {"use_safetensors": True, "dtype": torch.float32}
+            backbone = open_whole(AutoModel, folder / "image_tower", **options, **bare)
             heads = load_file(folder / "projections.safetensors")
             image, text = (heads[f"{side}_projection.weight"] for side in ("image", "text"))
             model = cls(backbone, len(image), text.shape[1], facts)

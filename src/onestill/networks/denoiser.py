@@ -17,6 +17,7 @@ from torch import Tensor
 
 from onestill.errors import CheckpointError
 from onestill.networks.condition import Condition, added_cond_kwargs, concatenated
+from onestill.networks.libraries import open_whole
 from onestill.networks.precision import exact_output
 from onestill.sampling import SAMPLERS, classifier_free_guidance
 from onestill.schedule import NoiseSchedule, rescale_zero_terminal_snr, scaled_linear_alphas_cumprod, to_eps, to_x0
@@ -103,7 +104,8 @@ def load_unet(folder: str | Path) -> UNet2DConditionModel:
     try:
         if not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(folder)
-        return UNet2DConditionModel.from_pretrained(folder, local_files_only=True)
+        unet: UNet2DConditionModel = open_whole(UNet2DConditionModel, folder)
+        return unet
     except Exception as error:  # of files that are damaged the libraries raise anything
         raise CheckpointError(
             f"{folder} holds no whole UNet2DConditionModel: train a teacher with a 'diffusion' recipe."

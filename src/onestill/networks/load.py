@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from onestill.checkpoint import ComponentFile, ModelInfo, weights_file
 from onestill.checkpoint.single_file import UNET_PREFIX
 from onestill.errors import CheckpointError, first_line
-from onestill.networks.libraries import quiet_libraries
+from onestill.networks.libraries import open_whole, quiet_libraries
 from onestill.networks.lora import add_loras
 
 __all__ = ["DTYPES", "load_components"]
@@ -82,7 +82,7 @@ def _cast(name: str, module: Any, dtype: str) -> Any:
 def _of_folder(info: ModelInfo, component: str, kind: str, dtype: str) -> Any:
     folder = info.path / component
     file = weights_file(info.path, component, half=dtype != "float32")
-    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+    options: dict[str, Any] = {"use_safetensors": True}
     if "fp16." in file.name:
         options["variant"] = "fp16"
     # A LoRA is added in float32, as half of a sum of halves is not the half of the sum.
@@ -91,7 +91,7 @@ def _of_folder(info: ModelInfo, component: str, kind: str, dtype: str) -> Any:
     try:
         with quiet_libraries():
             # Absolute, so that the libraries never take it for a name on a hub.
-            return CLASSES[component][kind].from_pretrained(str(folder.resolve()), **options)
+            return open_whole(CLASSES[component][kind], folder.resolve(), **options)
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         raise CheckpointError(
             f"The weights in '{folder}' do not fit its config ({first_line(error)}); copy it again."

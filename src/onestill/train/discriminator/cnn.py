@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from onestill.errors import CheckpointError, first_line
+from onestill.networks.libraries import open_whole
 from onestill.train.discriminator.features import on_grid
 
 LITE0 = "efficientnet-lite0"
@@ -107,7 +108,7 @@ def open_cnn(folder: str | Path) -> nn.Module:
             network: Any = EfficientNetLite0()
             network.load_state_dict(load_file(folder / "model.safetensors"))
         else:
-            network = AutoModel.from_pretrained(folder, local_files_only=True)
+            network = open_whole(AutoModel, folder)
     except Exception as error:  # of files that are damaged the libraries raise anything
         raise CheckpointError(
             f"{folder} holds no whole convolutional network ({first_line(error)}): give the folder of one in "

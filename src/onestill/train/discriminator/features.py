@@ -22,6 +22,7 @@ from transformers import AutoModel
 from onestill.errors import CheckpointError, RecipeError, first_line
 from onestill.networks.condition import Condition
 from onestill.networks.contrastive import ContrastiveModel, tokens
+from onestill.networks.libraries import open_whole
 
 
 class FeatureNetwork(Protocol):
@@ -145,7 +146,7 @@ def _open_vit(folder: Path) -> tuple[Any, Any]:
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
         bare = {"add_pooling_layer": False} if kind == "vit" else {}
-        model: Any = AutoModel.from_pretrained(folder, local_files_only=True, **bare)
+        model: Any = open_whole(AutoModel, folder, **bare)
         model = getattr(model, "vision_model", model)
         shape = [model.config.num_hidden_layers, model.config.patch_size, model.config.hidden_size]
         assert all(isinstance(number, int) for number in shape)
