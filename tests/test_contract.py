@@ -46,18 +46,20 @@ COMMANDS = {
     "onestill": "--version --install-completion --show-completion",
     "onestill generate": """PROMPT... --model/-m=icons --engine --device --dtype --steps --seed/-s --num=1 --size
         --guidance-scale --negative-prompt --sampler --image --strength --out/-o --force --unet --lora... --tiny-vae
-        --preset --compile --quantize --json""",
+        --preset --schedule --compile --quantize --json""",
     "onestill serve": """--model/-m=icons --engine --device --dtype --threads --host=127.0.0.1 --port/-p=8000 --database
         --keys --trial-limit --allow-host... --allow-origin... --trust-proxy --gallery --gallery-days=30
         --gallery-most=1000 --queue=64 --batch=4 --blocked-words --image-filter --no-filter --sign-with --sign-key
-        --ray=0 --ray-gpus=0.0 --unet --lora... --tiny-vae --preset --compile --quantize --metrics-for-all""",
+        --ray=0 --ray-gpus=0.0 --timeout --no-restart --unet --lora... --tiny-vae --preset --schedule --compile
+        --quantize --metrics-for-all""",
     "onestill verify": "FILE --json",
     "onestill train": "RECIPE.toml --set... --resume --dry-run --devices=0",
     "onestill evaluate": """--reference...! --network! --out/-o! --model/-m... --steps... --guidance-scale
         --text-model=icons --number=2000 --seed=0 --engine --device --dtype --json""",
     "onestill bench": """--model/-m=icons --random --engine --device --dtype --tiny-vae --compile --quantize --threads
         --steps --size --batch... --pictures=20 --warm-up=3 --seed=1 --compare --plot --json""",
-    "onestill export": "--out/-o! --model/-m=icons --to=openvino --weights --int8 --unet --lora... --tiny-vae --preset",
+    "onestill export": """--out/-o! --model/-m=icons --to=openvino --weights --int8 --unet --lora... --tiny-vae
+        --preset --schedule""",
     "onestill models": "NAME|PATH|ID --preset --check --json",
     "onestill doctor": "--model/-m=icons --draw/--no-draw --deep --json",
     "onestill keys": "",

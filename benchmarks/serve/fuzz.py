@@ -175,7 +175,7 @@ def fuzzed_post(chance: random.Random) -> tuple[bytes, str, str]:
 
 def fuzz(process: Process, messages: int, seed: int) -> dict[str, Any]:
     """Half of the messages over the socket, half as uploads."""
-    open_files: Callable[[], int] = lambda: len(list(Path(f"/proc/{process.process.pid}/fd").iterdir()))  # noqa: E731
+    open_files: Callable[[], int] = lambda: len(list(Path(f"/proc/{process.pid}/fd").iterdir()))  # noqa: E731
     fuzz_uploads(process.host, process.port, 200, seed + 1)  # what is only made on first use does not count as a leak
     asyncio.run(fuzz_socket(process.socket_url, 200, seed + 1))
     before = process.metrics()["onestill_resident_bytes"], open_files()

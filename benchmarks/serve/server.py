@@ -40,6 +40,16 @@ class Process:
         self.url = f"http://{self.host}:{self.port}"
         self.socket_url = f"ws://{self.host}:{self.port}/v1/realtime"
 
+    @property
+    def pid(self) -> int:
+        """The server's own process: on Linux the one that the command's process supervises."""
+        own = self.process.pid
+        try:
+            children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
+        except OSError:
+            return own
+        return int(children[0]) if children else own
+
     def errors(self) -> str:
         self.log.flush()
         self.log.seek(0)

@@ -221,17 +221,6 @@ def _unknown_prediction(prediction_type: object) -> ScheduleError:
 # --- the schedule of one model -------------------------------------------------------------------------------------
 
 
-_LEADING_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")  # diffusers' defaults
-
-
-def _spacing(config: Mapping[str, Any]) -> TimestepSpacing:
-    kind = config.get("_class_name")
-    if kind == "LCMScheduler":
-        return "lcm"
-    default = "leading" if kind in _LEADING_BY_DEFAULT else "trailing"
-    return "leading" if config.get("timestep_spacing", default) == "leading" else "trailing"
-
-
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """What a model was trained on: the table, what its output means, and where its timesteps lie.
@@ -314,9 +303,8 @@ class NoiseSchedule:
     def from_config(cls, scheduler_config: Mapping[str, Any]) -> NoiseSchedule:
         """Read a diffusers `scheduler_config.json`; a missing beta has diffusers' default.
 
-        Only what a model was trained on is read: Karras sigmas, clipping and solver order are a caller's choice. An
-        LCMScheduler's spacing is "lcm"; any other but "leading", the default of some schedulers, becomes
-        trailing.
+        Only what a model was trained on is read; `onestill.checkpoint.scheduler_config` reads how it is sampled. An
+        LCMScheduler's spacing is "lcm"; any other but "leading" becomes trailing.
 
         Raises:
             ScheduleError: for a schedule that is none of the beta schedules, such as flow matching.
@@ -337,12 +325,13 @@ class NoiseSchedule:
             raise ScheduleError(
                 f"beta_schedule is {name!r}; it must be one of linear, scaled_linear, squaredcos_cap_v2."
             )
+        spacing: TimestepSpacing = "leading" if config.get("timestep_spacing") == "leading" else "trailing"
         if config.get("rescale_betas_zero_snr"):
             table = rescale_zero_terminal_snr(table)
         return cls(
             alphas_cumprod=table,
             prediction_type=config.get("prediction_type", "epsilon"),
-            timestep_spacing=_spacing(config),
+            timestep_spacing="lcm" if config.get("_class_name") == "LCMScheduler" else spacing,
             steps_offset=int(config.get("steps_offset", 0)),
         )
 

@@ -15,11 +15,10 @@ import torch
 
 from benchmarks.quarter import supervisor
 from benchmarks.quarter.__main__ import parser
-from benchmarks.quarter.icons import latents, teacher
 from benchmarks.quarter.limits import OverranError, limited
 from benchmarks.quarter.pieces import join_pieces, write_pieces
 from benchmarks.quarter.record import MOST_BYTES, MOST_FILES, MOST_TOTAL, Record, brought_back, outbox, plain
-from benchmarks.quarter.steps import STUCK, Run, Step, run_steps
+from benchmarks.quarter.steps import STUCK, Run
 from benchmarks.quarter.timetable import ENDS_S, FIRST_S, plan
 from onestill.errors import CheckpointError, OutputError
 from onestill.networks.denoiser import load_unet
@@ -137,40 +136,69 @@ def run(tmp_path: Path) -> Run:
     return Run(options, Record(out, work, {}), out, work, time.time(), "cpu")
 
 
-def fails(*_: Any) -> None:
+# A step that overruns may end its process, which must not be pytest's.
+STEPS = """
+import sys, time
+from pathlib import Path
+from benchmarks.quarter.__main__ import parser
+from benchmarks.quarter.icons import latents, teacher
+from benchmarks.quarter.record import Record
+from benchmarks.quarter.steps import Run, Step, run_steps
+
+out, work, which, *given = sys.argv[1:]
+options = parser().parse_args(["--rehearse", "--out", out, "--work", work, *given])
+options.limit = {"slow": 0.1}
+
+def fails(*_):
     raise ValueError("this is why")
+
+def slow(*_):
+    while True:
+        time.sleep(0.01)
+
+def written(run, seconds, note):
+    note(half=0.5)
+    return {"seconds": seconds, "nan": float("nan")}
+
+todo = {
+    "any": {"fails": fails, "slow": slow, "written": written, "late": written},
+    "icons": {"latents": latents, "teacher": teacher},
+}
+record = Record(Path(out), Path(work), {})
+run = Run(options, record, Path(out), Path(work), time.time(), "cpu")
+run_steps(run, [Step(name, do, -1 if name == "late" else 600) for name, do in todo[which].items()])
+"""
+
+
+def steps_run(run: Run, which: str, *given: str) -> dict[str, Any]:
+    """What became of the steps `which`, run by a process of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'src'}")
+        command = [sys.executable, "-c", STEPS, str(run.out), str(run.work), which, *given]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return steps(run.out.parent, run.out.name)
 
 
 def test_what_fails_leaves_its_traceback_and_the_rest_goes_on(run: Run) -> None:
-    def slow(*_: Any) -> None:
-        while True:
-            time.sleep(0.01)
-
-    def written(run: Run, seconds: float, note: Any) -> dict[str, float]:
-        note(half=0.5)
-        return {"seconds": seconds, "nan": float("nan")}
-
-    run.options.limit = {"slow": 0.1}
-    names = {"fails": fails, "slow": slow, "written": written, "late": written}
-    run_steps(run, [Step(name, do, -1 if name == "late" else 60) for name, do in names.items()])
-    found = json.loads((run.out / "quarter.json").read_text(encoding="utf-8"))["steps"]
+    found = steps_run(run, "any")
     states = ["failed", "overran", "done", "overran"]
     assert [step["state"] for step in found.values()] == states
     assert "this is why" in found["fails"]["traceback"]
-    assert "time.sleep" in found["slow"]["traceback"]
+    assert ", in slow\n" in found["slow"]["traceback"]
     assert (found["written"]["half"], found["written"]["nan"]) == (0.5, None)
-    assert run.record.failed() == ["fails", "slow", "late"]
+    record = Record.read(run.out, run.work)
+    assert record is not None
+    assert record.failed() == ["fails", "slow", "late"]
 
 
-def test_without_an_autoencoder_the_icons_fail_and_say_why(run: Run) -> None:
-    run.options.shards = str(ROOT / "src" / "onestill" / "data" / "sample")
-    run_steps(run, [Step("latents", latents, 60), Step("teacher", teacher, 60)])
-    assert run.record.steps["latents"]["state"] == "failed"
-    assert "nothing" in run.record.steps["latents"]["traceback"]
-    assert run.record.steps["teacher"] == run.record.steps["teacher"] | {
-        "state": "left out",
-        "why": "There are no latents to train on.",
-    }
+def test_without_an_autoencoder_the_icons_fail_and_say_why(run: Run, tmp_path: Path) -> None:
+    shards = str(ROOT / "src" / "onestill" / "data" / "sample")
+    found = steps_run(run, "icons", "--autoencoder", str(tmp_path / "nothing"), "--shards", shards)
+    assert found["latents"]["state"] == "failed"
+    assert "nothing" in found["latents"]["traceback"]
+    assert found["teacher"] == found["teacher"] | {"state": "left out", "why": "There are no latents to train on."}
+    run.options.shards = shards
     assert [step.name for step in plan(run.options)] == ["environment", "correctness", "speed", "compiled"]
 
 

@@ -47,6 +47,8 @@ def test_only_a_folder_that_says_so_draws_in_few_steps(
 ) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", scheduler["_class_name"]]}))
     info = describe(copy)
     assert (info.num_inference_steps, info.guidance_scale) == (
         PRESETS[preset].num_inference_steps,

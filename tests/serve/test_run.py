@@ -6,8 +6,12 @@ import threading
 import time
 from typing import Any
 
+from websockets.sync.client import connect
+
 from onestill.pipeline import Pipeline
 from onestill.serve import paced, run
+from onestill.serve.web.requests import Bounds
+from onestill.serve.web.server import Settings
 from tests.serve.client import serving
 
 
@@ -68,3 +72,34 @@ def test_an_answer_that_nobody_reads_is_not_kept(monkeypatch: Any) -> None:
             assert total > 2**25
         server.should_exit = True
         thread.join(30)
+
+
+def test_idle_connections_of_one_address_make_room_for_its_own_and_for_others(
+    tiny_pipe: Pipeline, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(run, "CONNECTIONS", 40)
+    monkeypatch.setattr(run, "CONNECTIONS_EACH", 20)
+    with serving(tiny_pipe) as served, contextlib.ExitStack() as open_ones:
+        address = ("127.0.0.1", served.port)
+        for number in range(8):
+            for _ in range(30):
+                source = (f"127.0.0.{number + 2}", 0)
+                open_ones.enter_context(socket.create_connection(address, timeout=20, source_address=source))
+        assert served.ask("GET", "/healthz").status == 200
+        assert served.draw(seed=1).status == 200
+        with served.live() as live:
+            live.send('{"id": 1, "prompt": "a"}')
+            live.recv(timeout=20)
+
+
+def test_a_few_addresses_leave_live_connections_to_others(tiny_pipe: Pipeline) -> None:
+    settings = Settings(bounds=Bounds(live=64, live_each=8))
+    with serving(tiny_pipe, settings) as served, contextlib.ExitStack() as open_ones:
+        for number in range(8):
+            for _ in range(8):
+                source = (f"127.0.0.{number + 2}", 0)
+                socket_ = connect(f"ws://127.0.0.1:{served.port}/v1/realtime", source_address=source, proxy=None)
+                open_ones.enter_context(socket_)
+        assert sum(served.server.live.values()) < 64
+        with served.live():
+            pass

@@ -22,6 +22,24 @@ from onestill.train.methods.autoencoder import Method
 from onestill.train.recipe import Recipe, parse_recipe
 from onestill.train.state import TrainState
 
+RECIPE = """
+name = "tiny"
+method = "autoencoder"
+out = "run"
+
+[data]
+shards = ["shards"]
+
+[autoencoder]
+latent_channels = 4
+encoder_width = 8
+decoder_width = 8
+encoder_blocks = [0, 1]
+decoder_blocks = [1, 0]
+discriminator_width = 8
+"""
+"""The same as a recipe's file, without its `[loop]`: it trains on what `write_noise_shards` writes into `shards`."""
+
 
 class NoiseBatches:
     """Batch i is made from seed i alone, and has NaN in it if `spoiled` names it."""

@@ -11,6 +11,7 @@ import os
 import re
 from pathlib import Path
 
+from onestill.checkpoint.additions import Additions, Lora
 from onestill.checkpoint.files import (
     MANIFEST,
     cache_folder,
@@ -24,14 +25,16 @@ from onestill.checkpoint.files import (
     written_whole,
 )
 from onestill.checkpoint.header import PICKLE_SUFFIXES, is_pickle, pickle_error
-from onestill.checkpoint.info import Additions, Lora, ModelInfo, describe
+from onestill.checkpoint.info import ModelInfo, describe
 from onestill.checkpoint.presets import PRESETS
+from onestill.checkpoint.scheduler_config import SCHEDULES
 from onestill.checkpoint.single_file import ComponentFile, FileInfo, identify
 from onestill.errors import CheckpointError, ModelNotFoundError, near
 
 __all__ = [
     "MANIFEST",
     "PRESETS",
+    "SCHEDULES",
     "Additions",
     "ComponentFile",
     "FileInfo",

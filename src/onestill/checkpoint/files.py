@@ -121,7 +121,7 @@ def weights_file(folder: Path, component: str, *, half: bool = False) -> Path:
     for name in halved + plain if half else plain + halved:
         path = folder / component / name
         if path.is_file():
-            for shard in _shards(path) if path.suffix == ".json" else ():
+            for shard in shards(path) if path.suffix == ".json" else ():
                 if not (path.parent / shard).is_file():
                     raise CheckpointError(f"'{path.parent}' has no {shard}; copy the whole model again.")
             return path
@@ -131,7 +131,8 @@ def weights_file(folder: Path, component: str, *, half: bool = False) -> Path:
     raise CheckpointError(f"'{folder / component}' has no {plain[0]}; copy the whole model again.")
 
 
-def _shards(index: Path) -> set[str]:
+def shards(index: Path) -> set[str]:
+    """The names of the files that an index of sharded weights lists."""
     places = read_json(index.parent, index.name).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) and "/" not in name for name in places.values()):
         raise CheckpointError(f"'{index}' lists its shards in no known form; copy the model again.")

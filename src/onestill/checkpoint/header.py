@@ -9,6 +9,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from onestill.errors import CheckpointError, UnsafeFormatError
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
@@ -19,10 +22,11 @@ BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32":
 
 
 class Tensor(NamedTuple):
-    """One tensor of a file: its type as safetensors writes it ("F16", "BF16", ...) and its shape."""
+    """One tensor of a file: its type as safetensors writes it ("F16", "BF16", ...), its shape, and its first byte."""
 
     dtype: str
     shape: tuple[int, ...]
+    start: int = 0
 
 
 class Header(NamedTuple):
@@ -59,7 +63,10 @@ def read_header(path: Path) -> Header:
             entries = json.loads(file.read(length), object_pairs_hook=_once, parse_constant=_no_number)
             notes = entries.pop("__metadata__", None) or {}
             _check(notes, entries)
-            tensors = {name: Tensor(at["dtype"], tuple(at["shape"])) for name, at in entries.items()}
+            tensors = {
+                name: Tensor(at["dtype"], tuple(at["shape"]), 8 + length + int(at["data_offsets"][0]))
+                for name, at in entries.items()
+            }
             end = 8 + length + max((int(at["data_offsets"][1]) for at in entries.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise CheckpointError(f"'{path}' is no safetensors file, or is damaged; copy the model again.") from error
@@ -93,6 +100,25 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(name: str) -> None:
     raise ValueError(name)  # NaN and Infinity, which are not JSON
+
+
+def read_numbers(path: Path, name: str) -> NDArray[np.float32]:
+    """One small tensor of a file, flat, without torch.
+
+    Raises:
+        CheckpointError: it is of a type that nobody stores such numbers in.
+    """
+    tensor = read_header(path).tensors[name]
+    types = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+    if tensor.dtype not in types:
+        raise CheckpointError(f"'{name}' in '{path}' is of type {tensor.dtype}; save it as float32.")
+    kind = np.dtype(types[tensor.dtype])
+    with path.open("rb") as file:
+        file.seek(tensor.start)
+        values = np.frombuffer(file.read(prod(tensor.shape) * kind.itemsize), kind)
+    if tensor.dtype == "BF16":  # the upper half of a float32
+        return (values.astype("<u4") << 16).view("<f4")
+    return values.astype(np.float32)
 
 
 def check_safetensors(path: Path) -> None:

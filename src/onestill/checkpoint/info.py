@@ -3,76 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from onestill.checkpoint.additions import Additions, Lora, lora_file, weights_of_addition
 from onestill.checkpoint.files import MANIFEST, NETWORKS, read_json
 from onestill.checkpoint.header import read_header
 from onestill.checkpoint.presets import PRESETS, Preset, find_preset
-from onestill.checkpoint.single_file import SD, SDXL, ComponentFile, component_files, tiny_vae_file, unet_file
-from onestill.errors import CheckpointError, ModelNotFoundError, ScheduleError
+from onestill.checkpoint.scheduler_config import BETAS, EDM, marked_schedule, read_scheduler, scheduled, with_defaults
+from onestill.checkpoint.single_file import (
+    SD,
+    SDXL,
+    ComponentFile,
+    component_files,
+    predicts_v,
+    tiny_vae_file,
+    unet_file,
+)
+from onestill.errors import CheckpointError, ScheduleError
 from onestill.schedule import NoiseSchedule
 
 PIPELINES = {"StableDiffusionPipeline": SD, "StableDiffusionXLPipeline": SDXL}
-SAMPLER_OF_SCHEDULER = {
-    "DDIMScheduler": "ddim",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "EulerAncestralDiscreteScheduler": "euler_ancestral",
-    "EulerDiscreteScheduler": "euler",
-    "LCMScheduler": "consistency",
-    "PNDMScheduler": "dpmpp_2m",  # needs fewer steps for the same picture
-}
-EULER = ("EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler")
-# Stable Diffusion's schedule, which a single file does not hold: every model of these families was trained on it.
-BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 UNET_INPUTS = ("in_channels", "cross_attention_dim", "addition_embed_type")  # latents, text states, sizes
 NATIVE_PX = {SD: 512, SDXL: 1024}
+V2_PX = 768  # of those of Stable Diffusion 2 that predict v
 ONE_STEP_PX = 512  # of SDXL Turbo and SD Turbo
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank changes to a model's weights: a safetensors file, and what they are multiplied by."""
-
-    path: Path
-    scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class Additions:
-    """What is put on top of a model.
-
-    Attributes:
-        unet: another UNet in place of its own: a safetensors file of either key layout, or a folder with one.
-        loras: added to the weights in this order.
-        tiny_vae: TAESD, or TAESDXL for SDXL, in place of the decoder: a safetensors file, or a folder with one. The
-            two look alike; only the eye tells when it is the wrong one.
-        preset: one of `PRESETS`, for steps, sampler and timesteps; None reads them from the model.
-    """
-
-    unet: Path | None = None
-    loras: Sequence[Lora] = ()
-    tiny_vae: Path | None = None
-    preset: str | None = None
-
-    @classmethod
-    def of(
-        cls,
-        unet: str | os.PathLike[str] | None = None,
-        lora: str | os.PathLike[str] | Mapping[str | os.PathLike[str], float] | None = None,
-        tiny_vae: str | os.PathLike[str] | None = None,
-        preset: str | None = None,
-    ) -> Additions:
-        """From what `onestill.load` is given."""
-        loras = lora if isinstance(lora, Mapping) else {lora: 1.0} if lora is not None else {}
-        return cls(
-            unet=None if unet is None else Path(unet),
-            loras=tuple(Lora(Path(path), float(scale)) for path, scale in loras.items()),
-            tiny_vae=None if tiny_vae is None else Path(tiny_vae),
-            preset=preset,
-        )
 
 
 @dataclass(frozen=True)
@@ -89,12 +46,14 @@ class ModelInfo:
         latent_shape: (C, h, w) at the default size.
         vae_scale_factor: pixels per latent along each side.
         scaling_factor: what the autoencoder's latents are multiplied by to get the diffusion model's.
+        latents_mean, latents_std: of the autoencoder's latents, one for each of C; empty for 0 and 1.
         max_tokens: K, tokens a prompt is padded or cut to, the special ones included.
         use_attention_mask: whether the text encoder gets a mask of the padding tokens.
         zero_negative: whether guidance steers away from zeros where no negative prompt is given.
         embeds_guidance: whether the UNet takes the guidance scale as an input, in place of guidance by two passes.
         schedule: the noise schedule it was trained on.
-        sampler: the name in `onestill.sampling.SAMPLERS` that its scheduler stands for.
+        sampler: the name in `onestill.sampling.SAMPLERS` that its scheduler stands for, or the scheduler's class.
+        scheduler: the config of the scheduler, where diffusers' own class draws; empty where a sampler of ours does.
         unit_noise: whether drawing starts from noise of variance 1 rather than sigma^2.
         own_timesteps: number of steps -> the timesteps to take, where they follow no rule.
         num_inference_steps, guidance_scale: what it draws with unless asked otherwise; a guidance of 1 is none.
@@ -121,6 +80,9 @@ class ModelInfo:
     use_attention_mask: bool
     schedule: NoiseSchedule
     sampler: str
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    latents_mean: tuple[float, ...] = ()
+    latents_std: tuple[float, ...] = ()
     size_multiple: int = 0
     zero_negative: bool = False
     embeds_guidance: bool = False
@@ -172,7 +134,8 @@ def describe(path: str | os.PathLike[str], additions: Additions | None = None) -
     folder = Path(path)
     additions = additions or Additions()
     try:
-        info = _of_file(folder, additions.preset) if folder.is_file() else _of_folder(folder)
+        said = additions.schedule or (marked_schedule(additions.unet) if _is_file(additions.unet) else "")
+        info = _of_file(folder, additions.preset, said) if folder.is_file() else _of_folder(folder, said)
         if additions.preset is not None:
             info = _with_preset(info, additions.preset)
         return _with_additions(info, additions)
@@ -189,7 +152,11 @@ def describe(path: str | os.PathLike[str], additions: Additions | None = None) -
 # --- folders --------------------------------------------------------------------------------------------------------
 
 
-def _of_folder(folder: Path) -> ModelInfo:
+def _is_file(path: Path | None) -> bool:
+    return path is not None and path.is_file()
+
+
+def _of_folder(folder: Path, said: str) -> ModelInfo:
     index = read_json(folder, "model_index.json")
     kind = str(index.get("_class_name"))
     if kind not in PIPELINES:
@@ -203,13 +170,17 @@ def _of_folder(folder: Path) -> ModelInfo:
     text = read_json(folder, "text_encoder/config.json")
     scheduler = read_json(folder, "scheduler/scheduler_config.json")
     manifest = read_json(folder, MANIFEST) if (folder / MANIFEST).is_file() else {}
-    schedule = NoiseSchedule.from_config(scheduler)
+    # diffusers makes the class that the index names, whatever class wrote the config.
+    scheduler = with_defaults(scheduler, classes.get("scheduler", ("", ""))[1] or None)
+    sampling = read_scheduler(scheduled(scheduler, said) if said else scheduler, is_xl=family == SDXL)
+    sampler = sampling.sampler
+    if "sampler" in manifest:  # which this project wrote, for a schedule that its own samplers draw
+        sampler, sampling = str(manifest["sampler"]), sampling._replace(scheduler={})
     if unet["in_channels"] != unet["out_channels"]:
         raise CheckpointError(f"The UNet in '{folder}' is for inpainting; give a text-to-image model.")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     h, w = _pair(unet["sample_size"])
     usual = _usual(scheduler)
-    is_euler = scheduler.get("_class_name") in EULER
     return ModelInfo(
         name=str(manifest.get("name") or folder.resolve().name),
         path=folder,
@@ -222,13 +193,16 @@ def _of_folder(folder: Path) -> ModelInfo:
         scaling_factor=float(vae.get("scaling_factor", 0.18215)),
         max_tokens=_max_tokens(folder, text),
         use_attention_mask=bool(text.get("use_attention_mask", False)),
-        schedule=schedule,
-        sampler=str(manifest.get("sampler") or SAMPLER_OF_SCHEDULER.get(str(scheduler.get("_class_name")), "ddim")),
+        schedule=sampling.schedule,
+        sampler=sampler,
+        scheduler=sampling.scheduler,
+        latents_mean=_latents_statistics(vae, family)[0],
+        latents_std=_latents_statistics(vae, family)[1],
         # Models of CLIP's families are trained on many shapes, or bear them; ours knows its own size alone.
         size_multiple=factor if classes["text_encoder"][1].startswith("CLIP") else 0,
         zero_negative=family == SDXL and bool(index.get("force_zeros_for_empty_prompt", True)),
         embeds_guidance=unet.get("time_cond_proj_dim") is not None,
-        unit_noise=bool(manifest.get("unit_noise", not is_euler or schedule.timestep_spacing == "leading")),
+        unit_noise=bool(manifest.get("unit_noise", sampling.unit_noise)),
         own_timesteps={
             int(steps): tuple(int(timestep) for timestep in taken)
             for steps, taken in dict(manifest.get("own_timesteps", {})).items()
@@ -250,6 +224,12 @@ def _usual(scheduler: Mapping[str, Any]) -> Preset:
     return PRESETS["turbo" if scheduler.get("timestep_spacing") == "trailing" else "base"]
 
 
+def _latents_statistics(vae: Mapping[str, Any], family: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """`latents_mean` and `latents_std` of an autoencoder's config, which SDXL's pipeline alone reads."""
+    mean, std = (tuple(float(value) for value in vae.get(name) or ()) for name in ("latents_mean", "latents_std"))
+    return (mean, std) if family == SDXL and mean and std else ((), ())
+
+
 def _pair(size: Any) -> tuple[int, int]:
     return (int(size[0]), int(size[1])) if isinstance(size, list) else (int(size), int(size))
 
@@ -263,14 +243,26 @@ def _max_tokens(folder: Path, text: Mapping[str, Any]) -> int:
 # --- single files ---------------------------------------------------------------------------------------------------
 
 
-def _of_file(path: Path, preset: str | None) -> ModelInfo:
+def _of_file(path: Path, preset: str | None, said: str) -> ModelInfo:
     family, found = component_files(path)
     notes = read_header(path).notes
     vae, unet, text = found["vae"].config, found["unet"].config, found["text_encoder"].config
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    height, width = _noted_size(notes) or _native(family, preset or "turbo")
-    v_noted = notes.get("modelspec.prediction_type") == "v"
-    schedule = NoiseSchedule.from_config({**BETAS, "prediction_type": "v_prediction" if v_noted else "epsilon"})
+    said = said or marked_schedule(path)
+    is_v2 = not said and found["text_encoder"].layout == "open_clip" and predicts_v(path)
+    # Only what nothing marks is taken for a model of one step: markers are those of models that were not distilled.
+    is_turbo = said in ("", "eps") and not is_v2
+    config: dict[str, Any] = {"_class_name": "EulerDiscreteScheduler", **BETAS, "timestep_spacing": "trailing"}
+    if is_v2:  # the config that Stable Diffusion 2's authors published
+        config = {**config, "_class_name": "DDIMScheduler", "timestep_spacing": "leading", "set_alpha_to_one": False}
+    elif is_turbo and family == SDXL:
+        config["_class_name"] = "EulerAncestralDiscreteScheduler"
+    if said or is_v2:
+        config = scheduled(config, said or "v")
+    sampling = read_scheduler(with_defaults(config), is_xl=family == SDXL)
+    kind = "turbo" if is_turbo else "base"
+    usual = PRESETS[kind]
+    height, width = _noted_size(notes) or ((V2_PX, V2_PX) if is_v2 else _native(family, preset or kind))
     info = ModelInfo(
         name=path.stem,
         path=path,
@@ -281,10 +273,16 @@ def _of_file(path: Path, preset: str | None) -> ModelInfo:
         latent_shape=(int(unet["in_channels"]), height // factor, width // factor),
         vae_scale_factor=factor,
         scaling_factor=float(vae["scaling_factor"]),
+        latents_mean=_latents_statistics(vae, family)[0],
+        latents_std=_latents_statistics(vae, family)[1],
         max_tokens=int(text["max_position_embeddings"]),
         use_attention_mask=False,
-        schedule=schedule,
-        sampler="euler_ancestral" if family == SDXL else "euler",
+        schedule=sampling.schedule,
+        sampler=sampling.sampler,
+        scheduler=sampling.scheduler,
+        unit_noise=sampling.unit_noise,
+        num_inference_steps=usual.num_inference_steps,
+        guidance_scale=usual.guidance_scale,
         size_multiple=factor,
         zero_negative=family == SDXL,
         embeds_guidance="time_cond_proj_dim" in unet,
@@ -292,7 +290,7 @@ def _of_file(path: Path, preset: str | None) -> ModelInfo:
         classes={name: ("", network.kind) for name, network in found.items()},
         component_files=found,
     )
-    return info if preset is not None else replace(info, preset="turbo")
+    return replace(info, preset="turbo") if preset is None and is_turbo else info
 
 
 def _noted_size(notes: Mapping[str, str]) -> tuple[int, int] | None:
@@ -311,6 +309,8 @@ def _native(family: str, preset: str) -> tuple[int, int]:
 
 def _with_preset(info: ModelInfo, name: str) -> ModelInfo:
     preset = find_preset(name)
+    if info.scheduler.get("_class_name") in EDM:
+        raise ScheduleError(f"The noise levels of '{info.name}' are EDM's; leave out the preset.")
     schedule = replace(
         info.schedule,
         timestep_spacing=preset.spacing,
@@ -321,6 +321,7 @@ def _with_preset(info: ModelInfo, name: str) -> ModelInfo:
         info,
         schedule=schedule,
         sampler=preset.sampler,
+        scheduler={},
         unit_noise=preset.unit_noise,
         own_timesteps=preset.timesteps,
         num_inference_steps=preset.num_inference_steps,
@@ -332,7 +333,7 @@ def _with_preset(info: ModelInfo, name: str) -> ModelInfo:
 def _with_additions(info: ModelInfo, additions: Additions) -> ModelInfo:
     found = dict(info.component_files)
     if additions.unet is not None:
-        file, config = _weights_of_addition(additions.unet)
+        file, config = weights_of_addition(additions.unet)
         network = unet_file(file)
         found["unet"] = replace(network, config=config or network.config)
         own = (
@@ -348,7 +349,7 @@ def _with_additions(info: ModelInfo, additions: Additions) -> ModelInfo:
                 )
         info = replace(info, embeds_guidance=found["unet"].config.get("time_cond_proj_dim") is not None)
     if additions.tiny_vae is not None:
-        file, config = _weights_of_addition(additions.tiny_vae)
+        file, config = weights_of_addition(additions.tiny_vae)
         network = tiny_vae_file(file)
         found["tiny_vae"] = replace(network, config=config or network.config)
         channels = found["tiny_vae"].config.get("latent_channels", 4)
@@ -357,21 +358,5 @@ def _with_additions(info: ModelInfo, additions: Additions) -> ModelInfo:
                 f"The tiny decoder in '{additions.tiny_vae}' takes {channels} channels where '{info.name}' has "
                 f"{info.latent_shape[0]}: it is for another family; give TAESD, or TAESDXL for SDXL."
             )
-    for lora in additions.loras:
-        if not lora.path.is_file():
-            raise ModelNotFoundError(f"There is no LoRA '{lora.path}'; give a .safetensors file.")
-    return replace(info, component_files=found, loras=tuple(additions.loras))
-
-
-def _weights_of_addition(path: Path) -> tuple[Path, dict[str, Any] | None]:
-    """The safetensors file that is meant, and the config beside it in a folder."""
-    if path.is_file():
-        return path, None
-    if not path.is_dir():
-        raise ModelNotFoundError(f"There is nothing at '{path}'; give a .safetensors file, or a folder with one.")
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"'{path}' has no .safetensors file; give a folder that has one.")
-    plain = [file for file in files if ".fp16." not in file.name]
-    config = read_json(path, "config.json") if (path / "config.json").is_file() else None
-    return (plain or files)[0], config
+    loras = tuple(replace(lora, path=lora_file(lora.path)) for lora in additions.loras)
+    return replace(info, component_files=found, loras=loras)

@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from onestill.checkpoint.header import Header, Tensor, read_header
+from onestill.checkpoint.header import Header, Tensor, read_header, read_numbers
 from onestill.errors import CheckpointError
 
 # Each network's tensors start with these in the original key layout, that of the first training code.
@@ -27,6 +27,7 @@ OPEN_CLIP_PREFIXES = ("conditioner.embedders.1.model.", "cond_stage_model.model.
 
 SD, SDXL = "stable-diffusion", "stable-diffusion-xl"
 HEAD_WIDTH = 64
+V_SPREAD = 0.09  # see `predicts_v`
 LORA = re.compile(r"(\.|^|_)lora[._]?(a|b|down|up)\b|\.lora_(A|B|down|up)\.|hada_w|lokr_w|dora_scale", re.IGNORECASE)
 LATENT_SCALE = {SD: 0.18215, SDXL: 0.13025}
 CLASSES_OF_WIDTH = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL", 1280: "the SDXL refiner"}
@@ -171,6 +172,16 @@ def unet_file(path: Path, header: Header | None = None) -> ComponentFile:
     return ComponentFile("UNet2DConditionModel", config, path, prefix, layout)
 
 
+def predicts_v(path: Path) -> bool:
+    """Whether a checkpoint of Stable Diffusion 2 predicts v, as those of 768 px do, and not noise.
+
+    No name or shape tells them apart. One bias does, by its spread: the rule of ComfyUI, whose threshold this is.
+    """
+    pattern = re.compile(re.escape(UNET_PREFIX) + r"output_blocks\.(\d+)\.1\.transformer_blocks\.0\.norm1\.bias")
+    found = {int(match[1]): name for name in read_header(path).tensors if (match := pattern.fullmatch(name))}
+    return bool(found) and float(read_numbers(path, found[max(found)]).std()) > V_SPREAD
+
+
 def _under(header: Header, prefix: str) -> Shapes:
     return {name[len(prefix) :]: value.shape for name, value in header.tensors.items() if name.startswith(prefix)}
 
@@ -273,6 +284,10 @@ def _vae(path: Path, header: Header, family: str) -> ComponentFile:
         "force_upcast": family == SDXL,
         "sample_size": 512 if family == SD else 1024,
     }
+    if {"edm_mean", "edm_std"} <= set(header.tensors):  # Playground 2.5's latents, as diffusers reads them
+        config["scaling_factor"] = 0.5
+        for name, marker in (("latents_mean", "edm_mean"), ("latents_std", "edm_std")):
+            config[name] = read_numbers(path, marker).tolist()
     return ComponentFile("AutoencoderKL", config, path, VAE_PREFIX, "vae")
 
 

@@ -44,7 +44,7 @@ def make_app(commands: Iterable[str] = COMMANDS) -> typer.Typer:
 
 def from_home(command: Callable[..., T]) -> Callable[..., T]:
     """The command with `~` at the start of its paths as the user's home, which shells leave alone in `--out=~/x`."""
-    if hasattr(command, "from_home"):
+    if hasattr(command, "expands_home"):  # the commands of a group outlive an app
         return command
 
     @functools.wraps(command)
@@ -52,7 +52,7 @@ def from_home(command: Callable[..., T]) -> Callable[..., T]:
         paths = {name: Path(os.path.expanduser(value)) for name, value in values.items() if isinstance(value, Path)}
         return command(**values | paths)
 
-    run.from_home = True  # type: ignore[attr-defined] # a group of commands is wrapped once
+    run.expands_home = True  # type: ignore[attr-defined]
     return run
 
 

@@ -130,6 +130,13 @@ class AdditionOptions:
         typer.Option(metavar="PATH", help="A tiny decoder: TAESD, or TAESDXL for SDXL. (default: the model's VAE)"),
     ] = None
     preset: Preset = None
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What the network's output means: eps, v, v-zsnr, x0, edm, edm-v. (default: by the files)",
+        ),
+    ] = None
 
     def arguments(self) -> dict[str, Any]:
         """As `onestill.load` and `Additions.of` take them."""
@@ -189,11 +196,12 @@ def parse_daily(text: str | None) -> int | None:
 
 
 def parse_loras(texts: list[str] | None) -> dict[Path, float]:
-    """LoRA files and what each is multiplied by, from `file.safetensors` or `file.safetensors:0.7`."""
-    found = {}
+    """LoRA files and what each is multiplied by, from `file.safetensors` or `file.safetensors:0.7`; twice adds up."""
+    found: dict[Path, float] = {}
     for text in map(os.path.expanduser, texts or []):
         path, colon, scale = text.rpartition(":") if not Path(text).exists() else (text, "", "")
         if colon and not re.fullmatch(r"-?\d*\.?\d+", scale):
             raise OnestillError(f"The LoRA '{text}' is not understood; write it as FILE or FILE:SCALE, such as x:0.7.")
-        found[Path(path if colon else text)] = float(scale) if colon else 1.0
+        file = Path(path if colon else text)
+        found[file] = found.get(file, 0.0) + (float(scale) if colon else 1.0)
     return found

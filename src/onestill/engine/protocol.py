@@ -112,7 +112,7 @@ class Engine(Protocol):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode B prompts; an empty one gives the states that guidance steers away from."""
 
-    def denoise(self, latents: NDArray[np.float32], timestep: int, conditioning: Conditioning) -> NDArray[np.float32]:
+    def denoise(self, latents: NDArray[np.float32], timestep: float, conditioning: Conditioning) -> NDArray[np.float32]:
         """One call of the network at one timestep: latents [B, C, h, w] -> its output, of the same shape."""
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -15,16 +15,6 @@ from numpy.typing import NDArray
 
 from onestill.errors import DataError
 
-__all__ = [
-    "clip_scores",
-    "feature_diversity",
-    "normalise_caption",
-    "pixel_diversity",
-    "retrieval_hits",
-    "style_hits",
-    "unit",
-]
-
 Float = NDArray[np.float64]
 
 

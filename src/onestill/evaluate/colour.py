@@ -15,18 +15,6 @@ from numpy.typing import NDArray
 
 from onestill.errors import ImageError
 
-__all__ = [
-    "FAMILIES",
-    "PALETTE",
-    "ColourTest",
-    "ColourVerdict",
-    "colour_accuracy",
-    "colour_prompts",
-    "foreground",
-    "judge_colours",
-    "named_colour",
-]
-
 Float = NDArray[np.float64]
 
 PALETTE: dict[str, tuple[int, int, int]] = {

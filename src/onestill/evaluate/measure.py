@@ -26,8 +26,6 @@ from onestill.evaluate.statistics import (
     wilson_interval,
 )
 
-__all__ = ["Figure", "Measure", "Result"]
-
 _BLOCKS = 10  # of the jackknife; prompt i is in block i % 10 for every contender, so that differences are paired
 _NEIGHBOURS = 5  # of density and coverage
 
@@ -85,11 +83,10 @@ class Result:
 
 
 def _blocks(features: NDArray[Any]) -> list[FeatureStatistics]:
-    parts = []
-    for k in range(min(_BLOCKS, len(features) // 2)):
-        statistics = FeatureStatistics(features.shape[1])
-        statistics.update(features[k :: min(_BLOCKS, len(features) // 2)])
-        parts.append(statistics)
+    count = min(_BLOCKS, len(features) // 2)
+    parts = [FeatureStatistics(features.shape[1]) for _ in range(count)]
+    for k, statistics in enumerate(parts):
+        statistics.update(features[k::count])
     return parts
 
 

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from onestill.networks.contrastive import ContrastiveModel
 
-__all__ = ["load_network"]
-
 Float = NDArray[np.float32]
 
 
@@ -58,25 +56,15 @@ def load_network(
     """
     for package in ("torch", "diffusers", "transformers"):
         require(package, "torch")
-    from onestill.networks.contrastive import ContrastiveModel
     from onestill.networks.libraries import quiet_libraries
     from onestill.networks.text_encoder import open_text_encoder
 
     path, where = Path(folder), choose(device)
-    with quiet_libraries():  # whose bars would tear the line of a command's error, or its own bar
-        model = ContrastiveModel.load(path)
-    if model.space != "pixels":
-        raise CheckpointError(
-            f"'{folder}' was trained on {model.space} and cannot see pictures; use one trained on pixels"
-        )
-    if not isinstance(model.facts.get("image_size"), int):
-        raise CheckpointError(f"'{folder}' holds no contrastive model for pictures: contrastive.json has no image_size")
-    image_projection, text_projection = (
-        layer.weight.numpy() for layer in (model.image_projection, model.text_projection)
-    )
     text = describe(resolve(text_model))
-    with quiet_libraries():
+    with quiet_libraries():  # whose bars would tear the line of a command's error, or its own bar
+        model = _sees_pictures(path)
         encoder = open_text_encoder(str(text.path), text.max_tokens, ("",), text.use_attention_mask).to(where)
+    image_projection, text_projection = model.image_projection.weight.numpy(), model.text_projection.weight.numpy()
 
     def encode(captions: Sequence[str]) -> Float:
         embedding: Float = encoder(captions).embedding.cpu().numpy()
@@ -92,6 +80,20 @@ def load_network(
         return np.asarray(features @ image_projection.T, np.float32)
 
     return Network(name or path.name, _features(model, where, batch_size), texts, project, _fingerprint(path))
+
+
+def _sees_pictures(folder: Path) -> ContrastiveModel:
+    """The contrastive model in a folder, which must have been trained on pictures."""
+    from onestill.networks.contrastive import ContrastiveModel
+
+    model = ContrastiveModel.load(folder)
+    if model.space != "pixels":
+        raise CheckpointError(
+            f"'{folder}' was trained on {model.space} and cannot see pictures; use one trained on pixels"
+        )
+    if not isinstance(model.facts.get("image_size"), int):
+        raise CheckpointError(f"'{folder}' holds no contrastive model for pictures: contrastive.json has no image_size")
+    return model
 
 
 def _features(model: ContrastiveModel, device: str, batch_size: int) -> Callable[[Pictures], Float]:

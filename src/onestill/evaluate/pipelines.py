@@ -10,8 +10,6 @@ from onestill.evaluate.protocol import Contender, Generate, Pictures
 from onestill.evaluate.weights import fingerprint
 from onestill.pipeline import Pipeline
 
-__all__ = ["name_at", "pipeline_contender"]
-
 
 def name_at(group: str, num_inference_steps: int) -> str:
     """What a contender is called at a number of steps: "teacher, 50 steps"."""

@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from onestill.errors import DataError
 from onestill.evaluate.colour import ColourTest, colour_prompts
 
-__all__ = ["Contender", "Generate", "Network", "Pictures", "Protocol"]
-
 Pictures = NDArray[np.uint8]
 """uint8 [B, H, W, 3], RGB."""
 Generate = Callable[[Sequence[str], Sequence[int]], Pictures]

@@ -19,8 +19,6 @@ from onestill.evaluate.protocol import Contender, Network, Pictures, Protocol
 from onestill.evaluate.samples import PromptSamples, Samples, draw_samples, load_samples, observe, save_samples, slug
 from onestill.evaluate.statistics import jackknife_error
 
-__all__ = ["Evaluation", "evaluate", "frechet_ratio"]
-
 Progress = Callable[[str, int, int], None]
 
 

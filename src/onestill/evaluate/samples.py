@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from onestill.checkpoint import written_whole
@@ -24,8 +24,6 @@ from onestill.errors import DataError, OutputError
 from onestill.evaluate.alignment import clip_scores, pixel_diversity
 from onestill.evaluate.colour import colour_prompts, named_colour
 from onestill.evaluate.protocol import Contender, Network, Pictures, Protocol
-
-__all__ = ["PromptSamples", "Samples", "draw_samples", "load_samples", "observe", "save_samples", "slug"]
 
 Progress = Callable[[int, int], None]
 
@@ -135,19 +133,16 @@ def observe(
     joined = {name: np.concatenate(parts) for name, parts in features.items()}
     return PromptSamples(
         joined,
-        _stack(kept),
+        _joined(picture[None] for picture in kept),
         worst=tuple(index for _, index, _ in worst),
         worst_scores=tuple(-negated for negated, _, _ in worst),
-        worst_pictures=_stack([picture for _, _, picture in worst]),
+        worst_pictures=_joined(picture[None] for _, _, picture in worst),
     )
 
 
-def _joined(batches: list[Pictures]) -> Pictures:
-    return np.concatenate(batches) if batches else np.zeros((0, 1, 1, 3), np.uint8)
-
-
-def _stack(pictures: list[Pictures]) -> Pictures:
-    return np.stack(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
+def _joined(batches: Iterable[Pictures]) -> Pictures:
+    """Batches one after the other; of none, no pictures of one pixel."""
+    return np.concatenate(list(batches) or [np.zeros((0, 1, 1, 3), np.uint8)])
 
 
 def draw_samples(
@@ -189,12 +184,12 @@ def draw_samples(
 
     indices = protocol.diversity_indices
     again = [protocol.prompts[index] for index in indices for _ in seeds]
-    flat = _joined(list(batches(again, list(seeds) * len(indices))))
+    flat = _joined(batches(again, list(seeds) * len(indices)))
     groups = flat.reshape(len(indices), len(seeds), *flat.shape[1:])  # [P, S, H, W, 3]
     spread = [np.asarray(networks[0].features(group), np.float32) for group in groups]
 
     asked = [prompt for prompt, _ in pairs for _ in protocol.colour_seeds]
-    coloured = _joined(list(batches(asked, list(protocol.colour_seeds) * len(pairs))))
+    coloured = _joined(batches(asked, list(protocol.colour_seeds) * len(pairs)))
     return Samples(
         **vars(observed),
         diversity_features=np.stack(spread) if spread else np.zeros((0, 2, 1), np.float32),
@@ -233,7 +228,8 @@ def load_samples(folder: Path, name: str, fingerprint: str) -> Samples | None:
     """Read what `save_samples` wrote; None when it is missing, damaged, or of another protocol or contender."""
     path = folder / f"{slug(name)}.safetensors"
     try:
-        facts = _facts(path)
+        with safe_open(path, "np") as file:
+            facts = json.loads((file.metadata() or {})[_HEADER])
         if facts["fingerprint"] != fingerprint:
             return None
         tensors = load_file(path)
@@ -248,13 +244,3 @@ def load_samples(folder: Path, name: str, fingerprint: str) -> Samples | None:
         )
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length < 100_000_000:
-            raise ValueError("no safetensors header")
-        header = json.loads(file.read(length))
-    facts: dict[str, Any] = json.loads(header["__metadata__"][_HEADER])
-    return facts

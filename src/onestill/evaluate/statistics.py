@@ -19,16 +19,6 @@ from safetensors.numpy import load_file, save_file
 from onestill.checkpoint import written_whole
 from onestill.errors import DataError, first_line
 
-__all__ = [
-    "FeatureStatistics",
-    "bootstrap_interval",
-    "density_and_coverage",
-    "frechet_distance",
-    "jackknife_error",
-    "kernel_distance",
-    "wilson_interval",
-]
-
 Float = NDArray[np.float64]
 
 

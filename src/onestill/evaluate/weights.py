@@ -7,8 +7,6 @@ from pathlib import Path
 
 from onestill.checkpoint import ModelInfo
 
-__all__ = ["fingerprint"]
-
 
 def fingerprint(model: ModelInfo | Path) -> str:
     """The hash of every weight that a model draws with: of its folder or file, and of what is put on top of it.

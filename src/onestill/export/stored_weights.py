@@ -69,6 +69,7 @@ def export_sd(info: ModelInfo, folder: Path, *, weights: str = "float16") -> Pat
         "openvino": str(openvino.__version__),
         "weights": weights,
         "decoder_scale": scale,
+        "decoder_statistics": ((), ()) if decoder == "tiny_vae" else (info.latents_mean, info.latents_std),
         "sizes": sizes,
         "sha256": {name: sha256(target / name) for name in sizes},
     }
@@ -109,9 +110,11 @@ def _write_configs(info: ModelInfo, configs: Mapping[str, Any], folder: Path) ->
         for name, (_, kind) in info.classes.items()
         if name in configs
     }
+    classes["scheduler"] = ["diffusers", info.scheduler.get("_class_name", "EulerDiscreteScheduler")]
     index = {"_class_name": PIPELINE[info.family], **classes, "force_zeros_for_empty_prompt": info.zero_negative}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    scheduler = {"_class_name": "EulerDiscreteScheduler", **info.schedule.to_config()}
+    # What diffusers' scheduler draws is written as it was, and has no sampler of ours in the manifest.
+    scheduler = dict(info.scheduler) or {"_class_name": "EulerDiscreteScheduler", **info.schedule.to_config()}
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
     for name in info.tokenizers:
@@ -121,7 +124,7 @@ def _write_configs(info: ModelInfo, configs: Mapping[str, Any], folder: Path) ->
         "licence": info.licence,
         "num_inference_steps": info.num_inference_steps,
         "guidance_scale": info.guidance_scale,
-        "sampler": info.sampler,
+        **({} if info.scheduler else {"sampler": info.sampler}),
         "unit_noise": info.unit_noise,
         "own_timesteps": {str(steps): list(taken) for steps, taken in info.own_timesteps.items()},
         "made": dict(info.made) | {"exported_from": info.path.name, "by": f"onestill {__version__}"},

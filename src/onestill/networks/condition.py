@@ -42,10 +42,10 @@ class Condition:
         """One vector a prompt: the pooled embedding [B, P] where there is one, else the mean of its states [B, D]."""
         return pool(self.text, self.mask) if self.pooled is None else self.pooled
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Condition:
-        """Each tensor changed alike."""
-        parts = (self.text, self.mask, self.pooled, self.sizes)
-        return Condition(*(None if part is None else change(part) for part in parts))  # type: ignore[arg-type]
+    def map(self, change: Callable[..., Tensor], *others: Condition) -> Condition:
+        """Each tensor changed alike, together with its namesakes in `others`; None where one of them has none."""
+        namesakes = zip(*(vars(one).values() for one in (self, *others)), strict=True)
+        return Condition(*(None if any(part is None for part in parts) else change(*parts) for parts in namesakes))  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> Condition:
         """On a device; pinned memory is copied without waiting."""
@@ -81,16 +81,7 @@ class Condition:
 
 def concatenated(one: Condition, other: Condition) -> Condition:
     """Two conditions one after the other, [2B, ...]."""
-
-    def join(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-        return None if a is None or b is None else torch.cat([a, b])
-
-    return Condition(
-        join(one.text, other.text),  # type: ignore[arg-type]
-        join(one.mask, other.mask),  # type: ignore[arg-type]
-        join(one.pooled, other.pooled),
-        join(one.sizes, other.sizes),
-    )
+    return one.map(lambda first, second: torch.cat([first, second]), other)
 
 
 def added_cond_kwargs(pooled: Tensor | None, sizes: Tensor | None) -> dict[str, Any]:

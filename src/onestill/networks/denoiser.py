@@ -15,7 +15,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from onestill.errors import CheckpointError
+from onestill.checkpoint.scheduler_config import EDM, with_defaults
+from onestill.errors import CheckpointError, ScheduleError
 from onestill.networks.condition import Condition, added_cond_kwargs, concatenated
 from onestill.networks.libraries import open_whole
 from onestill.networks.precision import exact_output
@@ -37,7 +38,7 @@ __all__ = [
 def call_unet(
     unet: Any,
     x: Tensor,
-    timesteps: Tensor | int,
+    timesteps: Tensor | float,
     text: Tensor,
     pooled: Tensor | None = None,
     sizes: Tensor | None = None,
@@ -130,8 +131,11 @@ def read_schedule(source: str | Path) -> NoiseSchedule:
         return training_schedule()
     try:
         read = json.loads(config.read_text(encoding="utf-8"))
-        return NoiseSchedule.from_config({**read, "timestep_spacing": "trailing", "steps_offset": 0})
-    except (OSError, ValueError, TypeError, ArithmeticError) as error:
+        known = with_defaults(read) if "_class_name" in read else read
+        if known.get("_class_name") in EDM:
+            raise ScheduleError("its noise levels are EDM's")
+        return NoiseSchedule.from_config({**known, "timestep_spacing": "trailing", "steps_offset": 0})
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{config} is no schedule to train on: {error}") from error
 
 

@@ -30,7 +30,8 @@ class Networks:
 
     def __init__(self, info: ModelInfo, parts: dict[str, Any], tokenizers: Sequence[PromptTokenizer] = ()) -> None:
         self.info, self.unet = info, parts["unet"]
-        self.latent_space = LatentSpace(parts["vae"], parts.get("tiny_vae"), info.scaling_factor)
+        statistics = (info.latents_mean, info.latents_std)
+        self.latent_space = LatentSpace(parts["vae"], parts.get("tiny_vae"), info.scaling_factor, statistics)
         towers = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
         self.text_encoder = TextEncoder(towers, tokenizers, use_attention_mask=info.use_attention_mask)
 
@@ -48,7 +49,7 @@ class Networks:
     def output(
         self,
         x: torch.Tensor,
-        timestep: torch.Tensor | int,
+        timestep: torch.Tensor | float,
         states: torch.Tensor,
         pooled: torch.Tensor | None = None,
         time_ids: torch.Tensor | None = None,

@@ -9,6 +9,7 @@ import copy
 import json
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,27 @@ class LatentSpace:
         decoder: another autoencoder of the same latents that decodes in its place, such as TAESD. Its own scaling
             factor says what it takes, as it does in a diffusers pipeline whose VAE is replaced.
         scale: what the autoencoder's latents are multiplied by; None reads its config.
+        statistics: the mean and the standard deviation of each of its C channels, which are taken out before; None
+            reads its config, and empty ones are 0 and 1.
 
     Raises:
         CheckpointError: the decoder takes latents with another number of channels.
     """
 
-    def __init__(self, autoencoder: Any, decoder: Any = None, scale: float | None = None) -> None:
+    def __init__(
+        self,
+        autoencoder: Any,
+        decoder: Any = None,
+        scale: float | None = None,
+        statistics: tuple[Sequence[float], Sequence[float]] | None = None,
+    ) -> None:
         self.autoencoder = autoencoder
         self.decoder = autoencoder if decoder is None else decoder
         own, self.shift = _scale_and_shift(autoencoder.config)
         self.scale = own if scale is None else scale
+        config = autoencoder.config
+        mean, std = statistics or (config.get("latents_mean") or (), config.get("latents_std") or ())
+        self._statistics = torch.tensor([mean, std]).view(2, 1, -1, 1, 1) if mean and std else None
         self.channels = int(autoencoder.config.latent_channels)
         taken = int(self.decoder.config.latent_channels)
         if taken != self.channels:
@@ -85,6 +97,10 @@ class LatentSpace:
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] float32 of about unit variance."""
         raw = most_likely_latents(self.autoencoder, images.to(next(self.autoencoder.parameters()).dtype))
+        if self._statistics is not None:
+            mean, std = self._statistics_on(raw.device)
+            normal: Tensor = (raw.float() - mean) * self.scale / std
+            return normal
         return (raw.float() - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -114,9 +130,21 @@ class LatentSpace:
     def _decode(self, decoder: Any, latents: Tensor) -> Tensor:
         replaced = self.decoder is not self.autoencoder
         scale, shift = _scale_and_shift(self.decoder.config) if replaced else (self.scale, self.shift)
-        raw = (latents / scale + shift).to(next(decoder.parameters()).dtype)
+        if self._statistics is not None and not replaced:
+            mean, std = self._statistics_on(latents.device)
+            raw = latents * std / scale + mean
+        else:
+            raw = latents / scale + shift
+        raw = raw.to(next(decoder.parameters()).dtype)
         images: Tensor = decoder.decode(raw, return_dict=False)[0]
         return images.float()
+
+    def _statistics_on(self, device: torch.device) -> Tensor:
+        """Mean and standard deviation [2, 1, C, 1, 1]; moved once, as a CUDA graph allows no copy from the host."""
+        assert self._statistics is not None
+        if self._statistics.device != device:
+            self._statistics = self._statistics.to(device)
+        return self._statistics
 
     @torch.no_grad()
     def pictures(self, latents: Tensor) -> NDArray[np.uint8]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -16,30 +18,41 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors import SafetensorError, safe_open
 
-from onestill.checkpoint import ComponentFile, ModelInfo, weights_file
+from onestill.checkpoint import ComponentFile, ModelInfo, read_json, weights_file
+from onestill.checkpoint.files import shards
+from onestill.checkpoint.header import read_header
 from onestill.checkpoint.single_file import UNET_PREFIX
 from onestill.errors import CheckpointError, first_line
 from onestill.networks.libraries import open_whole, quiet_libraries
 from onestill.networks.lora import add_loras
+from onestill.networks.text_encoder import CLIP_TOWERS
 
 __all__ = ["DTYPES", "load_components"]
 
 # Only these are ever made from a name in a file, each by its own class; nothing in a model's folder is run.
-CLIP = {
-    "CLIPTextModel": transformers.CLIPTextModel,
-    "CLIPTextModelWithProjection": transformers.CLIPTextModelWithProjection,
-}
 CLASSES: Mapping[str, Mapping[str, Any]] = {
     "text_encoder": {"BertModel": transformers.BertModel, "CLIPTextModel": transformers.CLIPTextModel},
-    "text_encoder_2": CLIP,
+    "text_encoder_2": CLIP_TOWERS,
     "unet": {"UNet2DConditionModel": diffusers.UNet2DConditionModel},
     "vae": {"AutoencoderKL": diffusers.AutoencoderKL, "AutoencoderTiny": diffusers.AutoencoderTiny},
     "tiny_vae": {"AutoencoderTiny": diffusers.AutoencoderTiny},
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 MOST_NAMED = 3  # keys in a sentence
 # What published files hold beside weights: counts that are made anew, and parts that nothing is drawn with.
-IGNORED = ("position_ids", "logit_scale", "transformer.text_model.embeddings.position_ids", "attn_mask")
+IGNORED = r"(position_ids|logit_scale|attn_mask)$"
+UNUSED = {  # by a layout or library: the pictures' side of a CLIP, and a projection that not every text encoder has
+    "clip": r"(vision_model|visual_projection|text_projection)\.",
+    # Products of q, k and v at once become copies; SD 2 leaves the last layer out.
+    "open_clip": r"(\.visual\.|text_projection$|transformer\.resblocks\.{layers}\.|in_proj_(weight|bias)$)",
+    "tiny_vae": "",
+}
+SCALES = (".scale_weight", ".weight_scale")  # of a scaled fp8 weight, as ComfyUI writes it
+QUANTIZED = re.compile(
+    r"(\.(scale_weight|weight_scale|scale_input|input_scale|comfy_quant|SCB|absmax|quant_map|weight_format|qweight)"
+    r"|quant_state\..*|(^|\.)scaled_fp8)$"
+)
 
 
 def load_components(info: ModelInfo, dtype: str = "float32", only: Collection[str] | None = None) -> dict[str, Any]:
@@ -82,6 +95,7 @@ def _cast(name: str, module: Any, dtype: str) -> Any:
 def _of_folder(info: ModelInfo, component: str, kind: str, dtype: str) -> Any:
     folder = info.path / component
     file = weights_file(info.path, component, half=dtype != "float32")
+    _check_folder(info, component, file)
     options: dict[str, Any] = {"use_safetensors": True}
     if "fp16." in file.name:
         options["variant"] = "fp16"
@@ -98,6 +112,18 @@ def _of_folder(info: ModelInfo, component: str, kind: str, dtype: str) -> Any:
         ) from error
 
 
+def _check_folder(info: ModelInfo, component: str, file: Path) -> None:
+    """Refuse quantized weights, which the libraries would load as they are, and say nothing."""
+    if read_json(info.path / component, "config.json").get("quantization_config"):
+        raise _quantized_error(file, "quantization_config")
+    names = [file.parent / name for name in shards(file)] if file.suffix == ".json" else [file]
+    for one in names:
+        for name, tensor in read_header(one).tensors.items():
+            is_weight = name.endswith(("weight", "bias")) and not tensor.dtype.startswith(("F", "BF"))
+            if QUANTIZED.search(name) or is_weight:
+                raise _quantized_error(one, name)
+
+
 # --- single files ---------------------------------------------------------------------------------------------------
 #
 # diffusers' converters rename the tensors. Its `from_single_file`, which calls the same converters and is no faster
@@ -110,7 +136,7 @@ def _of_file(network: ComponentFile, kind: Any) -> Any:
     with torch.device("meta"), quiet_libraries():
         module = (
             kind(transformers.CLIPTextConfig(**network.config))
-            if kind in CLIP.values()
+            if kind in CLIP_TOWERS.values()
             else kind.from_config(network.config)
         )
     if network.layout == "tiny_vae":
@@ -120,11 +146,34 @@ def _of_file(network: ComponentFile, kind: Any) -> Any:
             tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(network.prefix)}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"'{network.file}' cannot be read ({first_line(error)}); copy it again.") from error
+    tensors = _unscaled(tensors, network.file)
     state = _converted(tensors, network, module)
     _check(state, tensors, network, module)
     module.load_state_dict({name: state[name] for name in module.state_dict()}, assign=True)
     _fill_buffers(module)
     return module
+
+
+def _unscaled(tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
+    """The tensors with scaled fp8 weights multiplied out, and without what only quantized products read."""
+    found = {name: value for name, value in tensors.items() if not QUANTIZED.search(name)}
+    for name, value in tensors.items():
+        owner = name.rpartition(".")[0]
+        weight = owner if owner in found else f"{owner}.weight"  # a name that is no module's is one already
+        if name.endswith(SCALES) and weight in found:
+            scale = value.float().reshape(-1, *(1 for _ in found[weight].shape[1:]))
+            if found[weight].dtype in FP8 and len(scale) in (1, len(found[weight])):
+                found[weight] = found[weight].float() * scale
+                continue
+        if QUANTIZED.search(name) and not name.endswith(("scaled_fp8", "scale_input", "input_scale")):
+            raise _quantized_error(file, name)
+    return found
+
+
+def _quantized_error(file: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"'{file}' holds quantized weights ('{name}'); give the file in float16, bfloat16, float32 or fp8."
+    )
 
 
 def _converted(tensors: dict[str, torch.Tensor], network: ComponentFile, module: Any) -> dict[str, torch.Tensor]:
@@ -165,11 +214,14 @@ def _check(
                 f"'{name}' in '{network.file}' has the shape {list(state[name].shape)}, not {list(shape)}; it is for "
                 "another model."
             )
+        if not state[name].is_floating_point():
+            raise _quantized_error(network.file, name)
     # Converters rename tensors, or take views of them, but copy none: so an address says which were used.
     used = {state[name].data_ptr() for name in shapes}
     unknown = sorted(name for name, value in tensors.items() if value.data_ptr() not in used)
-    unknown = [name for name in unknown if not name.endswith(IGNORED)]
-    if unknown and network.layout not in ("tiny_vae", "open_clip", "clip"):
+    unused = UNUSED.get(network.layout, "$^").format(layers=network.config.get("num_hidden_layers"))
+    unknown = [name for name in unknown if not re.search(IGNORED, name) and not re.search(unused, name)]
+    if unknown:
         raise CheckpointError(f"'{network.file}' has {_counted(unknown)} that no {network.kind} has.")
 
 

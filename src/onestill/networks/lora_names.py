@@ -26,12 +26,14 @@ PREFIXES: Mapping[str, tuple[str, ...]] = {
         "text_encoders.clip_h.transformer.",
     ),
     "text_encoder_2": ("lora_te2_", "text_encoder_2.", "text_encoders.clip_g.transformer."),
-    "unet": ("lora_unet_", "unet.", "diffusion_model.", ""),
+    "unet": ("lora_unet_", "lycoris_", "unet.", "diffusion_model.", ""),
 }
 # The parts of a UNet that are named otherwise in the original key layout; all else keeps its name.
 ORIGINAL_RESNET = {
+    "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
@@ -42,8 +44,10 @@ ORIGINAL_ENDS = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
+CHANGED = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.LayerNorm, torch.nn.GroupNorm)
 BLOCK = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
 
@@ -68,7 +72,7 @@ def layers_by_name(parts: Mapping[str, Any]) -> Names:
         module = parts[component]
         spellings = _unet_spellings if component == "unet" else _text_spellings
         for name, layer in module.named_modules():
-            if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+            if isinstance(layer, CHANGED):
                 for spelling in spellings(name, module):
                     found[component, spelling.replace(".", "_")] = Layer(component, name)
     return found

@@ -29,77 +29,9 @@ __all__ = ["CLASSES", "CONFIGS", "meta_module", "random_model", "weight_scale"]
 POOL = 2**20  # random numbers, reused from random offsets; speed does not depend on the values
 Config = Mapping[str, Any]
 
-_VAE = {
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
-_TEXT = {
-    "vocab_size": 49408,
-    "max_position_embeddings": 77,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "pad_token_id": 1,
-}
-CONFIGS: Mapping[str, Mapping[str, Config]] = {
-    "sdxl": {
-        "unet": {
-            "sample_size": 64,
-            "block_out_channels": [320, 640, 1280],
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-            "transformer_layers_per_block": [1, 2, 10],
-            "cross_attention_dim": 2048,
-            "attention_head_dim": [5, 10, 20],
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-        "vae": _VAE | {"scaling_factor": 0.13025, "force_upcast": True},
-        "text_encoder": _TEXT
-        | {
-            "hidden_size": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "intermediate_size": 3072,
-            "hidden_act": "quick_gelu",
-            "projection_dim": 768,
-        },
-        "text_encoder_2": _TEXT
-        | {
-            "hidden_size": 1280,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 20,
-            "intermediate_size": 5120,
-            "hidden_act": "gelu",
-            "projection_dim": 1280,
-        },
-        "tiny_vae": {},
-    },
-    "sd21": {
-        "unet": {
-            "sample_size": 64,
-            "block_out_channels": [320, 640, 1280, 1280],
-            "cross_attention_dim": 1024,
-            "attention_head_dim": [5, 10, 20, 20],
-            "use_linear_projection": True,
-        },
-        "vae": _VAE | {"scaling_factor": 0.18215, "force_upcast": False},
-        "text_encoder": _TEXT
-        | {
-            "hidden_size": 1024,
-            "num_hidden_layers": 23,
-            "num_attention_heads": 16,
-            "intermediate_size": 4096,
-            "hidden_act": "gelu",
-            "projection_dim": 512,
-        },
-        "tiny_vae": {},
-    },
-}
+CONFIGS: Mapping[str, Mapping[str, Config]] = json.loads(
+    Path(__file__).with_name("random_weights.json").read_text(encoding="utf-8")
+)  # kind -> component -> what its config sets
 CLASSES = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",

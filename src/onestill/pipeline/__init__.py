@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -24,7 +25,7 @@ from onestill.engine.protocol import (
     TorchOptions,
     first_latents,
 )
-from onestill.errors import NotFiniteError
+from onestill.errors import NotFiniteError, require
 from onestill.noise import noise_source
 from onestill.pipeline.checks import MOST_IMAGES, checked_prompts, checked_whole, matched_negatives, seeds_of
 from onestill.pipeline.loaded import LoadedInfo
@@ -33,6 +34,9 @@ from onestill.pipeline.output import Output, Timings
 from onestill.pipeline.picture import fitted, save_picture
 from onestill.pipeline.plan import Plan
 from onestill.sampling import DRAWING, classifier_free_guidance, sample
+
+if TYPE_CHECKING:
+    from onestill.networks.scheduler import DiffusersScheduler
 
 __all__ = ["Output", "Pipeline", "Timings", "load", "save_picture"]
 
@@ -67,6 +71,7 @@ class Pipeline:
         self.engine = engine
         self._info = LoadedInfo.of(engine)
         self._prompts = PromptCache(self._encode_new)
+        self._scheduler = by_diffusers(self._info.scheduler) if self._info.scheduler else None
 
     @property
     def info(self) -> LoadedInfo:
@@ -142,7 +147,8 @@ class Pipeline:
         start = None if picture is None else self.engine.encode_image(picture[None])
         prepared = time.perf_counter()
 
-        draw = self._draw_whole if isinstance(self.engine, EndToEndEngine) else self._draw_in_steps
+        goes_all_the_way = isinstance(self.engine, EndToEndEngine) and not plan.scheduler
+        draw = self._draw_whole if goes_all_the_way else self._draw_in_steps
         drawing = _Drawing(plan, prompts, negatives, seeds, start, pause)
         drawn = GenerationResult.joined([draw(batch) for batch in drawing.batches()])
         images = [PIL.Image.fromarray(one) for one in drawn.pictures]
@@ -192,22 +198,28 @@ class Pipeline:
     ) -> NDArray[np.float32]:
         """Latents [B, C, h, w]."""
         plan = batch.plan
-        schedule = self.info.schedule
-        draw = noise_source(batch.seeds, plan.latent_shape)
-        x = first_latents(self.info, plan.timesteps[0], draw(0), batch.start)
         conditioning = prompts if negatives is None else Conditioning.joined([prompts, negatives])
         conditioning = replace(
             conditioning, time_ids=plan.time_ids(len(conditioning.states)), guidance_scale=plan.guidance_scale
         )
 
-        def predict_x0(x: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
+        def predict(x: NDArray[np.float32], timestep: float) -> NDArray[np.float32]:
             batch.pause()
             if negatives is None:
-                output = self.engine.denoise(x, timestep, conditioning)
-            else:
-                both = self.engine.denoise(np.concatenate([x, x]), timestep, conditioning)
-                output = classifier_free_guidance(both[: len(x)], both[len(x) :], plan.guidance_scale)
-            return np.asarray(schedule.x0(output, x, timestep), dtype=np.float32)
+                return self.engine.denoise(x, timestep, conditioning)
+            both = self.engine.denoise(np.concatenate([x, x]), timestep, conditioning)
+            return classifier_free_guidance(both[: len(x)], both[len(x) :], plan.guidance_scale)  # type: ignore[no-any-return]
+
+        if self._scheduler is not None and plan.scheduler:
+            return self._scheduler.sample(
+                predict, batch.seeds, plan.latent_shape, plan.num_inference_steps, batch.start, plan.strength
+            )
+        schedule = self.info.schedule
+        draw = noise_source(batch.seeds, plan.latent_shape)
+        x = first_latents(self.info, plan.timesteps[0], draw(0), batch.start)
+
+        def predict_x0(x: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
+            return np.asarray(schedule.x0(predict(x, timestep), x, timestep), dtype=np.float32)
 
         return np.asarray(sample(plan.sampler, predict_x0, x, schedule, plan.timesteps, draw), dtype=np.float32)
 
@@ -232,6 +244,20 @@ class Pipeline:
         return self.engine.generate(request)
 
 
+def by_diffusers(config: Mapping[str, Any]) -> DiffusersScheduler:
+    """The scheduler of a config, by diffusers' own class.
+
+    Raises:
+        MissingExtraError: diffusers is not installed.
+        ScheduleError: it refuses the config.
+    """
+    for package in ("torch", "diffusers"):
+        require(package, "torch")
+    from onestill.networks.scheduler import DiffusersScheduler
+
+    return DiffusersScheduler(config)
+
+
 def load(
     model: str | os.PathLike[str] = "icons",
     *,
@@ -244,6 +270,7 @@ def load(
     lora: str | os.PathLike[str] | Mapping[str | os.PathLike[str], float] | None = None,
     tiny_vae: str | os.PathLike[str] | None = None,
     preset: str | None = None,
+    schedule: str | None = None,
     options: TorchOptions | None = None,
 ) -> Pipeline:
     """Load a model.
@@ -261,6 +288,7 @@ def load(
         lora: a LoRA's safetensors file to add to the weights, or several, each with what it is multiplied by.
         tiny_vae: TAESD, or TAESDXL for SDXL, in the decoder's place: a safetensors file or a folder with one.
         preset: one of `onestill.checkpoint.PRESETS`, for a model whose files do not say its steps and sampler.
+        schedule: one of `onestill.checkpoint.SCHEDULES`, for a model whose files do not say what its output means.
         options: how torch computes; None is the fast way on a GPU and the plain way on a CPU.
 
     Raises:
@@ -274,7 +302,7 @@ def load(
             dtype,
             threads=threads,
             quick_start=quick_start,
-            additions=Additions.of(unet, lora, tiny_vae, preset),
+            additions=Additions.of(unet, lora, tiny_vae, preset, schedule),
             options=options,
         )
     )

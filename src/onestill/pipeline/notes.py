@@ -19,6 +19,10 @@ def notes_on(plan: Plan, prompts: Sequence[str], drawn: GenerationResult, *, has
             f"A strength of {plan.strength:g} is less than one of {plan.num_inference_steps} steps; one was taken, "
             f"from timestep {plan.timesteps[0]}."
         )
+    own = plan.info.sampler
+    if plan.info.scheduler and plan.sampler != own:
+        spacing = plan.info.schedule.timestep_spacing
+        notes.append(f"The model's own {own} was left out: '{plan.sampler}' drew at {spacing} timesteps.")
     if (plan.height, plan.width) not in plan.info.sizes:
         known = ", ".join(f"{width}x{height}" for height, width in plan.info.sizes)
         notes.append(f"The model was trained to draw {known}; other sizes may repeat or cut what is asked for.")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onestill import __version__
+from onestill.errors import ScheduleError, StepsError
 from onestill.pipeline.checks import MOST_STEPS, checked_guidance, checked_pair, checked_size, checked_whole
 from onestill.pipeline.loaded import LoadedInfo
 from onestill.sampling import strength_timesteps
@@ -21,9 +24,11 @@ class Plan:
     Attributes:
         info: the model's.
         num_inference_steps: as it was asked for, or the model's own.
-        timesteps: falling, each one call of the network; fewer than the steps where `strength` is below 1.
+        timesteps: falling, each one call of the network; fewer than the steps where `strength` is below 1. None of
+            them where `scheduler` chooses.
         guidance_scale: 1 is none.
-        sampler: one of `onestill.sampling.SAMPLERS`.
+        sampler: one of `onestill.sampling.SAMPLERS`, or the class of `scheduler`.
+        scheduler: the config of diffusers' scheduler that draws; empty where a sampler of ours does.
         height, width: pixels.
         strength: of image to image, else None.
         micro_conditioning: SDXL's six numbers; None for other models.
@@ -34,6 +39,7 @@ class Plan:
     timesteps: tuple[int, ...]
     guidance_scale: float
     sampler: str
+    scheduler: Mapping[str, Any]
     height: int
     width: int
     strength: float | None
@@ -58,8 +64,13 @@ class Plan:
             SizeError, StepsError: a setting is out of its range.
         """
         steps = checked_whole("num_inference_steps", info.num_inference_steps if steps is None else steps, MOST_STEPS)
-        timesteps = info.timesteps(steps)
-        if strength is not None:
+        scheduler = info.scheduler if sampler in (None, info.sampler) else {}
+        timesteps = [] if scheduler else info.timesteps(steps)
+        if info.sampler.startswith("EDM") and not scheduler:
+            raise ScheduleError(f"The noise levels of '{info.name}' are EDM's; leave out the sampler.")
+        if scheduler and strength is not None:
+            _check_strength(strength, steps)
+        elif strength is not None:
             timesteps = strength_timesteps(timesteps, strength, info.schedule.num_train_timesteps)
         size = checked_size(height, width, info)
         numbers = [number for name, pair in micro_conditioning.items() for number in checked_pair(name, pair, size)]
@@ -69,6 +80,7 @@ class Plan:
             timesteps=tuple(timesteps),
             guidance_scale=checked_guidance(info.guidance_scale if guidance_scale is None else guidance_scale),
             sampler=sampler or info.sampler,
+            scheduler=scheduler,
             height=size[0],
             width=size[1],
             strength=strength,
@@ -106,3 +118,12 @@ class Plan:
             "engine": f"{info.engine} {info.dtype}",
             "version": f"onestill {__version__}",
         }
+
+
+def _check_strength(strength: float, steps: int) -> None:
+    """Refuse what diffusers' schedulers cannot start from; samplers of ours have a step at every noise level."""
+    strength_timesteps([0], strength)
+    if round(strength * steps, 6) < 1:
+        raise StepsError(
+            f"A strength of {strength:g} is less than one of {steps} steps; take at least {math.ceil(1 / strength)}."
+        )

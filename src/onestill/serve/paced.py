@@ -20,11 +20,11 @@ from onestill.serve.access.rate_limit import TokenBucket
 
 __all__ = ["PacedHttp", "PacedSocket"]
 
-SMALLEST, LARGEST = 4096, 65536  # bytes of a slice; large ones for data that has few parts
+SMALLEST, LARGEST = 1024, 65536  # bytes of a slice; large ones for data that has few parts
 FEW, MANY = 8, 64  # parts of a slice, with which the next one is larger, or the smallest
 BYTES_EACH_S = 16 * 2**20  # of one connection; twice as many may come at once, as with all rates
 PARTS_EACH_S = 1000  # requests and chunks; 12 MB in chunks of a kilobyte come within the time for a body
-FRAMES_EACH_S = 240  # pings are frames too; a live message is one, or a few, and 60 may come each second
+FRAMES_EACH_S = 120  # pings are frames too; 60 live messages may come each second
 MESSAGE_S = 30.0  # a message that has begun must have arrived by then
 UNREAD_S = 20.0  # a client that reads nothing of what is sent for so long is cut off
 MOST_UNREAD = 64 * 2**20  # bytes that all clients have not read; with more, the one that stalled first is cut off

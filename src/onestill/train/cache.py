@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,7 +45,8 @@ def cache_samples(
     """
     count = 0
     device = next(space.autoencoder.parameters()).device
-    for chunk in _chunks(samples, batch_size):
+    remaining = iter(samples)
+    while chunk := list(islice(remaining, batch_size)):
         batch = collate_images(chunk)
         images = batch["images"].to(device, memory_format=torch.channels_last)
         conditioning = encoder(batch["captions"])
@@ -85,9 +86,3 @@ def _pair(found: Any, default: list[int]) -> list[int]:
     """Two whole numbers from a sample's JSON, which others wrote; the default where it says something else."""
     is_pair = isinstance(found, list) and len(found) == 2 and all(type(one) is int for one in found)
     return found if is_pair else default
-
-
-def _chunks(samples: Iterable[ImageSample], size: int) -> Iterator[Sequence[ImageSample]]:
-    iterator = iter(samples)
-    while chunk := list(islice(iterator, size)):
-        yield chunk

@@ -99,19 +99,10 @@ def train(recipe: Recipe, method: Method, batches: Batches, *, resume: bool = Fa
         RecipeError: the run folder already holds another run and `resume` is false.
         TrainingStoppedError: `loop.max_bad_steps` steps in a row were not finite.
     """
-    out = Path(recipe.out)
-    if not resume and checkpoints(out / "checkpoints"):
-        raise RecipeError(f"{out} already holds a run: give --resume to go on with it, or another 'out' folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    options = recipe.loop
-    parallel.start(options.device)
-    rows_at_once(options, parallel.world())
-    device = _device(options)
-    _allow_tf32(device)
+    out, options = _run_folder(recipe, resume), recipe.loop
+    device = _start(options)
     state = _initial_state(recipe, method, device)
     _resume(recipe, state, batches, resume)
-    if is_auto(options.device) and parallel.is_main():
-        print(f"loop.device is auto: {explained(str(device))}", file=sys.stderr)
     autocast, on_device = _autocast(device, options), _on_device(device, state, options)
     skipped = Skipped()
     saved = state.iteration  # what is resumed from is there already
@@ -160,6 +151,15 @@ def train(recipe: Recipe, method: Method, batches: Batches, *, resume: bool = Fa
     return state
 
 
+def _run_folder(recipe: Recipe, resume: bool) -> Path:
+    """The run's folder, made where it is not there."""
+    out = Path(recipe.out)
+    if not resume and checkpoints(out / "checkpoints"):
+        raise RecipeError(f"{out} already holds a run: give --resume to go on with it, or another 'out' folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
 def _autocast(device: torch.device, options: LoopOptions) -> Callable[[], AbstractContextManager[Any]]:
     # Without the cache of casts, which would hand a network's weights of before its step to the next loss.
     return partial(torch.autocast, device.type, torch.bfloat16, options.precision == "bf16", cache_enabled=False)
@@ -196,15 +196,21 @@ def _export(method: Method, state: TrainState, folder: Path) -> None:
         unfinished.replace(folder)
 
 
-def _device(options: LoopOptions) -> torch.device:
-    """The device to train on; among several processes, this one's own."""
+def _start(options: LoopOptions) -> torch.device:
+    """Meet the other processes; returns the device to train on, among several processes this one's own."""
+    parallel.start(options.device)
+    rows_at_once(options, parallel.world())
     if parallel.world() > 1:
-        return parallel.device()
-    try:
-        device = choose(options.device)
-    except OnestillError as error:
-        raise RecipeError(f"loop.device '{options.device}' cannot be used: {error}") from error
-    return torch.device(device)
+        device = parallel.device()
+    else:
+        try:
+            device = torch.device(choose(options.device))
+        except OnestillError as error:
+            raise RecipeError(f"loop.device '{options.device}' cannot be used: {error}") from error
+    _allow_tf32(device)
+    if is_auto(options.device) and parallel.is_main():
+        print(f"loop.device is auto: {explained(str(device))}", file=sys.stderr)
+    return device
 
 
 def _allow_tf32(device: torch.device) -> None:

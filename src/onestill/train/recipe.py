@@ -207,11 +207,7 @@ def fill(kind: type[T], values: Any, where: str) -> T:
         if key not in fields:
             raise RecipeError(f"unknown key '{where}.{key}'.{near(key, fields)} It may be one of {', '.join(fields)}.")
     made = {key: _checked(f"{where}.{key}", value, hints[key], fields[key].metadata) for key, value in values.items()}
-    try:
-        return kind(**made)
-    except TypeError as error:
-        missing = [n for n, f in fields.items() if n not in made and _required(f)]
-        raise RecipeError(f"'{where}' lacks {', '.join(missing) or error}.") from error
+    return kind(**made)
 
 
 def _inner_key(kind: Any, key: str, own: Collection[str]) -> str:
@@ -221,10 +217,6 @@ def _inner_key(kind: Any, key: str, own: Collection[str]) -> str:
             if field.metadata.get("was") == key or (field.name == key and key not in own):
                 return f"{table}.{field.name}"
     return ""
-
-
-def _required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _checked(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:

@@ -8,39 +8,24 @@ from pathlib import Path
 import pytest
 
 from onestill.cli import main
-from tests.train.small import write_noise_shards
+from tests.train import small
 
 Refused = Callable[..., str]
 
-RECIPE = """
-name = "tiny"
-method = "autoencoder"
-out = "run"
-
-[data]
-shards = ["shards"]
-
+RECIPE = f"""{small.RECIPE}
 [loop]
 iterations = 4
 batch_size = 2
 checkpoint_every = 2
 log_every = 1
 sheet_every = 4
-
-[autoencoder]
-latent_channels = 4
-encoder_width = 8
-decoder_width = 8
-encoder_blocks = [0, 1]
-decoder_blocks = [1, 0]
-discriminator_width = 8
 """
 
 
 @pytest.fixture
 def recipe(here: Path) -> Path:
     """A recipe of four iterations, and shards of noise for it."""
-    write_noise_shards(here / "shards")
+    small.write_noise_shards(here / "shards")
     path = here / "tiny.toml"
     path.write_text(RECIPE)
     return path

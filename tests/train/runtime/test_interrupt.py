@@ -17,19 +17,12 @@ from typing import Any
 import pytest
 
 from onestill.train.state import checkpoints
-from tests.train.small import write_noise_shards
+from tests.train import small
 
 MOST_S = 300.0
 ROOT = Path(__file__).parents[3]
-RECIPE = """
-name = "tiny"
-method = "autoencoder"
-out = "run"
-
-[data]
-shards = ["shards"]
-workers = 1
-
+WITH_WORKER = small.RECIPE.replace("[data]", "[data]\nworkers = 1")
+RECIPE = f"""{WITH_WORKER}
 [loop]
 iterations = 100000000
 batch_size = 4
@@ -37,14 +30,6 @@ threads = 1
 checkpoint_every = 100000000
 sheet_every = 100000000
 log_every = 1
-
-[autoencoder]
-latent_channels = 4
-encoder_width = 8
-decoder_width = 8
-encoder_blocks = [0, 1]
-decoder_blocks = [1, 0]
-discriminator_width = 8
 """
 TRAIN = [sys.executable, "-m", "onestill", "train", "tiny.toml"]
 STAGE = "1-autoencoder"
@@ -61,7 +46,7 @@ ICONS += [word for setting in NARROW for word in ("--set", setting)]
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
     """A folder with a recipe that never ends, and shards of noise for it."""
-    write_noise_shards(tmp_path / "shards")
+    small.write_noise_shards(tmp_path / "shards")
     (tmp_path / "tiny.toml").write_text(RECIPE)
     return tmp_path
 

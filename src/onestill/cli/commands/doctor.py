@@ -66,8 +66,8 @@ def doctor(
         "model": checked_part(lambda: checked(model)),
     }
     if deep:
-        shipped = {name: checked_part(partial(checked, name)) for name in list_models()}
-        report["deep"] = {**shipped, **checked_part(cached)}
+        models = {name: checked_part(partial(checked, name)) for name in list_models()}
+        report["deep"] = models | checked_part(cached)
     if draw and not problems:
         report["picture"] = checked_part(lambda: drawn(model))
     report |= {"problems": problems, "advice": advice(sees, gpus, os.environ), "ok": not problems}

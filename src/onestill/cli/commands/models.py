@@ -87,7 +87,7 @@ def facts(info: ModelInfo) -> dict[str, object]:
         "preset": info.preset,
         "guidance_scale": info.guidance_scale,
         "prediction_type": info.schedule.prediction_type,
-        "timestep_spacing": info.schedule.timestep_spacing,
+        "timestep_spacing": info.scheduler.get("timestep_spacing", info.schedule.timestep_spacing),
         "latent_shape": list(info.latent_shape),
         "max_tokens": info.max_tokens,
         "licence": info.licence,

@@ -76,6 +76,8 @@ class OpenVinoEngine:
         self.device = "cpu"
         self.dtype = dtype or source.fastest_dtype(core)
         self._decoder_scale = np.float32(source.decoder_scale)
+        self._decoder_statistics = _statistics(source.decoder_mean, source.decoder_std)
+        self._statistics = _statistics(info.latents_mean, info.latents_std)
         options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
@@ -84,7 +86,7 @@ class OpenVinoEngine:
             for graph in source.graphs(core, self.dtype)
         }
         self._text_encoders = [self._networks[name] for name in info.text_encoders]
-        self._time_embeddings: dict[int, Float] = {}  # filled as timesteps come up; there are few
+        self._time_embeddings: dict[float, Float] = {}  # filled as timesteps come up; there are few
         # The UNet first, as the others fit beside it. Two large networks at most load at once, for the sake of memory.
         # The encoder waits until there is a picture to encode.
         with ThreadPoolExecutor(max_workers=2 if source.is_large else 3) as pool:
@@ -118,7 +120,7 @@ class OpenVinoEngine:
             pooled,
         )
 
-    def denoise(self, latents: Float, timestep: int, conditioning: Conditioning) -> Float:
+    def denoise(self, latents: Float, timestep: float, conditioning: Conditioning) -> Float:
         """Latents [B, C, h, w] -> the network's output, of the same shape."""
         inputs = {"sample": latents, "encoder_hidden_states": conditioning.states}
         if conditioning.pooled is None or conditioning.time_ids is None:
@@ -127,7 +129,7 @@ class OpenVinoEngine:
         added = {"timestep": timesteps, "pooled": conditioning.pooled, "time_ids": conditioning.time_ids}
         return self._networks["unet"](inputs | {"time": self._networks["time"](added)[0]})[0]
 
-    def _time_embedding(self, timestep: int) -> Float:
+    def _time_embedding(self, timestep: float) -> Float:
         """[1, E], the same for every picture."""
         if timestep not in self._time_embeddings:
             inputs = {"timestep": np.array([timestep], dtype=np.float32)}
@@ -136,15 +138,24 @@ class OpenVinoEngine:
 
     def decode(self, latents: Float) -> NDArray[np.uint8]:
         """Latents [B, C, h, w] -> pictures [B, H, W, 3]."""
-        image = self._networks["decoder"]({"latents": latents / self._decoder_scale})[0]
+        mean, std = self._decoder_statistics
+        image = self._networks["decoder"]({"latents": latents * std / self._decoder_scale + mean})[0]
         if not np.isfinite(image).all():
             raise NotFiniteError.of("the picture", self.dtype)
         return to_pictures(image)
 
     def encode_image(self, pictures: NDArray[np.uint8]) -> Float:
         """Pictures [B, H, W, 3] -> latents [B, C, h, w]."""
-        return self._networks["encoder"]({"image": to_images(pictures)})[0] * np.float32(self.info.scaling_factor)
+        mean, std = self._statistics
+        raw = self._networks["encoder"]({"image": to_images(pictures)})[0]
+        latents: Float = (raw - mean) * np.float32(self.info.scaling_factor) / std
+        return latents
 
     def warm_ups(self, most: int) -> tuple[int, ...]:
         """See `onestill.engine.protocol.Engine`; the larger batch is compiled once so many pictures are asked for."""
         return (1, WORTH_COMPILING) if not self._networks["unet"].is_large and most >= LARGEST_BATCH else (1,)
+
+
+def _statistics(mean: Sequence[float], std: Sequence[float]) -> Float:
+    """Mean and standard deviation of an autoencoder's latents [2, C or 1, 1, 1]; 0 and 1 where there are none."""
+    return np.array([mean or (0.0,), std or (1.0,)], dtype=np.float32)[:, :, None, None]

@@ -212,7 +212,7 @@ class SharedWeights:
         self._graphs = read_index(info.path)
         self._quick_start = quick_start
         self.has_int8 = bool(self._int8)
-        self.decoder_scale = info.scaling_factor
+        self.decoder_scale, self.decoder_mean, self.decoder_std = info.scaling_factor, (), ()
 
     def fastest_dtype(self, core: Any) -> str:
         """What the CPU computes this model fastest in: int8 where its quality in that was measured and found good."""

@@ -70,6 +70,7 @@ class StoredWeights:
         index = read_json(self._folder, "index.json")
         self.has_int8 = index.get("weights") == "int8"
         self.decoder_scale = float(index["decoder_scale"])
+        self.decoder_mean, self.decoder_std = index.get("decoder_statistics", ((), ()))
 
     def fastest_dtype(self, core: Any) -> str:
         """What the CPU computes this form fastest in."""

@@ -84,7 +84,7 @@ class TorchEngine:
         mask = torch.from_numpy(tokens[0].mask[part]).to(self._device) if self.info.use_attention_mask else None
         return ids, mask
 
-    def denoise(self, latents: NDArray[np.float32], timestep: int, conditioning: Conditioning) -> NDArray[np.float32]:
+    def denoise(self, latents: NDArray[np.float32], timestep: float, conditioning: Conditioning) -> NDArray[np.float32]:
         """Latents [B, C, h, w] -> the network's output, of the same shape."""
         outputs = []
         with torch.inference_mode(), explain_oom(self._device, self._drawing(latents)):

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Point", "Series", "line_chart"]
-
 _WIDTH, _HEIGHT = 560, 330
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 92, 18, 44
 _GAP = 15.0  # px between two labels at the lines' ends
@@ -61,10 +59,6 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
     return [round(step * i, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _number(value: float) -> str:
-    return f"{value:g}"
-
-
 def line_chart(
     series: Sequence[Series],
     *,
@@ -114,12 +108,10 @@ def _axes(x: _Scale, y: _Scale, xs: list[float], y_ticks: list[float], x_label: 
     for tick in y_ticks:
         at = y(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 10}" y="{at + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
+        parts.append(f'<text class="tick" x="{_LEFT - 10}" y="{at + 4:.1f}" text-anchor="end">{tick:g}</text>')
     base = _HEIGHT - _BOTTOM
     for value in xs:
-        parts.append(
-            f'<text class="tick" x="{x(value):.1f}" y="{base + 20}" text-anchor="middle">{_number(value)}</text>'
-        )
+        parts.append(f'<text class="tick" x="{x(value):.1f}" y="{base + 20}" text-anchor="middle">{value:g}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text class="axis" x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     return "".join(parts)
@@ -133,7 +125,7 @@ def _line(one: Series, x: _Scale, y: _Scale, floor: float) -> str:
         if point.low is not None and point.high is not None:
             ends = f'y1="{y(max(point.low, floor)):.1f}" y2="{y(point.high):.1f}"'
             parts.append(f'<line class="interval" x1="{at}" x2="{at}" {ends}/>')
-        steps = f"{one.name}, {_number(point.x)}: {point.y:.4g}"
+        steps = f"{one.name}, {point.x:g}: {point.y:.4g}"
         parts.append(f'<circle cx="{at}" cy="{y(point.y):.1f}" r="4.5"><title>{escape(steps)}</title></circle>')
     return "".join(parts) + "</g>"
 

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 from onestill.evaluate.run import Evaluation
 
-__all__ = ["About", "Cell", "Report", "Row", "Sheet", "Target", "Tried"]
-
 
 @dataclass(frozen=True)
 class Cell:

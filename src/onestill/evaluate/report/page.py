@@ -16,8 +16,6 @@ from onestill.errors import OutputError
 from onestill.evaluate.report.html import render
 from onestill.evaluate.report.model import Report
 
-__all__ = ["write_report"]
-
 
 def write_report(report: Report, folder: Path | str) -> Path:
     """Write `index.html` and `report.json` into `folder`, each atomically.

@@ -16,8 +16,6 @@ from onestill.evaluate.report.charts import Point, Series, line_chart
 from onestill.evaluate.report.model import Cell, Sheet
 from onestill.evaluate.run import Evaluation
 
-__all__ = ["charts", "figures_table", "image", "section", "sheet_html", "strip", "table"]
-
 _MAX_PX = 160
 _GROUP_COLOURS = {"student": "var(--student)", "teacher": "var(--teacher)", "real": "var(--real)"}
 NONE = '<span class="none">&ndash;</span>'

@@ -8,8 +8,6 @@ from onestill.errors import DataError
 from onestill.evaluate.report.model import Cell, Row, Sheet
 from onestill.evaluate.run import Evaluation
 
-__all__ = ["beside_real", "colour_sheet", "failures", "several_seeds", "side_by_side"]
-
 
 def _indices(evaluation: Evaluation, name: str) -> tuple[int, ...]:
     if name not in evaluation.protocol.sheets:

@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -44,12 +44,14 @@ class Visitor:
         accounts: the accounts on which pictures are counted, each with its pictures a day.
         owner: who owns what the visitor publishes; "" owns nothing.
         address: the keyed hash of the address of a visitor without a key.
+        client: which of the visitor's connections or programs asks; not for display.
     """
 
     name: str
     accounts: tuple[tuple[str, int], ...] = ()
     owner: str = ""
     address: str = ""
+    client: str = field(default="", compare=False)
 
     @property
     def source(self) -> str:
@@ -101,11 +103,11 @@ class Access:
             found = await self._valid_key(given)
             if found is not None:
                 accounts = () if found.daily is None else ((f"key:{found.id}", found.daily),)
-                return Visitor(f"key:{found.id}", accounts, f"key:{found.id}")
+                return Visitor(f"key:{found.id}", accounts, f"key:{found.id}", client=_client_of(connection))
             raise ApiError(401, "This key is not valid; check it, or ask for a new one.", "invalid_api_key")
         if self.trial == 0:
             raise ApiError(401, "This server needs a key; send it as 'Authorization: Bearer ...'.", "no_api_key")
-        return self._anonymous(connection)
+        return replace(self._anonymous(connection), client=_client_of(connection))
 
     async def _valid_key(self, given: str) -> Key | None:
         match = KEY_FORM.fullmatch(given)
@@ -203,6 +205,13 @@ class Access:
 
 def _today() -> str:
     return datetime.now(UTC).date().isoformat()
+
+
+def _client_of(connection: HTTPConnection) -> str:
+    # A proxy hides the port; then programs are told apart by what they send.
+    headers = connection.headers
+    said = (headers.get("user-agent", ""), headers.get("authorization", ""))
+    return f"{connection.client} {hashlib.sha256(repr(said).encode()).hexdigest()}"
 
 
 def network(address: str) -> str:

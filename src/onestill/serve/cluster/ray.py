@@ -28,7 +28,6 @@ __all__ = ["run_on_ray"]
 
 NAME = "onestill"
 DRAIN_S = 4.0  # for a replica to finish what it has accepted
-DEAD = ("the model's thread ended", "the engine does not answer")  # only a new replica helps against these
 
 _servers: list[Server] = []  # of this process, when it is a replica
 
@@ -118,8 +117,9 @@ def _deployment(
         def check_health(self) -> None:
             """Raise where only a new replica helps; Ray then replaces this one."""
             for server in _servers:
-                if server.scheduler.why_not_ready() in DEAD:
-                    raise RuntimeError("the replica is stuck")
+                reason = server.scheduler.why_dead()
+                if reason is not None:
+                    raise RuntimeError(reason)
 
     options = {
         "name": NAME,

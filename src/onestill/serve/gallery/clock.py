@@ -40,21 +40,21 @@ class SteadyClock:
     def __call__(self) -> float:
         """The time."""
         steady = self._steady()
-        told = self._base[0] + steady - self._base[1]
-        gap = self._wall() - told
+        now = self._base[0] + steady - self._base[1]
+        gap = self._wall() - now
         if abs(gap) <= HOUR_S or (self._jumped is not None and steady - self._jumped >= DAY_S):
-            told += gap
-            self._base, self._jumped = (told, steady), None
+            now += gap
+            self._base, self._jumped = (now, steady), None
         elif self._jumped is None:
             self._jumped = steady
             self._warn(gap)
-        return told
+        return now
 
     def sure(self) -> float:
         """The time that has surely come: what expired before it may be deleted."""
         running = self._steady() - self._started
-        told = self()
-        return told if self._seen is None or running >= DAY_S else min(told, self._seen + running)
+        now = self()
+        return now if self._seen is None or running >= DAY_S else min(now, self._seen + running)
 
     def _warn(self, gap: float) -> None:
         LOG.warning("The clock jumped by %.1f days; nothing is deleted by it before a day has passed.", gap / DAY_S)

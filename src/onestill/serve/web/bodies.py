@@ -71,7 +71,7 @@ async def multipart_body(request: Request, take: Callable[[int], None]) -> tuple
 
     Args:
         request: whose body it is.
-        take: is told the size of each piece as it comes, and may raise to refuse it.
+        take: is called with the size of each piece as it comes, and may raise to refuse it.
     """
 
     async def pieces() -> AsyncGenerator[bytes, None]:

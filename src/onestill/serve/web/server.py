@@ -16,7 +16,7 @@ from onestill.pipeline import Pipeline
 from onestill.pipeline.loaded import LoadedInfo
 from onestill.pipeline.picture import picture_bytes
 from onestill.serve.access.quota import Access, Visitor
-from onestill.serve.errors import ApiError
+from onestill.serve.errors import ApiError, TooLate
 from onestill.serve.metrics import Metrics
 from onestill.serve.provenance import Stamp
 from onestill.serve.queue.jobs import Job, Picture
@@ -67,39 +67,59 @@ class Server:
         settings: see there.
         access: who may draw, and how much; None lets everyone draw any number.
         gallery: pictures that visitors publish, in the database of `access`; None has no gallery.
+        load: loads the model once more, where its engine is broken; None never does.
+
+    Attributes:
+        info: what the model is, and what runs it.
     """
 
     def __init__(
-        self, pipe: Pipeline, settings: Settings, access: Access | None = None, gallery: Gallery | None = None
+        self,
+        pipe: Pipeline,
+        settings: Settings,
+        access: Access | None = None,
+        gallery: Gallery | None = None,
+        load: Callable[[], Pipeline] | None = None,
     ) -> None:
-        self.pipe = pipe
+        self.info: LoadedInfo = pipe.info
         self.settings = settings
         self.bounds = settings.bounds
         self.access = access or Access()
         self.gallery = gallery
         self.forms: Forms = forms_for(pipe.info, settings.bounds)
         self.metrics = Metrics()
-        self.scheduler = Scheduler(pipe, settings.limits)
+        self.scheduler = Scheduler(pipe, settings.limits, load)
         self.live: Counter[str] = Counter()  # address -> live connections
         self.uploads = Room(self.bounds.uploads, self.bounds.body)
         self._decoder = Decoder()
         self._pool = ThreadPoolExecutor(2, "onestill-files")
 
-    @property
-    def info(self) -> LoadedInfo:
-        """What the model is, and what runs it."""
-        return self.pipe.info
+    def drain(self, grace_s: float) -> None:
+        """End the scheduler, as `Scheduler.close` says; uploads that are not decoded by then are refused."""
+        self._decoder.refuse()
+        self.scheduler.close(grace_s)
+        self._decoder.close()
 
     def close(self, grace_s: float = 0.0) -> None:
         """End the scheduler, as `Scheduler.close` says, and everything else."""
-        self.scheduler.close(grace_s)
-        self._decoder.close()
+        self.drain(grace_s)
         self._pool.shutdown(wait=True)
         self.access.close()
 
     async def in_pool(self, call: Callable[..., T], *arguments: Any) -> T:
-        """The result of a call made in a thread, so that the event loop goes on meanwhile."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
+        """The result of a call made in a thread, so that the event loop goes on meanwhile.
+
+        Raises:
+            TooLate: it took as long as a request may wait.
+        """
+        result = asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
+        try:
+            await asyncio.wait({result}, timeout=self.settings.limits.timeout_s)
+            if not result.done():
+                raise TooLate("The server needs too long for this at present; try again in a moment.", 5)
+            return result.result()
+        finally:
+            result.cancel()
 
     async def draw(
         self,
@@ -140,7 +160,7 @@ class Server:
         if slot is not None:
             future = slot.put(job)
         else:
-            future = self.scheduler.submit(job, visitor.name, visitor.address, on_picture)
+            future = self.scheduler.submit(job, visitor.name, visitor.address, on_picture, client=visitor.client)
         return Drawing(self, visitor, form, job, future)
 
     async def encode(self, picture: Picture, encoding: Encoding) -> bytes:

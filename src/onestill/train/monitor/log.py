@@ -35,7 +35,7 @@ class Log:
         self._folder, self._name, self._iterations = folder, name, iterations
         self._path = folder / "metrics.jsonl"
         self._started = time.monotonic()
-        self._first_nimg = state.nimg
+        self._first_nimg = self._last_nimg = state.nimg
         self._file: IO[str] | None = None
         if is_main():
             _forget_after(self._path, state.iteration)
@@ -77,10 +77,11 @@ class Log:
         if self._file is None:
             self._clear()
             return
-        speed = (state.nimg - self._nimg_written(state)) / max(self._seconds, 1e-9)
+        speed = (state.nimg - self._last_nimg) / max(self._seconds, 1e-9)
         row: dict[str, Any] = {"iteration": state.iteration, "nimg": state.nimg}
         row |= _for_json(means)
-        self._events_row(state, means, speed)
+        for key, value in {**means, "images_per_s": speed}.items():
+            self._events.add_scalar(key, value, state.iteration)
         row |= {"images_per_s": round(speed, 2), "data_wait": round(self._waited_s / max(self._seconds, 1e-9), 4)}
         row |= {"bad_steps": state.bad_steps}
         self._file.write(json.dumps(row) + "\n")
@@ -125,13 +126,6 @@ class Log:
         self._values: dict[str, list[Tensor]] = defaultdict(list)
         self._seconds = 0.0
         self._waited_s = 0.0
-
-    def _nimg_written(self, state: TrainState) -> int:
-        return getattr(self, "_last_nimg", self._first_nimg)
-
-    def _events_row(self, state: TrainState, means: Mapping[str, float], speed: float) -> None:
-        for key, value in {**means, "images_per_s": speed}.items():
-            self._events.add_scalar(key, value, state.iteration)
 
     def _show(self, state: TrainState, means: Mapping[str, float], speed: float) -> None:
         left_s = (self._iterations - state.iteration) * (time.monotonic() - self._started)
