@@ -92,7 +92,8 @@ def _run(arguments: list[str] | None) -> int:
     first = (sys.argv[1:] if arguments is None else arguments)[:1]
     command = typer.main.get_command(make_app([name for name in COMMANDS if name in first] or COMMANDS))
     try:
-        status = command.main(arguments, prog_name="onestill", standalone_mode=False)
+        # The context says whether the command has the process for itself: a program may call `onestill.cli.main` too.
+        status = command.main(arguments, prog_name="onestill", standalone_mode=False, obj=arguments is None)
     except OnestillError as error:
         say_error(str(error))
         return error.exit_status

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from onestill.cli.commands.serve import AccessOptions, GalleryOptions, Hooks, built, is_loopback
+from onestill.cli.commands.serve import AccessOptions, GalleryOptions, Hooks, RecoveryOptions, built, is_loopback
 from onestill.cli.options import AdditionOptions, parse_daily
 from onestill.errors import OnestillError
 from onestill.serve.queue.scheduler import Limits
@@ -77,10 +77,11 @@ def test_a_server_says_what_it_draws_before_anyone_asks(tiny_folder: Path, capsy
             Settings(limits=Limits(batch=batch)),
             Hooks(),
             str(tiny_folder),
-            {"engine": "torch"},
+            {"engine": "torch", "options": None},
             AdditionOptions(),
             AccessOptions(),
             GalleryOptions(),
+            RecoveryOptions(),
         )
         server.scheduler.close()
         server.access.close()

@@ -152,6 +152,7 @@ class RecoveryOptions:
 
 @with_groups
 def serve(
+    context: typer.Context,
     *,
     model: Model = "icons",
     runtime: RuntimeOptions,
@@ -202,8 +203,10 @@ def serve(
     """Serve the page, the realtime socket and the images API, until Ctrl-C."""
     from onestill.serve.supervisor import Supervised, supervise
 
-    # First, while this process is small. Ray has its own way to replace replicas.
-    supervised = Supervised() if recovery.no_restart or ray else supervise()
+    # First, while this process is small, and only where it is the command's own, as it forks. Ray has its own way to
+    # replace replicas.
+    is_alone = recovery.no_restart or ray or not context.obj
+    supervised = Supervised() if is_alone else supervise()
     from onestill.serve.queue.scheduler import Limits
     from onestill.serve.run import listen, run
     from onestill.serve.web.server import Settings

@@ -208,7 +208,7 @@ def _today() -> str:
 
 
 def _client_of(connection: HTTPConnection) -> str:
-    # A proxy hides the port; then programs are told apart by what they send.
+    # A proxy hides the port; then what programs send distinguishes them.
     headers = connection.headers
     said = (headers.get("user-agent", ""), headers.get("authorization", ""))
     return f"{connection.client} {hashlib.sha256(repr(said).encode()).hexdigest()}"
