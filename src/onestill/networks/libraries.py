@@ -20,8 +20,8 @@ def open_whole(kind: Any, folder: str | Path, **options: Any) -> Any:
     Raises:
         ValueError: some are missing or of another shape, which the libraries make up at random and only warn of.
     """
-    model, told = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
-    if wanting := [*told["missing_keys"], *told["mismatched_keys"]]:
+    model, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    if wanting := [*report["missing_keys"], *report["mismatched_keys"]]:
         raise ValueError(f"{len(wanting)} of its weights are missing, such as {sorted(map(str, wanting))[0]}")
     return model
 
