@@ -27,6 +27,7 @@ __all__ = [
     "SizeError",
     "StepsError",
     "UnsafeFormatError",
+    "first_line",
     "near",
     "require",
 ]
@@ -112,6 +113,11 @@ class MissingExtraError(OnestillError, ImportError):
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
         # Exception would rebuild from the finished message, which the constructor does not take.
         return type(self), (self.extra, self.package)
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, as part of a sentence; its kind where it says nothing."""
+    return str(error).strip().split("\n", 1)[0][:200] or type(error).__name__
 
 
 def near(name: str, names: Iterable[str]) -> str:

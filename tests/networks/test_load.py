@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from safetensors.torch import load_file, save_file
 from onestill.checkpoint import Additions, describe, identify
 from onestill.checkpoint.single_file import OPEN_CLIP_PREFIXES
 from onestill.errors import CheckpointError, ModelNotFoundError
+from onestill.networks.denoiser import load_unet
+from onestill.networks.latents import load_autoencoder
 from onestill.networks.load import load_components
+from onestill.networks.text_encoder import open_text_encoder
 from onestill.pipeline import Pipeline
 from tests.on_cpu import load
 from tests.original_layout import place_of
@@ -205,3 +209,27 @@ def test_a_unet_that_embeds_the_guidance_scale_is_read_in_both_layouts(folder: P
         assert info.embeds_guidance
         found = load_components(info, only=["unet"])["unet"].state_dict()
         torch.testing.assert_close(found, state, rtol=0, atol=0)
+
+
+def without_one(file: Path) -> None:
+    """Leave one tensor out of a file of weights."""
+    weights = load_file(file)
+    del weights[sorted(weights)[len(weights) // 2]]
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_weight_that_is_missing_is_not_made_up(part: str, tmp_path: Path) -> None:
+    """diffusers and transformers put random numbers in its place, and draw with them."""
+    model = tiny_sd(tmp_path / "model", "sd15")
+    (file,) = (model / part).glob("*.safetensors")
+    without_one(file)
+    with pytest.raises(CheckpointError, match="1 of its weights are missing"):
+        load_components(describe(model))
+    opening: dict[str, Callable[[Path], Any]] = {
+        "unet": load_unet,
+        "vae": load_autoencoder,
+        "text_encoder": lambda folder: open_text_encoder(str(folder.parent)),
+    }
+    with pytest.raises(CheckpointError):
+        opening[part](model / part)

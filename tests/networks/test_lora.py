@@ -301,3 +301,12 @@ def test_a_lora_that_does_not_fit_is_one_sentence(folder: Path, pairs: Any, tmp_
         load(folder, lora=tmp_path / "lora.pt")
     with pytest.raises(ModelNotFoundError, match="no LoRA"):
         load(folder, lora=tmp_path / "gone.safetensors")
+
+
+def test_an_alpha_of_two_numbers_is_named(folder: Path, parts: dict[str, Any], pairs: Any, tmp_path: Path) -> None:
+    file = write_lora(tmp_path / "kohya.safetensors", pairs, "kohya")
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith(".alpha"))
+    save_file(weights | {name: torch.tensor([4.0, 4.0])}, file)
+    with pytest.raises(CheckpointError, match=r"alpha' of 2 numbers, not of one"):
+        unet_with(folder, Lora(file, 1.0))

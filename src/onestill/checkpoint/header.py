@@ -7,7 +7,7 @@ import struct
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,9 @@ from onestill.errors import CheckpointError, UnsafeFormatError
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 MAX_HEADER_BYTES = 64 * 2**20  # SDXL's has half a megabyte
-BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16,
+        "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I8": 8, "U8": 8,
+        "BOOL": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}  # fmt: skip
 
 
 class Tensor(NamedTuple):
@@ -58,8 +60,9 @@ def read_header(path: Path) -> Header:
         try:
             if length > min(size, MAX_HEADER_BYTES):
                 raise ValueError("header longer than the file")
-            entries = json.loads(file.read(length))
+            entries = json.loads(file.read(length), object_pairs_hook=_once, parse_constant=_no_number)
             notes = entries.pop("__metadata__", None) or {}
+            _check(notes, entries)
             tensors = {
                 name: Tensor(at["dtype"], tuple(at["shape"]), 8 + length + int(at["data_offsets"][0]))
                 for name, at in entries.items()
@@ -69,7 +72,34 @@ def read_header(path: Path) -> Header:
             raise CheckpointError(f"'{path}' is no safetensors file, or is damaged; copy the model again.") from error
     if size < end:
         raise CheckpointError(f"'{path}' is truncated: it has {size} of {end} bytes; copy the model again.")
+    if size > end:  # which safetensors refuses too
+        raise CheckpointError(f"'{path}' is not the file that the model was published with; copy the model again.")
     return Header(tensors, {str(name): str(value) for name, value in notes.items()}, end)
+
+
+def _check(notes: Any, entries: Mapping[str, Any]) -> None:
+    """Raise ValueError for what safetensors itself refuses: tensors that overlap, leave gaps, or are no tensors."""
+    if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
+        raise ValueError("notes")
+    " ".join((*entries, *notes, *notes.values())).encode()  # half a surrogate pair is no text
+    filled = 0
+    for start, end, kind, shape in sorted((*at["data_offsets"], at["dtype"], at["shape"]) for at in entries.values()):
+        if any(type(number) is not int or not 0 <= number < 2**63 for number in (start, end, *shape)):
+            raise ValueError("numbers")
+        if start != filled or kind not in BITS or (end - start) * 8 != prod(shape) * BITS[kind]:
+            raise ValueError("places")
+        filled = end
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name twice")
+    return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(name)  # NaN and Infinity, which are not JSON
 
 
 def read_numbers(path: Path, name: str) -> NDArray[np.float32]:
@@ -97,8 +127,7 @@ def check_safetensors(path: Path) -> None:
     Raises:
         CheckpointError: it is damaged, truncated, or has something behind its tensors.
     """
-    if path.stat().st_size > read_header(path).end:
-        raise CheckpointError(f"'{path}' is not the file that the model was published with; copy the model again.")
+    read_header(path)
 
 
 def is_pickle(path: Path, start: bytes) -> bool:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from onestill.checkpoint import written_whole
-from onestill.errors import DataError
+from onestill.errors import DataError, first_line
 
 Float = NDArray[np.float64]
 
@@ -102,7 +102,9 @@ class FeatureStatistics:
             statistics.count = int(tensors["count"][0])
             statistics.mean, statistics.scatter = tensors["mean"], tensors["scatter"]
         except (OSError, SafetensorError, KeyError, IndexError) as error:
-            raise DataError(f"{path} holds no feature statistics ({error}); delete it and measure again") from error
+            raise DataError(
+                f"{path} holds no feature statistics ({first_line(error)}); delete it and measure again"
+            ) from error
         return statistics
 
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from onestill.errors import CheckpointError
+from onestill.errors import CheckpointError, first_line
 from onestill.networks.condition import pool
+from onestill.networks.libraries import open_whole
 
 __all__ = ["ContrastiveModel", "new_backbone", "tokens"]
 
@@ -106,17 +106,17 @@ class ContrastiveModel(nn.Module):
             kind = json.loads((folder / "image_tower" / "config.json").read_text(encoding="utf-8"))["model_type"]
             # A ViT would otherwise be given a pooler with random weights, which nothing here uses.
             bare = {"add_pooling_layer": False} if kind == "vit" else {}
-            options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
-            backbone = AutoModel.from_pretrained(folder / "image_tower", **options, **bare)
+            options = {"use_safetensors": True, "dtype": torch.float32}
+            backbone = open_whole(AutoModel, folder / "image_tower", **options, **bare)
             heads = load_file(folder / "projections.safetensors")
             image, text = (heads[f"{side}_projection.weight"] for side in ("image", "text"))
             model = cls(backbone, len(image), text.shape[1], facts)
             weights = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
             model.load_state_dict({**model.state_dict(), **heads, **weights})
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # of files that are damaged the libraries raise anything
             raise CheckpointError(
-                f"{folder} holds no contrastive model, or one that cannot be opened ({error}): copy it again, or train "
-                "one with a 'contrastive' recipe."
+                f"{folder} holds no contrastive model, or one that cannot be opened ({first_line(error)}): copy it "
+                "again, or train one with a 'contrastive' recipe."
             ) from error
         return model.eval().requires_grad_(False)
 

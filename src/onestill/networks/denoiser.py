@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors import SafetensorError
 from torch import Tensor
 
 from onestill.checkpoint.scheduler_config import EDM, with_defaults
 from onestill.errors import CheckpointError, ScheduleError
 from onestill.networks.condition import Condition, added_cond_kwargs, concatenated
+from onestill.networks.libraries import open_whole
 from onestill.networks.precision import exact_output
 from onestill.sampling import SAMPLERS, classifier_free_guidance
 from onestill.schedule import NoiseSchedule, rescale_zero_terminal_snr, scaled_linear_alphas_cumprod, to_eps, to_x0
@@ -105,8 +105,9 @@ def load_unet(folder: str | Path) -> UNet2DConditionModel:
     try:
         if not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(folder)
-        return UNet2DConditionModel.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        unet: UNet2DConditionModel = open_whole(UNet2DConditionModel, folder)
+        return unet
+    except Exception as error:  # of files that are damaged the libraries raise anything
         raise CheckpointError(
             f"{folder} holds no whole UNet2DConditionModel: train a teacher with a 'diffusion' recipe."
         ) from error
@@ -134,7 +135,7 @@ def read_schedule(source: str | Path) -> NoiseSchedule:
         if known.get("_class_name") in EDM:
             raise ScheduleError("its noise levels are EDM's")
         return NoiseSchedule.from_config({**known, "timestep_spacing": "trailing", "steps_offset": 0})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{config} is no schedule to train on: {error}") from error
 
 

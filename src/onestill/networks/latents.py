@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from onestill.errors import CheckpointError
+from onestill.networks.libraries import open_whole
 
 __all__ = ["LatentSpace", "load_autoencoder", "most_likely_latents", "to_uint8"]
 
@@ -162,8 +162,8 @@ def load_autoencoder(folder: str | Path) -> nn.Module:
     try:
         name = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["_class_name"]
         kind = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}[name]
-        model: nn.Module = kind.from_pretrained(folder, local_files_only=True)
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        model: nn.Module = open_whole(kind, folder)
+    except Exception as error:  # of files that are damaged the libraries raise anything
         raise CheckpointError(
             f"{folder} holds no AutoencoderTiny or AutoencoderKL: train one with an 'autoencoder' recipe."
         ) from error

@@ -5,11 +5,25 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import diffusers
 import transformers
 
-__all__ = ["quiet_libraries"]
+__all__ = ["open_whole", "quiet_libraries"]
+
+
+def open_whole(kind: Any, folder: str | Path, **options: Any) -> Any:
+    """`kind.from_pretrained` of a local folder, where every weight is there.
+
+    Raises:
+        ValueError: some are missing or of another shape, which the libraries make up at random and only warn of.
+    """
+    model, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    if wanting := [*report["missing_keys"], *report["mismatched_keys"]]:
+        raise ValueError(f"{len(wanting)} of its weights are missing, such as {sorted(map(str, wanting))[0]}")
+    return model
 
 
 @contextmanager

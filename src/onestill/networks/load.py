@@ -22,8 +22,8 @@ from onestill.checkpoint import ComponentFile, ModelInfo, read_json, weights_fil
 from onestill.checkpoint.files import shards
 from onestill.checkpoint.header import read_header
 from onestill.checkpoint.single_file import UNET_PREFIX
-from onestill.errors import CheckpointError
-from onestill.networks.libraries import quiet_libraries
+from onestill.errors import CheckpointError, first_line
+from onestill.networks.libraries import open_whole, quiet_libraries
 from onestill.networks.lora import add_loras
 from onestill.networks.text_encoder import CLIP_TOWERS
 
@@ -109,7 +109,7 @@ def _of_folder(info: ModelInfo, component: str, kind: str, dtype: str) -> Any:
     folder = info.path / component
     file = weights_file(info.path, component, half=dtype != "float32")
     _check_folder(info, component, file)
-    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+    options: dict[str, Any] = {"use_safetensors": True}
     if "fp16." in file.name:
         options["variant"] = "fp16"
     # A LoRA is added in float32, as half of a sum of halves is not the half of the sum.
@@ -118,10 +118,10 @@ def _of_folder(info: ModelInfo, component: str, kind: str, dtype: str) -> Any:
     try:
         with quiet_libraries():
             # Absolute, so that the libraries never take it for a name on a hub.
-            return CLASSES[component][kind].from_pretrained(str(folder.resolve()), **options)
+            return open_whole(CLASSES[component][kind], folder.resolve(), **options)
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         raise CheckpointError(
-            f"The weights in '{folder}' do not fit its config ({_first_line(error)}); copy it again."
+            f"The weights in '{folder}' do not fit its config ({first_line(error)}); copy it again."
         ) from error
 
 
@@ -158,7 +158,7 @@ def _of_file(network: ComponentFile, kind: Any) -> Any:
         with safe_open(str(network.file), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(network.prefix)}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"'{network.file}' cannot be read ({_first_line(error)}); copy it again.") from error
+        raise CheckpointError(f"'{network.file}' cannot be read ({first_line(error)}); copy it again.") from error
     tensors = _unscaled(tensors, network.file)
     state = _converted(tensors, network, module)
     _check(state, tensors, network, module)
@@ -250,7 +250,3 @@ def _counted(names: list[str]) -> str:
     shown = ", ".join(f"'{name}'" for name in names[:MOST_NAMED])
     more = len(names) - MOST_NAMED
     return f"{len(names)} tensors ({shown}{f' and {more} more' if more > 0 else ''})"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:200]

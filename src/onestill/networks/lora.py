@@ -127,6 +127,10 @@ def _read(lora: Lora, names: Names) -> dict[Layer, Change]:
             if kind in change:
                 raise CheckpointError(f"'{lora.path}' changes '{layer.name}' twice; save each of its adapters alone.")
             change[kind] = file.get_tensor(key).float()
+            if kind == "alpha" and change[kind].numel() != 1:
+                raise CheckpointError(
+                    f"'{lora.path}' has '{key}' of {change[kind].numel()} numbers, not of one; save it again."
+                )
     if unknown:
         shown = ", ".join(f"'{name}'" for name in list(unknown)[:MOST_NAMED])
         raise CheckpointError(

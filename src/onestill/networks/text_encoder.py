@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import BertModel, CLIPTextModel, CLIPTextModelWithProjection
 
 from onestill.errors import CheckpointError
 from onestill.networks.condition import Condition
+from onestill.networks.libraries import open_whole
 from onestill.text.tokenize import PromptTokenizer, Tokens
 
 __all__ = ["TextEncoder", "open_text_encoder", "text_folder"]
@@ -154,8 +154,8 @@ def _load_tower(folder: Path) -> nn.Module:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = BertModel if config["model_type"] == "bert" else CLIP_TOWERS[config["architectures"][0]]
-        tower: nn.Module = kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        tower: nn.Module = open_whole(kind, folder, dtype=torch.float32)
+    except Exception as error:  # of files that are damaged the libraries raise anything
         known = ", ".join(("BertModel", *CLIP_TOWERS))
         raise CheckpointError(f"{folder} holds no text tower of a known class ({known}): {error}") from error
     return tower.eval().requires_grad_(False)

@@ -16,7 +16,7 @@ from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
 
 from onestill.checkpoint import written_whole
-from onestill.errors import ImageError, OutputError
+from onestill.errors import ImageError, OutputError, first_line
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 EXIF_DESCRIPTION = 0x010E
@@ -113,7 +113,7 @@ def read_picture(source: str | os.PathLike[str] | bytes) -> Image:
     except PIL.UnidentifiedImageError as error:
         raise ImageError("its image is of no known kind") from error
     except Exception as error:  # Pillow's decoders raise anything on damaged bytes
-        raise ImageError(f"its image cannot be read: {str(error) or type(error).__name__}") from error
+        raise ImageError(f"its image cannot be read: {first_line(error)}") from error
 
 
 def fitted(image: Image | NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
@@ -123,7 +123,9 @@ def fitted(image: Image | NDArray[np.uint8], height: int, width: int) -> NDArray
     except MemoryError:
         raise
     except Exception as error:  # Pillow decodes only now, and raises anything on damaged bytes
-        raise ImageError(f"The image cannot be used ({error}); give a PIL image or uint8 [H, W, 3].") from error
+        raise ImageError(
+            f"The image cannot be used ({first_line(error)}); give a PIL image or uint8 [H, W, 3]."
+        ) from error
     return np.asarray(picture, dtype=np.uint8)
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from onestill.errors import CheckpointError, OutputError, RecipeError
+from onestill.errors import CheckpointError, OutputError, RecipeError, first_line
 from onestill.train.noise import Draw, Part, restore
 from onestill.train.recipe import binding
 from onestill.train.runtime.parallel import gathered, is_main, like, local, wait, whole
@@ -216,9 +216,9 @@ def load_checkpoint(state: TrainState, folder: Path, fingerprint: str, defaults:
             restore(generator, saved_random.get(name, saved_random["generator"]))
     except RecipeError:
         raise
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of a damaged state that is still JSON, anything
         raise CheckpointError(
-            f"the checkpoint {folder} is damaged ({error}): delete it and resume from the one before."
+            f"the checkpoint {folder} is damaged ({first_line(error)}): delete it and resume from the one before."
         ) from error
     state.iteration, state.nimg, state.bad_steps = saved["iteration"], saved["nimg"], saved["bad_steps"]
     state.data = saved["data"]

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from onestill.errors import CheckpointError
+from onestill.errors import CheckpointError, first_line
+from onestill.networks.libraries import open_whole
 from onestill.train.discriminator.features import on_grid
 
 LITE0 = "efficientnet-lite0"
@@ -108,11 +108,11 @@ def open_cnn(folder: str | Path) -> nn.Module:
             network: Any = EfficientNetLite0()
             network.load_state_dict(load_file(folder / "model.safetensors"))
         else:
-            network = AutoModel.from_pretrained(folder, local_files_only=True)
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+            network = open_whole(AutoModel, folder)
+    except Exception as error:  # of files that are damaged the libraries raise anything
         raise CheckpointError(
-            f"{folder} holds no whole convolutional network ({error}): give the folder of one in transformers' format, "
-            "or make EfficientNet-lite0 with python -m recipes.icons.networks."
+            f"{folder} holds no whole convolutional network ({first_line(error)}): give the folder of one in "
+            "transformers' format, or make EfficientNet-lite0 with python -m recipes.icons.networks."
         ) from error
     frozen: nn.Module = network.eval().requires_grad_(False)
     return frozen

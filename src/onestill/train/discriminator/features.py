@@ -16,13 +16,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel
 
-from onestill.errors import CheckpointError, RecipeError
+from onestill.errors import CheckpointError, RecipeError, first_line
 from onestill.networks.condition import Condition
 from onestill.networks.contrastive import ContrastiveModel, tokens
+from onestill.networks.libraries import open_whole
 
 
 class FeatureNetwork(Protocol):
@@ -146,13 +146,13 @@ def _open_vit(folder: Path) -> tuple[Any, Any]:
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
         bare = {"add_pooling_layer": False} if kind == "vit" else {}
-        model: Any = AutoModel.from_pretrained(folder, local_files_only=True, **bare)
+        model: Any = open_whole(AutoModel, folder, **bare)
         model = getattr(model, "vision_model", model)
         shape = [model.config.num_hidden_layers, model.config.patch_size, model.config.hidden_size]
         assert all(isinstance(number, int) for number in shape)
-    except (OSError, KeyError, AttributeError, AssertionError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of files that are damaged the libraries raise anything
         raise CheckpointError(
-            f"{folder} holds no vision transformer ({error}): give the folder of a DINOv2, ViT or CLIP in "
+            f"{folder} holds no vision transformer ({first_line(error)}): give the folder of a DINOv2, ViT or CLIP in "
             "transformers' format."
         ) from error
     return model.eval().requires_grad_(False), model.config
