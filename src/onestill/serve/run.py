@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import uvicorn
@@ -16,12 +17,14 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
 from onestill.errors import OnestillError
+from onestill.serve.forwarded import FromProxies, TrustedProxies
+from onestill.serve.logs import log_to_stderr
 from onestill.serve.paced import PacedHttp, PacedSocket
 from onestill.serve.process import tune_interpreter
 from onestill.serve.web.app import create_app
 from onestill.serve.web.server import Server
 
-__all__ = ["listen", "make_proxy_server", "make_server", "run"]
+__all__ = ["ProxySettings", "listen", "make_proxy_server", "make_server", "run"]
 
 HEADERS_S = 10.0  # a new connection is closed where no whole request has begun by then
 KEEP_ALIVE_S = 30  # after an answer a connection may be silent for so long, and then has HEADERS_S for its next request
@@ -49,55 +52,80 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
+@dataclass(frozen=True)
+class ProxySettings:
+    """The proxy before a server.
+
+    Attributes:
+        trusted: whose headers about a client are believed.
+        root_path: the path below which the proxy has the server, such as "/draw"; see `FromProxies`.
+    """
+
+    trusted: TrustedProxies = field(default_factory=lambda: TrustedProxies(None))
+    root_path: str = ""
+
+
 def run(
-    server: Server, bound: socket.socket, *, trusted_proxies: str | None = None, ready: Callable[[], None] | None = None
+    server: Server,
+    bound: socket.socket,
+    proxy: ProxySettings | None = None,
+    *,
+    metrics: socket.socket | None = None,
+    ready: Callable[[], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. Then finish what runs, answer or close the rest, and return within ten seconds.
 
     Args:
         server: closed at the end.
         bound: a socket from `listen`.
-        trusted_proxies: addresses, separated by commas, whose X-Forwarded-For is believed; None believes nobody.
+        proxy: what stands before it; None is nothing.
+        metrics: another socket, whose connections find metrics, as those to `bound` then do not.
         ready: called when the server accepts connections.
     """
+    log_to_stderr(server.settings.log_format, server.settings.log_level)
     _allow_connections()
     tune_interpreter()
-    make_server(server, trusted_proxies=trusted_proxies, ready=ready).run(sockets=[bound])
+    port = None if metrics is None else int(metrics.getsockname()[1])
+    make_server(server, proxy, port, ready).run(sockets=[bound] if metrics is None else [bound, metrics])
 
 
 def make_server(
-    server: Server, *, trusted_proxies: str | None = None, ready: Callable[[], None] | None = None
+    server: Server,
+    proxy: ProxySettings | None = None,
+    metrics_port: int | None = None,
+    ready: Callable[[], None] | None = None,
 ) -> uvicorn.Server:
     """The uvicorn server that `run` runs. Another thread ends it by setting `should_exit`."""
-    config = _config(create_app(server), server.bounds.message, trusted_proxies, lifespan="on")
+    config = _config(create_app(server, metrics_port), server.bounds.message, proxy, lifespan="on")
     return _DrainingServer(config, lambda: server.scheduler.close(DRAIN_S), ready)
 
 
 def make_proxy_server(
-    app: ASGIApp, message_bytes: int, *, trusted_proxies: str | None = None, ready: Callable[[], None] | None = None
+    app: ASGIApp, message_bytes: int, proxy: ProxySettings | None = None, ready: Callable[[], None] | None = None
 ) -> uvicorn.Server:
     """As `make_server`, for a proxy before servers. It has no scheduler to drain."""
     _allow_connections()
-    return _DrainingServer(_config(app, message_bytes, trusted_proxies, lifespan="off"), lambda: None, ready)
+    return _DrainingServer(_config(app, message_bytes, proxy, lifespan="off"), lambda: None, ready)
 
 
 def _config(
-    app: Any, message_bytes: int, trusted_proxies: str | None, lifespan: Literal["on", "off"]
+    app: ASGIApp, message_bytes: int, proxy: ProxySettings | None, lifespan: Literal["on", "off"]
 ) -> uvicorn.Config:
+    proxy = proxy or ProxySettings()
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     return uvicorn.Config(
-        app,
+        FromProxies(app, proxy.trusted, proxy.root_path),
         http=_BoundedHttp,
         ws=PacedSocket,
         ws_max_size=message_bytes + 1024,
         ws_max_queue=32,
         ws_per_message_deflate=False,  # pictures are compressed already
         lifespan=lifespan,
+        log_config=None,
         log_level="error",  # a client's mistakes are answered, not logged
         access_log=False,  # addresses and their requests are private by default
         server_header=False,
-        proxy_headers=trusted_proxies is not None,
-        forwarded_allow_ips=trusted_proxies,
+        proxy_headers=False,  # FromProxies reads them
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,

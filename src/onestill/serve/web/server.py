@@ -17,6 +17,7 @@ from onestill.pipeline.loaded import LoadedInfo
 from onestill.pipeline.picture import picture_bytes
 from onestill.serve.access.quota import Access, Visitor
 from onestill.serve.errors import ApiError
+from onestill.serve.logs import LogFormat, LogLevel
 from onestill.serve.metrics import Metrics
 from onestill.serve.provenance import Stamp
 from onestill.serve.queue.jobs import Job, Picture
@@ -45,6 +46,7 @@ class Settings:
         bounds: of one request.
         limits: of the scheduler.
         metrics_for_all: show metrics to every address, not only to this machine's.
+        log_format, log_level: of the log on standard error; requests are logged at level "info".
         prompt_filter, image_filter: what refuses prompts and pictures; see `onestill.serve.safety`.
         stamp: signs the files of the images API and of the gallery.
     """
@@ -54,6 +56,8 @@ class Settings:
     bounds: Bounds = field(default_factory=Bounds)
     limits: Limits = field(default_factory=Limits)
     metrics_for_all: bool = False
+    log_format: LogFormat = LogFormat.TEXT
+    log_level: LogLevel = LogLevel.WARNING
     prompt_filter: PromptFilter | None = None
     image_filter: ImageFilter | None = None
     stamp: Stamp | None = None
