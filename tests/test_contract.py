@@ -60,7 +60,7 @@ COMMANDS = {
         --steps --size --batch... --pictures=20 --warm-up=3 --seed=1 --compare --plot --json""",
     "onestill export": "--out/-o! --model/-m=icons --to=openvino --weights --int8 --unet --lora... --tiny-vae --preset",
     "onestill models": "NAME|PATH|ID --preset --check --json",
-    "onestill doctor": "--model/-m=icons --draw/--no-draw --json",
+    "onestill doctor": "--model/-m=icons --draw/--no-draw --deep --json",
     "onestill keys": "",
     "onestill keys new": "NAME --limit --expires --database --keys",
     "onestill keys list": "--database --json",

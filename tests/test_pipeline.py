@@ -76,7 +76,7 @@ def test_a_prompt_is_encoded_once_and_remembered(tiny_folder: Path, monkeypatch:
         return encode(prompts)
 
     monkeypatch.setattr(pipe.engine, "encode", counted)
-    monkeypatch.setattr("onestill.pipeline.prompt_cache.MOST_PROMPTS", 2)
+    monkeypatch.setattr("onestill.engine.prompt_cache.MOST_PROMPTS", 2)
     pipe(["red", "green", "red"], seed=1)
     pipe("green", seed=1)
     assert encoded == ["red", "green"]

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 COMMAND = [sys.executable, "-m", "onestill"]
@@ -79,3 +81,28 @@ def test_ctrl_c_is_one_line_and_130_and_leaves_whole_pictures(tiny_folder: Path,
         assert file.suffix == ".png"
         with Image.open(file) as picture:
             picture.load()
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-", "2>&-"])
+@pytest.mark.parametrize("arguments", ["models", "generate star --seed 1 --out star.png --model {model}"])
+def test_closed_streams_are_nobodys_trouble(tiny_folder: Path, tmp_path: Path, arguments: str, closed: str) -> None:
+    line = f"{shlex.join(COMMAND)} {arguments.format(model=shlex.quote(str(tiny_folder)))} {closed}"
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    if arguments.startswith("generate"):
+        with Image.open(tmp_path / "star.png") as picture:  # in which nothing was printed
+            picture.load()
+
+
+@pytest.mark.parametrize("out", ["| exec true", "> /dev/full"])
+def test_output_that_nobody_takes_is_one_line_at_most(tiny_folder: Path, tmp_path: Path, out: str) -> None:
+    if "full" in out and not Path("/dev/full").exists():
+        pytest.skip("this system has no full device")
+    line = (
+        f"{{ {shlex.join(COMMAND)} generate star --out s.png --model {shlex.quote(str(tiny_folder))}; echo $? >&2; }}"
+    )
+    done = subprocess.run(["sh", "-c", f"{line} {out}"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    said = done.stderr.splitlines()
+    assert said.pop() != "0" or "full" not in out
+    assert len(said) == ("full" in out)
+    assert all(text.startswith("error: ") and "No space left" in text for text in said)

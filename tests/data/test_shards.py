@@ -329,3 +329,79 @@ def test_the_sample_set_opens() -> None:
         assert sample.meta["author"]
         assert sample.meta["split"] == "train"
     assert len({sample.meta["id"] for sample in samples}) == len(samples)
+
+
+def tar_of(path: Path, *members: tuple[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            add(tar, name, data)
+    return path
+
+
+def read_pairs(path: Path) -> tuple[list[tuple[str, int]], dict[str, str]]:
+    """(caption, grey) of every sample, and what was skipped."""
+    reader = ShardReader(path, shuffle=False, epochs=1)
+    return [(sample.caption, int(sample.image[0, 0, 0])) for sample in reader], reader.skipped
+
+
+def test_a_key_that_is_there_twice_is_two_samples(tmp_path: Path) -> None:
+    first, second = ("0.webp", picture(10)), ("0.webp", picture(200))
+    after = (("1.webp", picture(90)), ("1.txt", b"after"))
+    samples = (first, ("0.txt", b"first"), second, ("0.txt", b"second"))
+    assert read_pairs(tar_of(tmp_path / "a.tar", *samples, *after)) == (
+        [("first", 10), ("second", 200), ("after", 90)], {},
+    )  # fmt: skip
+    assert read_pairs(tar_of(tmp_path / "b.tar", *samples[:2], *after, *samples[2:]))[0] == [
+        ("first", 10), ("after", 90), ("second", 200),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ["iic", "icci", "iicc", "cic", "iiicc"])
+def test_no_picture_gets_the_caption_of_another(tmp_path: Path, order: str) -> None:
+    """i is a picture and c a caption of one key; each stands for a sample whose other half may be lost."""
+    made = [("0.webp", picture(i)) if kind == "i" else ("0.txt", b"c") for i, kind in enumerate(order)]
+    after = (("1.webp", picture(90)), ("1.txt", b"after"))
+    samples, skipped = read_pairs(tar_of(tmp_path / "odd.tar", *made, *after))
+    if order == "icci":  # each has both halves
+        assert samples == [("c", 0), ("c", 3), ("after", 90)]
+    else:
+        assert samples == [("after", 90)]
+        assert "its key is there" in skipped["odd.tar:0"]
+
+
+def test_two_pictures_under_one_caption_are_named(tmp_path: Path) -> None:
+    made = (("0.webp", picture(1)), ("0.png", picture(2)), ("0.txt", b"which"))
+    samples, skipped = read_pairs(tar_of(tmp_path / "odd.tar", *made, ("1.webp", picture(3)), ("1.txt", b"one")))
+    assert samples == [("one", 3)]
+    assert skipped == {"odd.tar:0": "it has several images (webp, png)"}
+
+
+def test_pictures_are_turned_as_cameras_say(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.fromarray(np.vstack([np.zeros((4, 16, 3), np.uint8), np.full((4, 16, 3), 255, np.uint8)])).save(
+        file, "JPEG", exif=exif, quality=95
+    )
+    path = tar_of(tmp_path / "turned.tar", ("0.jpg", file.getvalue()), ("0.txt", b"half and half"))
+    (sample,) = ShardReader(path, epochs=1)
+    assert sample.image.shape == (16, 8, 3)
+    assert sample.image[:, :3].min() > 200  # what was below is at the left
+    assert sample.image[:, 5:].max() < 50
+
+
+def test_marks_of_encodings_are_no_part_of_captions(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    made = (("0.webp", picture(1)), ("0.txt", mark + b"a cat"), ("0.json", mark + b'{"a": 1}'))
+    others = (("1.webp", picture(2)), ("1.txt", "a cat".encode("utf-16")))
+    reader = ShardReader(tar_of(tmp_path / "marked.tar", *made, *others), shuffle=False, epochs=1)
+    (sample,) = reader
+    assert (sample.caption, sample.meta) == ("a cat", {"a": 1})
+    assert reader.skipped == {"marked.tar:1": "its caption is not in UTF-8"}
+
+
+def test_a_compressed_shard_is_told(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
+        add(tar, "0.webp", picture(1))
+    with pytest.raises(DataError, match="compressed: unpack it"):
+        ShardReader(tmp_path / "packed.tar")

@@ -40,8 +40,7 @@ def bytes_used(column: int) -> int:
 @linux_only
 @pytest.mark.slow
 def test_memory_does_not_grow_over_500_requests(xl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onestill.pipeline.prompt_cache.MOST_PROMPTS", 16)
-    monkeypatch.setattr("onestill.engine.torch.fast.PROMPTS_CACHED", 16)
+    monkeypatch.setattr("onestill.engine.prompt_cache.MOST_PROMPTS", 16)
     for pipe in engines(xl):
         for i in range(60):
             pipe(f"a red apple {i}", seed=i)

@@ -15,7 +15,7 @@ from onestill.export.shared_weights import export_openvino
 def test_the_graphs_keep_no_second_copy_of_the_weights(tiny_folder: Path) -> None:
     for part, files in read_index(tiny_folder).items():
         assert files.rest.stat().st_size < 5000, part
-        graph, space = files.read()
+        graph, space = files.content()
         assert graph.startswith(b"<?xml")
         np.testing.assert_array_equal(space[: files.weights_bytes], np.fromfile(files.weights, dtype=np.uint8))
 

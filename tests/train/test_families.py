@@ -25,6 +25,7 @@ from onestill.train.cache import cache_samples
 from onestill.train.loop import train
 from onestill.train.methods import add, ladd, lcm
 from onestill.train.noise import Draw
+from onestill.train.optim.step import Update
 from onestill.train.recipe import parse_recipe
 from onestill.train.state import TrainState, trained
 from tests.tiny import tiny_autoencoder
@@ -115,7 +116,7 @@ PIXELS = {
 RUNS = [
     ("sd15", "add", {"gradient_checkpointing": True}),
     ("sd21", "add", {"distillation__weighting": "sds", "frozen_dtype": "bfloat16"}),
-    ("sd21", "lcm", {}),
+    ("sd21", "lcm", {"ddim_steps": 20}),
     ("sdxl", "add", {**PIXELS, "distillation__weighting": "nfsd"}),
     ("sdxl", "ladd", {"lora_rank": 2}),
     ("sdxl", "lcm", {"target": "average"}),
@@ -138,10 +139,47 @@ def test_a_family_is_distilled_and_diffusers_draws_the_same(
     torch.testing.assert_close(drawn(model, tmp_path / "export", method), ours, rtol=2e-3, atol=2e-3)
     numbers = json.loads((tmp_path / "sheets/00000002.json").read_text())
     assert numbers.keys() == ({"steps_2_to_1", "steps_4_to_1"} if name == "lcm" else {"steps_4_to_1"})
+    scheduler = json.loads((tmp_path / "export/scheduler/scheduler_config.json").read_text()) if name == "lcm" else {}
+    assert scheduler.get("original_inference_steps") == getattr(method.options, "ddim_steps", None)
     card = (tmp_path / "export/README.md").read_text()
     assert "license: openrail++" in card
     assert f'"name": "tiny-{name}"' in card
     assert '"iteration": 2' in card
+
+
+WIDE = [
+    ("sd15", "add", {"features__latents_too": True, "adversarial__misaligned": 1.0,
+                     "discriminator_input__augment": ["cutout"]}),
+    ("sd21", "add", {**PIXELS, "features__network": "vit", "discriminator_input__crop": 3}),
+    ("sdxl", "ladd", {}),
+    ("sd21", "lcm", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (8, 2), (6, 5)])
+@pytest.mark.parametrize(("family", "name", "options"), WIDE, ids=lambda part: part if isinstance(part, str) else "")
+def test_latents_that_are_not_square_train(
+    models: Path, tmp_path: Path, family: str, name: str, options: dict[str, Any], shape: tuple[int, int]
+) -> None:
+    model = models / family
+    if options.get("features__network") == "vit":
+        options = {**options, "features__vit": str(models / "dinov2"), "decoder": str(models / "tiny-vae")}
+    recipe = recipe_for(model, name, tmp_path, **options)
+    method = METHODS[name].Method(recipe.options, recipe.loop)
+    method.to(torch.device("cpu"))
+    state = TrainState(method.networks, method.optimizers, {}, torch.Generator().manual_seed(0))
+    batch = cached(model)
+    batch |= {"latents": torch.randn(4, 4, *shape), "captions": list("abcd")}
+    for name, loss, _ in method.step(state, batch):
+        Update(state, recipe.loop)(name, loss)
+    assert all(p.grad is None and torch.isfinite(p).all() for net in state.networks.values() for p in net.parameters())
+    if hasattr(method, "inputs"):  # the heads see the whole of it, each place beside its neighbours
+        x = batch["latents"].requires_grad_()
+        told = method.read(batch)[1]
+        features = method.inputs.draw(x, state.draw).features(x, told)
+        (gradient,) = torch.autograd.grad(sum(one.square().sum() for one in features), x)
+        seen = gradient.abs().sum((0, 1)) > 0
+        assert seen.all() if "discriminator_input__crop" not in options else seen.any()
 
 
 def drawn(model: Path, export: Path, method: Any) -> Tensor:

@@ -21,6 +21,7 @@ from onestill.train.state import TrainState
 from tests.train.parts import add_recipe, latents_batch
 
 BATCH, ITERATIONS = 8, 3
+CAPTIONS = ["a", "b", "b", "c", "a", "d", "d", "a"]  # of which three are those of the sample before, in both halves
 
 
 class PartBatches:
@@ -32,7 +33,8 @@ class PartBatches:
     def next(self) -> dict[str, Any]:
         self.position += 1
         first, step = self.part
-        return {key: value[first::step] for key, value in latents_batch(BATCH, seed=self.position).items()}
+        batch = latents_batch(BATCH, seed=self.position) | {"captions": CAPTIONS}
+        return {key: value[first::step] for key, value in batch.items()}
 
     def state(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -46,7 +48,12 @@ def world_recipe(parts: Path, out: Path, **loop: Any) -> Recipe:
     # Adam makes much of a gradient that is nearly zero, and of how it was summed: this seed has none such.
     often |= {"iterations": ITERATIONS, "batch_size": BATCH, "seed": 2}
     options = add_recipe(
-        parts, features__network="both", distillation__teacher_guidance=2.0, lr=1e-3, heads__lr=1e-3
+        parts,
+        features__network="both",
+        distillation__teacher_guidance=2.0,
+        lr=1e-3,
+        heads__lr=1e-3,
+        adversarial__misaligned=1.0,
     ).options
     table = {"name": "world", "method": "add", "out": str(out), "loop": {**often, **loop}}
     return parse_recipe({**table, "add": dataclasses.asdict(options)})

@@ -14,8 +14,11 @@ from pathlib import Path
 from onestill.checkpoint.files import (
     MANIFEST,
     cache_folder,
+    home,
     read_json,
+    seal,
     sha256,
+    unsealed,
     verify,
     weights_file,
     written_whole,
@@ -36,12 +39,15 @@ __all__ = [
     "ModelInfo",
     "cache_folder",
     "describe",
+    "home",
     "identify",
     "list_models",
     "model_path",
     "read_json",
     "resolve",
+    "seal",
     "sha256",
+    "unsealed",
     "verify",
     "weights_file",
     "written_whole",
@@ -84,7 +90,7 @@ def resolve(name_or_path: str | os.PathLike[str] = DEFAULT_MODEL) -> Path:
     text = os.fspath(name_or_path)
     if text in list_models():
         return model_path(text)
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # which pathlib fails at where there is no home
     if path.is_dir():
         return _checked_folder(path)
     if path.exists():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import os
 import sys
 import warnings
-from collections.abc import Iterable
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import typer
 import typer.main
@@ -16,6 +19,7 @@ import onestill
 from onestill.cli.console import SIGNALLED, note, say_error, say_interrupted
 from onestill.errors import OnestillError
 
+T = TypeVar("T")
 USAGE = 2  # the exit status of a mistake in the command itself
 
 # Each is a module of `onestill.cli.commands`, with a function of its name or, for a group of commands, an `app`.
@@ -31,9 +35,11 @@ def make_app(commands: Iterable[str] = COMMANDS) -> typer.Typer:
     for name in commands:
         module = importlib.import_module(f"onestill.cli.commands.{name}")
         if hasattr(module, "app"):
+            for each in module.app.registered_commands:
+                each.callback = from_home(each.callback)
             app.add_typer(module.app, name=name)
         else:
-            app.command(name, cls=_WithEnvironment)(getattr(module, name))
+            app.command(name, cls=_WithEnvironment)(from_home(getattr(module, name)))
     app.callback(invoke_without_command=True)(root)
     return app
 
@@ -48,6 +54,19 @@ class _WithEnvironment(TyperCommand):
                 longest = max(option.opts, key=len).removeprefix("--")
                 own = f"ONESTILL_{name}_{longest}".upper().replace("-", "_")
                 option.envvar = [str(option.envvar), own] if option.envvar else own
+
+
+def from_home(command: Callable[..., T]) -> Callable[..., T]:
+    """The command with `~` at the start of its paths as the user's home, which shells leave alone in `--out=~/x`."""
+    if hasattr(command, "__wrapped__"):
+        return command
+
+    @functools.wraps(command)
+    def run(**values: Any) -> T:
+        paths = {name: Path(os.path.expanduser(value)) for name, value in values.items() if isinstance(value, Path)}
+        return command(**values | paths)
+
+    return run
 
 
 def print_version(asked: bool) -> None:

@@ -6,6 +6,7 @@ as one argument. The option's name is the field's, with hyphens.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
@@ -190,7 +191,7 @@ def parse_daily(text: str | None) -> int | None:
 def parse_loras(texts: list[str] | None) -> dict[Path, float]:
     """LoRA files and what each is multiplied by, from `file.safetensors` or `file.safetensors:0.7`."""
     found = {}
-    for text in texts or []:
+    for text in map(os.path.expanduser, texts or []):
         path, colon, scale = text.rpartition(":") if not Path(text).exists() else (text, "", "")
         if colon and not re.fullmatch(r"-?\d*\.?\d+", scale):
             raise OnestillError(f"The LoRA '{text}' is not understood; write it as FILE or FILE:SCALE, such as x:0.7.")

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from onestill.data.picture import DAMAGE
 from onestill.data.tarindex import KEY_BYTES, plain_key
 from onestill.errors import DataError
-from onestill.pipeline.picture import on_white
+from onestill.pipeline.picture import read_picture
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -58,8 +58,7 @@ def pack(folder: Path, size_px: int, skipped: dict[str, str]) -> Iterator[Packed
 
 
 def _packed(name: str, path: Path, caption: str, size_px: int) -> Packed:
-    with Image.open(path) as opened:
-        image = on_white(ImageOps.exif_transpose(opened))
+    image = read_picture(path)
     width, height = image.size
     side = min(width, height)
     if 2 * side < size_px:

@@ -142,9 +142,9 @@ class ShardReader:
                 self.skipped[f"{path.name}:{what}"] = why
             self._entries += [(number, entry) for entry in index.entries]
         if not self._entries:
-            raise DataError(
-                f"No samples in {len(self.paths)} shard(s), the first of which is {self.paths[0]}: make them again."
-            )
+            why = next((f" ({what}: {why})" for what, why in self.skipped.items()), "")
+            shards = f"{len(self.paths)} shard(s), the first of which is {self.paths[0]}"
+            raise DataError(f"No samples in {shards}{why}: make them again.")
 
     def __len__(self) -> int:
         """How many samples the shards hold, the damaged ones among them included."""
@@ -224,11 +224,15 @@ class ShardReader:
         return data
 
     def _decode(self, shard: int, entry: Entry) -> Sample:
-        if entry.image is None:
+        if entry.unclear:
+            raise ValueError(entry.unclear)
+        if not entry.images:
             raise ValueError("it has no image")
+        if len(entry.images) > 1:
+            raise ValueError(f"it has several images ({', '.join(entry.images)})")
         if "txt" not in entry.files:
             raise ValueError("it has no caption")
-        caption = self._bytes(shard, entry.files["txt"]).decode().strip()
+        caption = _text(self._bytes(shard, entry.files["txt"]))
         if not caption:
             raise ValueError("its caption is empty")
         meta = json.loads(self._bytes(shard, entry.files["json"])) if "json" in entry.files else {}
@@ -241,11 +245,20 @@ class ShardReader:
         }
         if not self._images:
             return Sample(entry.key, np.zeros((0, 0, 3), np.uint8), caption, meta, arrays)
-        encoded = self._bytes(shard, entry.files[entry.image])
+        (suffix,) = entry.images
+        encoded = self._bytes(shard, entry.files[suffix])
         image = decode_image(encoded)
         if self._size is not None and image.shape[:2] != self._size:
             raise ValueError(f"it is {image.shape[0]} x {image.shape[1]} pixels, not {self._size[0]} x {self._size[1]}")
-        return Sample(entry.key, image, caption, meta, arrays, encoded, entry.image)
+        return Sample(entry.key, image, caption, meta, arrays, encoded, suffix)
+
+
+def _text(data: bytes) -> str:
+    """A caption, with the mark of its encoding that Windows writes or without."""
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError("its caption is not in UTF-8") from error
 
 
 def sample_shards() -> list[Path]:

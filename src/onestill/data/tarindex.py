@@ -11,21 +11,26 @@ from pathlib import Path
 
 IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
 KEY_BYTES = 88  # with ".latents.npy" behind it, the 100 bytes that a tar header has for a name
+GZIP = b"\x1f\x8b"
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 
 
 @dataclass
 class Entry:
-    """One sample of a shard: suffix -> (offset, size) in bytes of each of its files."""
+    """One sample of a shard: suffix -> (offset, size) in bytes of each of its files.
+
+    `unclear` says why nobody can tell which picture belongs to which caption, "" where it is clear.
+    """
 
     key: str
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
+    unclear: str = ""
 
     @property
-    def image(self) -> str | None:
-        """The suffix of the picture, or None if the sample has none."""
-        return next((suffix for suffix in IMAGE_SUFFIXES if suffix in self.files), None)
+    def images(self) -> list[str]:
+        """The suffixes of its pictures."""
+        return [suffix for suffix in IMAGE_SUFFIXES if suffix in self.files]
 
 
 @dataclass
@@ -115,15 +120,29 @@ def _members(data: mmap.mmap, damage: list[tuple[str, str]]) -> Iterator[tuple[s
 def read_index(path: Path) -> TarIndex:
     """Index one shard. Raises OSError if the file cannot be opened; damage inside it is only reported."""
     damage: list[tuple[str, str]] = []
-    entries: dict[str, Entry] = {}
+    entries: list[Entry] = []
+    by_key: dict[str, list[Entry]] = {}
     if os.path.getsize(path) == 0:
         return TarIndex(path, [], [("byte 0", "the shard is empty")])
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:2] == GZIP:
+            return TarIndex(path, [], [("byte 0", "the shard is compressed: unpack it with gunzip")])
         for name, offset, size in _members(data, damage):
             folder, _, base = name.rpartition("/")
             stem, dot, suffix = base.partition(".")
             if not dot or not stem:
                 continue
-            key = f"{folder}/{stem}" if folder else stem
-            entries.setdefault(key, Entry(key)).files[suffix.lower()] = (offset, size)
-    return TarIndex(path, list(entries.values()), damage)
+            key, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
+            of_key = by_key.setdefault(key, [])
+            if not of_key or suffix in of_key[-1].files:
+                of_key.append(Entry(key))
+                entries.append(of_key[-1])
+            of_key[-1].files[suffix] = (offset, size)
+    # One sample after the other, each with the same files, is what a careless writer leaves. Anything else might give a
+    # picture another's caption.
+    unclear = {
+        key for key, of_key in by_key.items() if any(one.files.keys() != of_key[0].files.keys() for one in of_key)
+    }
+    for key in unclear:
+        by_key[key][0].unclear = f"its key is there {len(by_key[key])} times, with other files"
+    return TarIndex(path, [one for one in entries if one.key not in unclear or one.unclear], damage)

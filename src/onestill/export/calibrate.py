@@ -27,9 +27,8 @@ from onestill.checkpoint import ModelInfo
 from onestill.engine.openvino.engine import OpenVinoEngine
 from onestill.engine.openvino.int8 import DYNAMIC, Layers, layer_nodes, quantize
 from onestill.engine.openvino.shared_weights import EXACT, FOLDER, INT8, INT8_FORMAT, Int8, read_index, read_int8
-from onestill.engine.protocol import Conditioning, first_latents
-from onestill.noise import noise_source
-from onestill.sampling import sample
+from onestill.engine.protocol import Conditioning
+from onestill.pipeline import Pipeline
 from onestill.text.tokenize import PromptTokenizer
 
 CALIBRATION, MEASURED = 64, 64
@@ -133,18 +132,9 @@ class _Recorder(OpenVinoEngine):
 
 def _draw(engine: OpenVinoEngine, caption: str, seed: int, steps: int = 1) -> NDArray[np.uint8]:
     """A picture [H, W, 3] of the model's own size, by its own sampler, without guidance."""
-    info = engine.info
-    conditioning = engine.encode([caption])
-    timesteps = info.timesteps(steps)
-    noise = noise_source([seed], info.latent_shape)
-
-    def predict_x0(x: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
-        return np.asarray(info.schedule.x0(engine.denoise(x, timestep, conditioning), x, timestep), dtype=np.float32)
-
-    start = first_latents(info, timesteps[0], noise(0), None)
-    latents = sample(info.sampler, predict_x0, start, info.schedule, timesteps, noise)
-    (picture,) = engine.decode(np.asarray(latents, dtype=np.float32))
-    return np.asarray(picture)
+    # A new pipeline each time, as one would remember the states of a prompt, and the engine would not be asked again.
+    drawn = Pipeline(engine)(caption, seed=seed, num_inference_steps=steps, guidance_scale=1.0)
+    return np.asarray(drawn.images[0])
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------
@@ -156,7 +146,7 @@ def _compiled(model: Any, config: Mapping[str, Any] | None = None) -> Any:
 
 def _ranges(info: ModelInfo, part: str, calls: Sequence[Arrays]) -> Layers:
     """The range of every layer's input."""
-    model, _space = read_index(info.path)[part].model(openvino.Core(), (1, *info.latent_shape))
+    model, _space = read_index(info.path)[part].read(openvino.Core(), (1, *info.latent_shape))
     nodes = layer_nodes(model)
     watched = openvino.Model([opset13.result(node.input_value(0)) for node in nodes.values()], model.get_parameters())
     request = _compiled(watched)
@@ -176,13 +166,13 @@ def _moved(info: ModelInfo, calls: Sequence[Arrays]) -> dict[str, float]:
     files, shape = read_index(info.path)["text_encoder"], (1, info.max_tokens)
 
     def states(layers: Layers) -> NDArray[np.float32]:
-        model, _space = files.model(openvino.Core(), shape)
+        model, _space = files.read(openvino.Core(), shape)
         quantize(model, layers)
         request = _compiled(model, DYNAMIC)
         return np.concatenate([np.array(request.infer(inputs)[0]) for inputs in calls])
 
     exact = states({})
-    names = layer_nodes(files.model(openvino.Core(), shape)[0])
+    names = layer_nodes(files.read(openvino.Core(), shape)[0])
     whole = np.linalg.norm(exact).item()
     return {name: np.linalg.norm(states({name: None}) - exact).item() / whole for name in names}
 

@@ -127,8 +127,8 @@ def _write_index(folder: Path, parts: Mapping[str, Path]) -> None:
 
 
 def _point_into_weights(graph: str, constants: bytes, weights: Path) -> tuple[str, bytes]:
-    """A graph that points into `constants`, changed to point into the space of `PartFiles`; and the constants that are
-    not in `weights`, the safetensors file that holds most of them byte for byte.
+    """A graph that points into `constants`, changed to point into the space of a `SharedGraph`; and the constants that
+    are not in `weights`, the safetensors file that holds most of them byte for byte.
     """
     places = _tensor_places(weights)
     start = aligned(weights.stat().st_size)

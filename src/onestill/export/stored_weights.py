@@ -15,13 +15,13 @@ from typing import Any
 from onestill.engine.openvino.runtime import openvino
 
 from onestill import __version__
-from onestill.checkpoint import MANIFEST, ModelInfo, read_json
+from onestill.checkpoint import MANIFEST, ModelInfo, read_json, sha256
 from onestill.engine.openvino.int8 import store_weights
 from onestill.engine.openvino.stored_weights import FOLDER, FORM
 from onestill.errors import OnestillError
 from onestill.export.convert import convert, example_inputs, wrapped
 from onestill.networks.load import load_components
-from onestill.text.tokenize import write_clip_vocabulary
+from onestill.text.tokenize import CLIP_END, CLIP_PADDING, write_clip_vocabulary
 
 WEIGHTS = ("float16", "int8")
 TRACED = (16, 16)  # latent size to trace with; graphs hold for every size, and a small one is traced fast
@@ -70,6 +70,7 @@ def export_sd(info: ModelInfo, folder: Path, *, weights: str = "float16") -> Pat
         "weights": weights,
         "decoder_scale": scale,
         "sizes": sizes,
+        "sha256": {name: sha256(target / name) for name in sizes},
     }
     (target / "index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder
@@ -138,7 +139,7 @@ def _write_tokenizer(info: ModelInfo, name: str, target: Path) -> None:
         config = read_json(source, "tokenizer_config.json")
     else:
         write_clip_vocabulary(target)
-        config = {"pad_token": "!" if name == "tokenizer_2" else "<|endoftext|>"}
+        config = {"pad_token": CLIP_PADDING.get(name, CLIP_END)}
     (target / "tokenizer_config.json").write_text(
         json.dumps({**config, "model_max_length": info.max_tokens}, indent=2) + "\n"
     )

@@ -14,6 +14,7 @@ from PIL.Image import Image
 
 from onestill.checkpoint import Additions
 from onestill.engine import load_engine
+from onestill.engine.prompt_cache import PromptCache
 from onestill.engine.protocol import (
     Conditioning,
     EndToEndEngine,
@@ -31,7 +32,6 @@ from onestill.pipeline.notes import notes_on
 from onestill.pipeline.output import Output, Timings
 from onestill.pipeline.picture import fitted, save_picture
 from onestill.pipeline.plan import Plan
-from onestill.pipeline.prompt_cache import PromptCache
 from onestill.sampling import DRAWING, classifier_free_guidance, sample
 
 __all__ = ["Output", "Pipeline", "Timings", "load", "save_picture"]
@@ -66,7 +66,7 @@ class Pipeline:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._info = LoadedInfo.of(engine)
-        self._encode = PromptCache(engine)
+        self._prompts = PromptCache(self._encode_new)
 
     @property
     def info(self) -> LoadedInfo:
@@ -171,6 +171,13 @@ class Pipeline:
         return GenerationResult(
             pictures, conditioning.tokens_cut, conditioning.words_cut, *(1000 * seconds for seconds in spent)
         )
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        return Conditioning.joined(self._prompts(prompts))
+
+    def _encode_new(self, prompts: list[str]) -> list[Conditioning]:
+        found = self.engine.encode(prompts)
+        return [found[i : i + 1] for i in range(len(prompts))]
 
     def _encode_negatives(self, negatives: Sequence[str | None]) -> Conditioning:
         found = self._encode([text or "" for text in negatives])

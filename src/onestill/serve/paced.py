@@ -178,11 +178,11 @@ class PacedHttp(_Stalled, H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """As uvicorn's: called with what arrived."""
-        self.transport.put(data)  # type: ignore[attr-defined]
+        self.transport.put(data)
 
     def shutdown(self) -> None:
         """As uvicorn's: called when the server ends, which is not delayed by who sends too much."""
-        if self.transport.is_over_rate:  # type: ignore[attr-defined]
+        if self.transport.is_over_rate:
             self.transport.abort()
         else:
             super().shutdown()
@@ -218,7 +218,7 @@ class PacedSocket(_Stalled, WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:
         """As uvicorn's: called with what arrived."""
-        self.transport.put(data)  # type: ignore[attr-defined]
+        self.transport.put(data)
 
     def send_receive_event_to_app(self) -> None:
         """As uvicorn's: called with each whole message."""
@@ -241,7 +241,7 @@ class PacedSocket(_Stalled, WebSocketsSansIOProtocol):
     def _close_if_unfinished(self, begun: float) -> None:
         if self._begun != begun or self.transport.is_closing():
             return
-        if self.transport.is_held:  # type: ignore[attr-defined]
+        if self.transport.is_held:
             self._begin()
         else:
             self.conn.fail(1008, "the message did not arrive in time")

@@ -18,6 +18,7 @@ from onestill.errors import CheckpointError, require
 from onestill.text.wordpiece import WordPiece, read_wordpiece, token_text
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+CLIP_PADDING = {"tokenizer_2": "!"}  # of SDXL's second text encoder; others are padded with their end
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -56,18 +57,16 @@ class PromptTokenizer:
         self, source: ModelInfo | Path, component: str = "tokenizer", *, max_tokens: int | None = None
     ) -> None:
         if isinstance(source, ModelInfo):
-            self._max_tokens = max_tokens or source.max_tokens
-            folder = source.path / component
+            self._max_tokens, folder = max_tokens or source.max_tokens, source.path / component
         else:
             assert max_tokens is not None
             self._max_tokens, folder = max_tokens, source
         if isinstance(source, ModelInfo) and source.path.is_file():
             self._tokenizer: _Tokenizer = _LibraryTokenizer(*clip_vocabulary(), self._max_tokens)
-            self._pad_id = 0 if component == "tokenizer_2" else self._tokenizer.token_id(CLIP_END) or 0
-            return
-        config = read_json(folder, "tokenizer_config.json")
-        self._tokenizer = _read_tokenizer(folder, self._max_tokens)
-        pad = _pad_token(folder, config)
+            pad = CLIP_PADDING.get(component, CLIP_END)
+        else:
+            pad = _pad_token(folder)
+            self._tokenizer = _read_tokenizer(folder, self._max_tokens)
         pad_id = self._tokenizer.token_id(pad)
         if pad_id is None:
             raise CheckpointError(f"'{folder}' does not know its own padding token {pad!r}; save the model again.")
@@ -135,7 +134,8 @@ def _read_tokenizer(folder: Path, max_tokens: int) -> _Tokenizer:
     return _WordPieceTokenizer(pieces, max_tokens)
 
 
-def _pad_token(folder: Path, config: Mapping[str, Any]) -> str:
+def _pad_token(folder: Path) -> str:
+    config = read_json(folder, "tokenizer_config.json")
     special = read_json(folder, "special_tokens_map.json") if (folder / "special_tokens_map.json").is_file() else {}
     for tokens in (config, special):
         if pad := token_text(tokens.get("pad_token")):

@@ -128,7 +128,7 @@ def _features(
     in_pixels = seen.space == "pixels" or features.network in IN_PIXELS
     window = min(seen.crop or x.shape[-1], x.shape[-1])
     shown = z = torch.empty(1, x.shape[1], window, window, dtype=torch.bfloat16).requires_grad_()
-    if in_pixels or options.distillation.space == "pixels":
+    if in_pixels or options.distillation.in_pixels:
         vae = _vae(
             _config(Path(options.decoder or options.autoencoder or Path(options.teacher) / "vae"), beside / "vae")
         )
@@ -138,7 +138,7 @@ def _features(
         def decode() -> Any:
             return vae.decode(z).sample
 
-        times = 3 if options.distillation.space == "pixels" else 2
+        times = 3 if options.distillation.in_pixels else 2
         uses.append(Use("decoder", _size(vae), times, 1 + recompute, _operations(decode), _saved_bytes(decode, vae)))
         shown = decode() if in_pixels else z
     if features.network == "vit":

@@ -15,7 +15,6 @@ from peft import LoraConfig
 from onestill import __version__
 from onestill.networks.denoiser import copy_with_weights, unet_folder
 from onestill.networks.libraries import quiet_libraries
-from onestill.schedule import NoiseSchedule
 from onestill.train.runtime.parallel import is_main
 from onestill.train.state import TrainState
 
@@ -96,7 +95,7 @@ def export_student(distiller: Any, state: TrainState, folder: Path) -> None:
         student.save_pretrained(folder / "unet")
         if index.is_file():
             _copy_parts(model, folder)
-            _write_scheduler(distiller.student_denoiser.schedule, distiller.sampler, folder)
+            _write_scheduler(distiller, folder)
     if options.lora_rank or index.is_file():
         (folder / "README.md").write_text(_card(distiller, state, folder), encoding="utf-8")
 
@@ -109,13 +108,12 @@ def _copy_parts(model: Path, folder: Path) -> None:
     shutil.copyfile(model / "model_index.json", folder / "model_index.json")
 
 
-def _write_scheduler(schedule: NoiseSchedule, sampler: str, folder: Path) -> None:
+def _write_scheduler(distiller: Any, folder: Path) -> None:
     """The student's own sampler, trailing, so that one step starts at pure noise; named in the model's index too."""
-    kind = SCHEDULERS[sampler]
+    kind = SCHEDULERS[distiller.sampler]
+    config = {**distiller.student_denoiser.schedule.to_config(), "steps_offset": 1, **distiller.sampler_config}
     with quiet_libraries():
-        getattr(diffusers, kind).from_config({**schedule.to_config(), "steps_offset": 1}).save_pretrained(
-            folder / "scheduler"
-        )
+        getattr(diffusers, kind).from_config(config).save_pretrained(folder / "scheduler")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index["scheduler"] = ["diffusers", kind]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -129,9 +127,9 @@ def _card(distiller: Any, state: TrainState, folder: Path) -> str:
     metrics = out / "metrics.jsonl"
     last = metrics.read_text(encoding="utf-8").splitlines()[-1:] if metrics.is_file() else []
     if options.lora_rank:
-        scheduler = SCHEDULERS[distiller.sampler]
-        use = f"Load it onto the teacher with `pipeline.load_lora_weights(folder)`; set the scheduler to {scheduler}, "
-        use += '`timestep_spacing="trailing"`.'
+        settings = {"timestep_spacing": '"trailing"', **distiller.sampler_config}
+        use = "Load it onto the teacher with `pipeline.load_lora_weights(folder)`; set the scheduler to "
+        use += f"{SCHEDULERS[distiller.sampler]}, `{', '.join(f'{name}={value}' for name, value in settings.items())}`."
     else:
         use = "Open it with `diffusers.DiffusionPipeline.from_pretrained(folder)`."
     return CARD.format(

@@ -24,13 +24,15 @@ def hinge_discriminator(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tenso
     return sum((F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake, strict=True)), torch.zeros(()))
 
 
-def hinge_fake(fake: Sequence[Tensor], keep: Tensor) -> Tensor:
+def hinge_fake(fake: Sequence[Tensor], keep: Tensor, count: Tensor | None = None) -> Tensor:
     """The fakes' half of Eq. 3 over the samples where bool `keep` [B] is true; 0 where none is.
 
     Args:
         fake: logits [B, ...] for each head.
+        count: by what their sum is divided; their number where these samples are all.
     """
-    count = keep.sum().clamp(min=1)  # a question of how many, or whether any, would be a wait for a GPU
+    # A question of how many, or whether any, would be a wait for a GPU.
+    count = keep.sum().clamp(min=1) if count is None else count
     each = (torch.where(keep, F.relu(1 + f).flatten(1).mean(1), 0.0).sum() for f in fake)
     return sum((total / count for total in each), torch.zeros(()))
 

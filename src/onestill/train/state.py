@@ -63,10 +63,14 @@ class TrainState:
         both = {"generator": self.generator, "host": self.host or self.generator}
         return both if both["host"] is not self.generator else {"generator": self.generator}
 
-    def update_ema(self, decay: float) -> None:
+    def age(self, role: str) -> int:
+        """Iterations since the player of that role began, for what warms up: an optimizer's `begins` may be late."""
+        return max(0, self.iteration - getattr(self.optimizers.get(role), "begins", 0))
+
+    def update_ema(self, most: float) -> None:
         """Move each running mean towards the present weights; the warm-up keeps the first steps from weighing on it."""
-        decay = min(decay, (1 + self.iteration) / (10 + self.iteration))
         for role, mean in self.ema.items():
+            decay = min(most, (1 + self.age(role)) / (10 + self.age(role)))
             if role not in self._pairs or self._pairs[role][0] is not mean:
                 current = trained(self.networks[role])  # a pass through all modules, once: these share their memory
                 pairs = [(local(value), local(current[name])) for name, value in mean.items()]

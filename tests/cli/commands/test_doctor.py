@@ -53,6 +53,31 @@ def test_a_broken_model_is_a_problem_and_two(
     assert "problem:" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("default:The cached network")  # which the command prints
+def test_deep_reads_all_that_is_shipped_and_cached(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ONESTILL_CACHE", str(tmp_path))
+    command = ["doctor", "--model", str(tiny_folder), "--json"]
+    assert main(command) == 0
+    capsys.readouterr()
+    assert main([*command, "--deep", "--no-draw"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [report["deep"][name]["files"] for name in onestill.list_models()] == ["right"] * len(onestill.list_models())
+    assert report["deep"]["cached"] == 4
+    (file,) = (tmp_path / "openvino").glob("unet-*.blob")
+    content = bytearray(file.read_bytes())
+    content[1000:5096] = bytes(4096)
+    file.write_bytes(content)
+    assert main([*command, "--deep", "--no-draw"]) == 2
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert "1 of 4 cached networks" in problem
+    assert file.name in problem
+    assert main(command) == 0  # drawing makes it anew, in one line
+    assert capsys.readouterr().err == f"note: The cached network '{file.name}' was damaged and is compiled again.\n"
+    assert main([*command, "--deep", "--no-draw"]) == 0
+
+
 def test_a_cache_that_cannot_be_made_is_told(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

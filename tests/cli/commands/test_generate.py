@@ -12,6 +12,7 @@ from PIL import Image
 
 from onestill import load
 from onestill.cli import main
+from onestill.cli.options import parse_loras
 from onestill.engine.device import choose
 
 Refused = Callable[..., str]
@@ -270,3 +271,34 @@ def test_a_picture_that_cannot_be_written_leaves_no_part_of_it(
     monkeypatch.setattr(Image.Image, "save", full)
     assert "No space left on device" in refused("generate", "a star", "--model", tiny_folder, "--out", "x.png")
     assert list(here.iterdir()) == []
+
+
+def test_a_tilde_that_the_shell_left_is_the_home(
+    here: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for arguments in (["--out=~/made/a.png"], ["--image=~/made/a.png", "--out", "~/made"]):
+        assert main(["generate", "~/ a star", "--seed", "1", "--model", str(tiny_folder), *arguments]) == 0
+    made = sorted(tmp_path.glob("home/made/*"))
+    assert [path.name for path in made] == ["a-star-1.png", "a.png"]
+    assert not list(here.iterdir())
+    assert parse_loras(["~/x.safetensors:0.5"]) == {tmp_path / "home/x.safetensors": 0.5}
+
+
+def test_without_a_home_it_draws(
+    here: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refused: Refused
+) -> None:
+    pwd = pytest.importorskip("pwd")
+
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)  # of a container's user who is in no file
+    assert main(["generate", "a star", "--seed", "1", "--model", str(tiny_folder), "--out", "a.png"]) == 0
+    assert (here / "a.png").is_file()
+    assert main(["doctor", "--no-draw", "--json"]) == 0
+    capsys.readouterr()
+    assert "give a --database" in refused("keys", "list")
+    assert "no picture" in refused("generate", "a star", "--image", "~/a.png")

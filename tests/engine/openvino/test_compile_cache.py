@@ -11,7 +11,8 @@ import openvino
 import pytest
 from openvino import opset13
 
-from onestill.engine.openvino.compile_cache import compile_into_folder, network_key
+from onestill.engine.openvino.compile_cache import compile_into_folder, damaged, network_key
+from onestill.pipeline import load
 
 CONFIG = {"INFERENCE_PRECISION_HINT": "f32"}
 
@@ -63,7 +64,64 @@ def test_what_is_damaged_is_compiled_again(source: Path, kept: Path, part: float
     whole = file.read_bytes()
     file.chmod(0o600)
     file.write_bytes(whole[: int(len(whole) * part)])
-    np.testing.assert_array_equal(run(source), first)
+    with pytest.warns(RuntimeWarning, match="was damaged and is compiled again"):
+        np.testing.assert_array_equal(run(source), first)
+    np.testing.assert_array_equal(run(source), first)  # without a word
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_zeros_in_a_large_network_are_found(source: Path, kept: Path, sums: bool) -> None:
+    first = run(source)
+    (file,) = blobs(kept)
+    damage_file(file.parent / "sums.json" if sums else file)
+    assert damaged() == (1, [file.parent])
+    with pytest.warns(RuntimeWarning, match="compiled again"):
+        np.testing.assert_array_equal(run(source), first)
+    assert damaged() == (1, [])
+
+
+def test_a_large_network_that_was_copied_is_read_once_more(source: Path, kept: Path) -> None:
+    run(source)
+    (file,) = blobs(kept)
+    os.utime(file, (0, 0))
+    stamps = (file.parent / "sums.json").read_text()
+    run(source)
+    assert (file.parent / "sums.json").read_text() != stamps
+    os.utime(kept / file.parent.name)
+    before = blobs(kept)
+    run(source)
+    assert blobs(kept) == before
+
+
+def damage_file(file: Path) -> None:
+    """Zeros in the middle of a file, which keeps its size and the time of its last change."""
+    facts, content = file.stat(), bytearray(file.read_bytes())
+    start = len(content) // 3
+    content[start : start + 64] = bytes(len(content[start : start + 64]))
+    file.chmod(0o600)
+    file.write_bytes(content)
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "decoder", "time"])
+def test_zeros_in_a_network_change_no_picture(
+    tiny_folder: Path, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONESTILL_CACHE", str(tmp_path))
+
+    def draw() -> Any:
+        return np.asarray(load(tiny_folder, engine="openvino")("a red star", seed=1).images[0])
+
+    first = draw()
+    (file,) = (tmp_path / "openvino").glob(f"{part}-*.blob")
+    for damage in (damage_file, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"no network")):
+        damage(file)
+        count, wrong = damaged()
+        assert (count, wrong) == (4, [file])
+        with pytest.warns(RuntimeWarning, match=f"'{file.name}' was damaged and is compiled again"):
+            np.testing.assert_array_equal(draw(), first)
+        assert damaged() == (4, [])
+    np.testing.assert_array_equal(draw(), first)  # without a word
 
 
 def test_other_weights_are_another_network(source: Path, kept: Path) -> None:

@@ -76,7 +76,7 @@ def test_both_networks_that_gain_are_in_int8_and_draw_nearly_as_in_float32(folde
 def test_layers_are_computed_in_bytes(folder: Path) -> None:
     form, core = read_int8(folder), openvino.Core()
     assert form is not None
-    model, _space = read_index(folder)["decoder"].model(core, (1, *describe(folder).latent_shape))
+    model, _space = read_index(folder)["decoder"].read(core, (1, *describe(folder).latent_shape))
     quantize(model, form.parts["decoder"])
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).get_runtime_model()
     used = [node.get_rt_info()["runtimePrecision"].astype(str) for node in compiled.get_ordered_ops()]
@@ -157,7 +157,7 @@ def test_a_network_that_draws_badly_stays_in_float32(copy: Path, monkeypatch: py
 
 
 def test_layers_at_the_inputs_and_of_one_row_stay_in_float32(folder: Path) -> None:
-    model, _space = read_index(folder)["unet"].model(openvino.Core(), (1, *describe(folder).latent_shape))
+    model, _space = read_index(folder)["unet"].read(openvino.Core(), (1, *describe(folder).latent_shape))
     for node in layer_nodes(model).values():
         source = node.input_value(0)
         assert source.get_node().get_type_name() != "Parameter"

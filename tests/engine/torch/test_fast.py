@@ -76,12 +76,12 @@ def test_timings_and_notes_come_with_it(xl: Path) -> None:
 
 
 def test_words_are_encoded_once_and_forgotten_in_turn(xl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onestill.engine.torch.fast.PROMPTS_CACHED", 2)
+    monkeypatch.setattr("onestill.engine.prompt_cache.MOST_PROMPTS", 2)
     quick = fast(xl)
-    engine: Any = quick.engine
+    cache: Any = quick.engine._prompts  # type: ignore[attr-defined]
     remembered: list[str] = []
-    remember = engine._encode_new
-    monkeypatch.setattr(engine, "_encode_new", lambda prompts: remembered.extend(prompts) or remember(prompts))
+    remember = cache._encode
+    monkeypatch.setattr(cache, "_encode", lambda prompts: remembered.extend(prompts) or remember(prompts))
     for prompt in ("red", "green", "red", "blue", "red", "green"):
         quick(prompt, seed=1)
     assert remembered == ["red", "green", "blue", "green"]

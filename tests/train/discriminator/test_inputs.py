@@ -50,8 +50,8 @@ def test_one_transform_shows_equal_latents_alike(parts: Path) -> None:
 
 def test_a_crop_decodes_a_window_alone_and_once(parts: Path) -> None:
     method, transform, latents = new(parts, **vit(parts, features__vit_size=8, discriminator_input__crop=2))
-    row, column, side = transform._window
-    assert side == 2
+    row, column, *sides = transform._window
+    assert sides == [2, 2]
     expected = method.space.decode(latents[:, :, row : row + 2, column : column + 2])
     torch.testing.assert_close(transform.pixels(latents), expected)
     assert transform.pixels(latents) is transform.pixels(latents)

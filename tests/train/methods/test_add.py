@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from onestill.train.discriminator.features import LatentFeatures
 from onestill.train.discriminator.heads import HeadCondition
 from onestill.train.loop import train
 from onestill.train.losses import distillation, sds_weight
+from onestill.train.methods import ladd
 from onestill.train.methods.add import Method
 from onestill.train.noise import Draw
+from onestill.train.optim.step import Update
 from onestill.train.recipe import parse_recipe
 from onestill.train.state import TrainState, start_ema
 from tests.train.parts import CHANNELS, SIZE, add_method, add_recipe, condition, latents_batch, write_parts
@@ -237,6 +240,74 @@ def test_nfsd_has_the_gradient_of_its_definition(parts: Path) -> None:
     expected = sigma.square() * (delta_d + 5.0 * (text - empty))
     assert x_theta.grad is not None
     torch.testing.assert_close(x_theta.grad * x_theta.numel(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_page_compares_ladds_noise_with_the_papers() -> None:
+    """The numbers that docs/distil.md gives are those of the schedule."""
+    alphas = scaled_linear_alphas_cumprod()
+    schedule, page = NoiseSchedule(alphas), (Path(__file__).parents[3] / "docs/distil.md").read_text(encoding="utf-8")
+    page = " ".join(page.split())
+    ours, papers = [], []
+    for n in (-1, 0, 1, 2):
+        alpha, sigma = schedule.at(round(999 / (1 + math.exp(-n))))
+        ours.append(f"{sigma / alpha:.2g}")
+        papers.append(f"{math.exp(n):.2g}")
+    assert f"at n = -1, 0, 1, 2 is {', '.join(ours)}, where the paper has {', '.join(papers)}" in page
+
+
+@pytest.mark.parametrize("t", [60, 700])
+def test_nfsds_gradient_is_the_same_where_pixels_are_asked_for(parts: Path, t: int) -> None:
+    """Its target is no image: decoded, the gradient was another one, of a tenth of the size."""
+    found = {}
+    for space in ("latents", "pixels"):
+        options = {"distillation__weighting": "nfsd", "distillation__t_low": t, "distillation__t_high": t}
+        method = add_method(parts, **options, distillation__space=space)
+        batch, draw = latents_batch(4), Draw(torch.Generator().manual_seed(0))
+        x_theta = batch["latents"].clone().requires_grad_()
+        method.distill(x_theta, condition(batch), method.inputs.draw(x_theta, draw), draw).backward()
+        found[space] = x_theta.grad
+    torch.testing.assert_close(found["pixels"], found["latents"])
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_the_student_warms_up_from_its_first_step(parts: Path, first: int) -> None:
+    """Its learning rate and its running mean; the heads' learning rate from the run's."""
+    method = add_method(parts, adversarial__heads_first=first, lr=1e-3, heads__lr=1e-3)
+    ema = {"student": start_ema(method.student)}
+    state = TrainState(method.networks, method.optimizers, ema, torch.Generator().manual_seed(0))
+    loop = dataclasses.replace(method.loop, warmup=4)
+    rates: dict[str, list[float]] = {"student": [], "discriminator": []}
+    for state.iteration in range(first + 3):
+        update = Update(state, loop)
+        for name, loss, _ in method.step(state, latents_batch(4)):
+            update(name, loss)
+            rates[name].append(method.optimizers[name].param_groups[0]["lr"])
+    assert rates["student"] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3])
+    assert rates["discriminator"] == pytest.approx([1e-3 * min(1, (i + 1) / 4) for i in range(first + 3)])
+    state.iteration = first + 1
+    state.update_ema(0.999)  # (1 + 1) / (10 + 1) of the old mean, whenever it began
+    name, mean = next(iter(state.ema["student"].items()))
+    old, now = start_ema(add_method(parts).student)[name], method.student.state_dict()[name]
+    torch.testing.assert_close(mean, old + (1 - 2 / 11) * (now - old))
+
+
+def test_ladds_practice_on_little_noise_begins_with_the_student(parts: Path) -> None:
+    tables = dataclasses.asdict(add_recipe(parts, features__network="teacher", adversarial__heads_first=500).options)
+    given = {key: tables[key] for key in ("teacher", "autoencoder", "text_encoder", "adversarial")}
+    recipe = parse_recipe({"name": "a", "method": "ladd", "out": "a", "ladd": {**given, "heads": {"width": 16}}})
+    method = ladd.Method(recipe.options, recipe.loop)
+    state = TrainState(method.networks, method.optimizers, {}, torch.Generator())
+    given = recipe.options.student_input
+    for state.iteration, expected in ((499, given.warm_weights), (999, given.warm_weights), (1000, given.weights)):
+        assert method.timestep_weights(state) == expected
+
+
+def test_a_tower_of_squares_says_so(parts: Path) -> None:
+    method = add_method(parts)
+    batch = latents_batch(4) | {"latents": torch.randn(4, 4, 4, 8)}
+    state = TrainState(method.networks, method.optimizers, {}, torch.Generator())
+    with pytest.raises(RecipeError, match=r"squares of 4 and is shown 4 x 8: cut such windows"):
+        next(method.step(state, batch))
 
 
 def test_the_students_input_is_pure_noise_at_the_end_and_a_noised_image_before(parts: Path) -> None:

@@ -23,7 +23,7 @@ from onestill.train.recipe import LoopOptions
 from onestill.train.state import TrainState, checkpoints
 from tests.train.parts import latents_batch, write_parts
 from tests.train.small import NoiseBatches, rows, small_recipe
-from tests.train.worlds import BATCH, ITERATIONS, world_recipe, world_train
+from tests.train.worlds import BATCH, CAPTIONS, ITERATIONS, world_recipe, world_train
 
 LAST = f"checkpoints/{ITERATIONS:08d}"
 FILES = ("student", "student.ema", "discriminator", "student.optimizer", "discriminator.optimizer")
@@ -92,25 +92,31 @@ def test_one_process_goes_on_where_two_stopped(runs: Path, parts: Path, tmp_path
         torch.testing.assert_close(resumed[name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
-def one_iteration(parts: Path, accumulate: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Weights and gradient norms after one iteration on eight samples."""
+Tensors = dict[str, torch.Tensor]
+
+
+def one_iteration(parts: Path, accumulate: int) -> tuple[Tensors, Tensors, Tensors]:
+    """Weights, gradient norms and the log's numbers after one iteration on eight samples."""
     recipe = world_recipe(parts, parts / "unused", accumulate=accumulate)
     method = Method(recipe.options, recipe.loop)
     method.to(torch.device("cpu"))
-    method.discriminator.eval()  # spectral norms would iterate once a pass
     state = TrainState(method.networks, method.optimizers, {}, torch.Generator().manual_seed(0))
     update = Update(state, recipe.loop)
-    metrics = optimize(method.step, state, latents_batch(BATCH), update, nullcontext)
+    metrics = optimize(method.step, state, latents_batch(BATCH) | {"captions": CAPTIONS}, update, nullcontext)
     assert metrics.keys() >= {"hinge", "adversarial", "distill"}
     weights = {f"{role}.{n}": p.detach() for role, net in state.networks.items() for n, p in net.named_parameters()}
-    return weights, update.norms
+    weights |= {f"{role}.{n}": b.clone() for role, net in state.networks.items() for n, b in net.named_buffers()}
+    return weights, update.norms, metrics
 
 
 def test_passes_over_parts_are_one_pass_over_the_batch(parts: Path) -> None:
     """The student answers the discriminator's whole update, however many passes there are."""
-    whole, norms = one_iteration(parts, 1)
+    whole, norms, metrics = one_iteration(parts, 1)
+    assert metrics.keys() >= {"hinge", "misaligned", "r1"}
     for accumulate in (2, 4):
-        weights, found = one_iteration(parts, accumulate)
+        weights, found, logged = one_iteration(parts, accumulate)
+        for name, value in metrics.items():
+            torch.testing.assert_close(logged[name], value, rtol=1e-5, atol=1e-5, msg=name)
         for name, norm in norms.items():
             torch.testing.assert_close(found[name], norm, rtol=1e-4, atol=0, msg=name)
         # Adam's first step is the gradient's sign: where that is all rounding, a few weights go the other way.

@@ -29,6 +29,9 @@ Facts = dict[str, object]
 def doctor(
     model: Model = "icons",
     draw: Annotated[bool, typer.Option("--draw/--no-draw", help="Draw one picture and time it.")] = True,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read all of every shipped model, and of what is cached.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what this machine has, check the model's files, draw one picture, and advise the owner of an unused GPU.
@@ -36,6 +39,7 @@ def doctor(
     Exits with 0 when everything works, else with 2. Advice is no problem.
     """
     from onestill.bench.machine import cpu, torch
+    from onestill.checkpoint import list_models
     from onestill.engine.gpu_advice import advice
     from onestill.engine.gpus import find_gpus
 
@@ -60,6 +64,9 @@ def doctor(
         "cache": cache(),
         "model": checked_part(lambda: checked(model)),
     }
+    if deep:
+        report["deep"] = {name: checked_part(lambda name=name: checked(name)) for name in list_models()}
+        report["deep"] |= checked_part(cached)
     if draw and not problems:
         report["picture"] = checked_part(lambda: drawn(model))
     report |= {"problems": problems, "advice": advice(sees, gpus, os.environ), "ok": not problems}
@@ -119,6 +126,23 @@ def cache() -> Facts:
         "mebibytes": round(size / 2**20, 1),
         "writable": nearest.is_dir() and os.access(nearest, os.W_OK),
     }
+
+
+def cached() -> Facts:
+    """How much compiled code is cached, once all of it has been read and found right.
+
+    Raises:
+        OnestillError: some of it is damaged.
+    """
+    from onestill.engine.openvino.compile_cache import damaged
+
+    count, wrong = damaged()
+    if wrong:
+        raise OnestillError(
+            f"{len(wrong)} of {count} cached networks are damaged, such as '{wrong[0]}'; delete them, or draw with "
+            "them, which compiles them again."
+        )
+    return {"cached": count}
 
 
 def checked(model: str) -> Facts:

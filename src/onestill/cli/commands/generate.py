@@ -173,14 +173,12 @@ def draw(
 
 
 def read_image(path: Path) -> Image:
-    """The picture in the file `path`, read whole."""
-    import PIL.Image
+    """The picture in the file `path`, as `onestill.pipeline.picture.read_picture` gives it."""
+    from onestill.pipeline.picture import read_picture
 
     try:
-        with PIL.Image.open(path) as picture:
-            picture.load()
-            return picture
+        return read_picture(path)
     except FileNotFoundError as error:
         raise ImageError(f"There is no picture '{path}'; check the path.") from error
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ImageError(f"'{path}' cannot be read as a picture; give a PNG, JPEG or WebP file.") from error
+    except (OSError, ImageError) as error:
+        raise ImageError(f"'{path}' cannot be read as a picture ({error}); give a PNG, JPEG or WebP file.") from error

@@ -20,7 +20,7 @@ import gzip
 import hashlib
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,66 +55,67 @@ EXACT: Mapping[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 @dataclass(frozen=True)
-class PartFiles:
-    """Where one part of a model lies.
+class SharedGraph(Graph):
+    """One part of a model; `path` is its gzipped `.xml`.
 
     Attributes:
-        graph: the gzipped `.xml`.
         rest: the `.bin` with what is not among the weights.
         weights: the component's safetensors file.
         weights_bytes: the size that file must have.
         weights_sha256: the hash that file must have.
+        layers: those that compute in int8.
     """
 
-    graph: Path
     rest: Path
     weights: Path
     weights_bytes: int
     weights_sha256: str
+    layers: Layers = field(default_factory=dict)
 
     def fingerprint(self) -> str:
         """What changes when any of the files does, as far as `onestill.checkpoint.verify` has not seen to it."""
         try:
-            content = self.graph.read_bytes() + self.rest.read_bytes()
+            content = self.path.read_bytes() + self.rest.read_bytes()
             size = self.weights.stat().st_size
         except OSError as error:
             raise CheckpointError(f"'{error.filename}' cannot be read; copy the whole model again.") from error
-        return f"{hashlib.sha256(content).hexdigest()} {self.weights_sha256} {size}"
+        return f"{hashlib.sha256(content).hexdigest()} {self.weights_sha256} {size} {sorted(self.layers.items())}"
 
-    def read(self) -> tuple[bytes, NDArray[np.uint8]]:
+    def content(self) -> tuple[bytes, NDArray[np.uint8]]:
         """The graph's text and the bytes that its offsets point into.
 
         Raises:
             CheckpointError: a file is missing, or the weights are not those that the graph was made from.
         """
         try:
-            graph, rest = gzip.decompress(self.graph.read_bytes()), self.rest.read_bytes()
+            graph, rest = gzip.decompress(self.path.read_bytes()), self.rest.read_bytes()
             start = aligned(self.weights_bytes)
             space = np.zeros(start + len(rest), dtype=np.uint8)
             with self.weights.open("rb") as file:
                 found = file.readinto(space[: self.weights_bytes].data) + len(file.read(1))
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise CheckpointError(f"'{self.graph}' is damaged; copy the whole model again.") from error
+            raise CheckpointError(f"'{self.path}' is damaged; copy the whole model again.") from error
         except OSError as error:
             raise CheckpointError(f"'{error.filename}' cannot be read; copy the whole model again.") from error
         if found != self.weights_bytes or sha256(self.weights) != self.weights_sha256:
             raise CheckpointError(
-                f"'{self.weights}' is not the file that '{self.graph}' was made from; load the model with the engine "
+                f"'{self.weights}' is not the file that '{self.path}' was made from; load the model with the engine "
                 "'torch', or export its OpenVINO form again."
             )
         space[start:] = np.frombuffer(rest, dtype=np.uint8)
         return graph, space
 
-    def model(self, core: Any, shape: tuple[int, ...]) -> tuple[Any, NDArray[np.uint8]]:
+    def read(self, core: Any, shape: tuple[int, ...]) -> tuple[Any, NDArray[np.uint8]]:
         """The network for a first input of `shape`, and the memory that its constants point into."""
-        graph, space = self.read()
+        graph, space = self.content()
         model = core.read_model(graph, openvino.Tensor(space, shared_memory=True))
         model.reshape(static_shapes(model, shape))
+        quantize(model, self.layers)
         return model, space
 
 
-def read_index(folder: Path) -> dict[str, PartFiles]:
-    """Every part of the model in `folder` -> its files.
+def read_index(folder: Path) -> dict[str, SharedGraph]:
+    """Every part of the model in `folder`, as it is in float.
 
     Raises:
         CheckpointError: there is no index, it is of another format, or it does not name every part.
@@ -124,8 +125,10 @@ def read_index(folder: Path) -> dict[str, PartFiles]:
         raise CheckpointError(f"'{folder}' has an OpenVINO form of another version; update onestill, or export again.")
     try:
         return {
-            part: PartFiles(
-                graph=folder / FOLDER / f"{part}.xml.gz",
+            part: SharedGraph(
+                name=part,
+                path=folder / FOLDER / f"{part}.xml.gz",
+                options={},
                 rest=folder / FOLDER / f"{part}.bin",
                 weights=folder / component / Path(str(index["parts"][part]["weights"])).name,
                 weights_bytes=int(index["parts"][part]["size"]),
@@ -190,21 +193,6 @@ def read_int8(folder: Path) -> Int8 | None:
 # --- the source of an engine's networks -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Graph(Graph):
-    files: PartFiles
-    layers: Layers
-
-    def fingerprint(self) -> str:
-        """Of all files, and of the layers in int8."""
-        return f"{self.files.fingerprint()} {sorted(self.layers.items())}"
-
-    def read(self, core: Any, shape: tuple[int, ...]) -> tuple[Any, NDArray[np.uint8]]:
-        model, space = self.files.model(core, shape)
-        quantize(model, self.layers)
-        return model, space
-
-
 class SharedWeights:
     """A model's networks in this form.
 
@@ -221,7 +209,7 @@ class SharedWeights:
     def __init__(self, info: ModelInfo, *, quick_start: bool = False) -> None:
         int8 = read_int8(info.path)
         self._int8: Mapping[str, Layers] = int8.parts if int8 is not None else {}
-        self._files = read_index(info.path)
+        self._graphs = read_index(info.path)
         self._quick_start = quick_start
         self.has_int8 = bool(self._int8)
         self.decoder_scale = info.scaling_factor
@@ -231,7 +219,7 @@ class SharedWeights:
         fastest = fastest_float(core)
         return "int8" if self.has_int8 and multiplies_int8(fastest == "bfloat16") else fastest
 
-    def graphs(self, core: Any, dtype: str) -> Iterator[_Graph]:
+    def graphs(self, core: Any, dtype: str) -> Iterator[SharedGraph]:
         """Every network, to be computed in `dtype`."""
         int8 = self._int8 if dtype == "int8" else {}
         # Beside int8 the other networks are in the fastest float type; float layers of int8 networks are exact.
@@ -239,7 +227,7 @@ class SharedWeights:
         # A text encoder without kernels for chains of operations is as fast, and its output is the same. A UNet is
         # slower; int8 layers of given ranges come out wrong (26 dB).
         unchained = ["text_encoder", *(["unet"] if self._quick_start else [])] if can_unchain(core) else []
-        for part, files in self._files.items():
+        for part, graph in self._graphs.items():
             layers = int8.get(part, {})
             options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision}
             if part == "time" or layers:
@@ -248,4 +236,4 @@ class SharedWeights:
                 options |= UNCHAINED
             if None in layers.values():
                 options |= DYNAMIC
-            yield _Graph(part, files.graph, options, files, layers)
+            yield replace(graph, options=options, layers=layers)

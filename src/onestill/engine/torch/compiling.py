@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from onestill.checkpoint import ModelInfo, cache_folder, written_whole
+from onestill.checkpoint import ModelInfo, cache_folder, seal, unsealed, written_whole
 from onestill.engine.protocol import TorchOptions
 from onestill.errors import OnestillError, near, require
 from onestill.networks.inference import Networks
@@ -172,7 +173,7 @@ def artifacts(networks: Networks, options: TorchOptions, info: ModelInfo, dtype:
     device = networks.device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     parts = [
-        torch.__version__,
+        f"{torch.__version__} sealed",
         machine,
         dtype,
         repr(options),
@@ -189,7 +190,7 @@ def save_compiled(networks: Networks, options: TorchOptions, info: ModelInfo, dt
     path = artifacts(networks, options, info, dtype)
     # Only a speed-up: a cache that cannot be written must not stop anyone from drawing.
     with contextlib.suppress(OSError), written_whole(path) as unfinished:
-        unfinished.write_bytes(found[0])
+        unfinished.write_bytes(found[0] + seal(found[0]))
     return path
 
 
@@ -199,4 +200,7 @@ def _load_artifacts(path: Path) -> None:
     except OSError:
         logging.getLogger("onestill").info("compiling for the first time, which takes minutes; the result is cached")
         return
-    torch.compiler.load_cache_artifacts(content)
+    if (whole := unsealed(memoryview(content))) is None:
+        warnings.warn(f"The cached code '{path.name}' was damaged and is compiled again.", RuntimeWarning, stacklevel=2)
+        return
+    torch.compiler.load_cache_artifacts(bytes(whole))

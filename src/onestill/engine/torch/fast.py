@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from threading import RLock
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from onestill.checkpoint import ModelInfo
 from onestill.engine.memory import explain_oom
+from onestill.engine.prompt_cache import PromptCache
 from onestill.engine.protocol import GenerationRequest, GenerationResult, TorchOptions
 from onestill.engine.torch.compiling import compiled, prepared, run_as_asked, save_compiled
 from onestill.engine.torch.cuda_graphs import Buckets, Graphs, Recorder
@@ -32,7 +32,6 @@ from onestill.engine.torch.stages import decode_latents, encode_prompts, take_st
 from onestill.engine.torch.step_table import step_table
 
 BATCHES = (1, 2, 4, 8)  # images to a call; other numbers are padded to the next, as each size is a graph of its own
-PROMPTS_CACHED = 256  # whose states stay on the device; SDXL's take 0.3 MB each
 TABLES_CACHED = 64  # step tables
 
 
@@ -79,7 +78,7 @@ class FastEngine(TorchEngine):
         prepared(self._networks, options, on_gpu=on_gpu)
         call = compiled(self._networks, options, info, self.dtype)
         self._lock = RLock()  # one call at a time: graphs share their memory
-        self._prompts: OrderedDict[str, _Encoded] = OrderedDict()
+        self._prompts = PromptCache(self._encode_new)
         self._table = lru_cache(TABLES_CACHED)(self._new_table)
         if recorder is None and options.graphs and on_gpu:
             recorder = Graphs(self._device)
@@ -131,7 +130,7 @@ class FastEngine(TorchEngine):
         size = next(size for size in BATCHES if size >= count)
         rows = [min(i, count - 1) for i in range(size)]  # the last image again pads the batch
         clock = _Clock(self._device)
-        encoded = self._encode_each([prompts[row] for row in rows])
+        encoded = self._prompts([prompts[row] for row in rows])
         states, pooled = _stacked(encoded)
         if request.negatives is not None:
             negatives = self._negative([request.negatives[part][row] for row in rows])
@@ -167,31 +166,23 @@ class FastEngine(TorchEngine):
 
     # --- prompts ---
 
-    def _encode_each(self, prompts: Sequence[str]) -> list[_Encoded]:
-        """The prompts encoded, each one once; the states of the latest are cached."""
-        new = [text for text in dict.fromkeys(prompts) if text not in self._prompts]
-        for first in range(0, len(new), BATCHES[-1]):
-            self._encode_new(new[first : first + BATCHES[-1]])
-        found = [self._prompts[text] for text in prompts]
-        for text in prompts:
-            self._prompts.move_to_end(text)
-        while len(self._prompts) > max(PROMPTS_CACHED, len(prompts)):
-            self._prompts.popitem(last=False)
-        return found
+    def _encode_new(self, prompts: list[str]) -> list[_Encoded]:
+        parts = [prompts[first : first + BATCHES[-1]] for first in range(0, len(prompts), BATCHES[-1])]
+        return [one for part in parts for one in self._encode_batch(part)]
 
-    def _encode_new(self, prompts: Sequence[str]) -> None:
+    def _encode_batch(self, prompts: Sequence[str]) -> Iterator[_Encoded]:
         size = next(size for size in BATCHES if size >= len(prompts))
         tokens = self._networks.text_encoder.tokenize([*prompts, *[""] * (size - len(prompts))])
         ids = [torch.from_numpy(one.ids) for one in tokens]
         mask = torch.from_numpy(tokens[0].mask) if self.info.use_attention_mask else None
         states, pooled = self._encoder(ids[0], ids[1] if len(ids) > 1 else None, mask)
-        for i, text in enumerate(prompts):
+        for i in range(len(prompts)):
             own = None if pooled is None else pooled[i].clone()
-            self._prompts[text] = _Encoded(states[i].clone(), own, tokens[0].cut[i], tokens[0].words_cut[i])
+            yield _Encoded(states[i].clone(), own, tokens[0].cut[i], tokens[0].words_cut[i])
 
     def _negative(self, negatives: Sequence[str | None]) -> tuple[Tensor, Tensor | None]:
         """The states [B, K, D] and pooled [B, P] of what guidance steers away from."""
-        states, pooled = _stacked(self._encode_each([text or "" for text in negatives]))
+        states, pooled = _stacked(self._prompts([text or "" for text in negatives]))
         if self.info.zero_negative and all(text is None for text in negatives):
             return torch.zeros_like(states), None if pooled is None else torch.zeros_like(pooled)
         return states, pooled

@@ -22,7 +22,7 @@ from starlette.requests import HTTPConnection
 
 from onestill.serve.access.keys import KEY_FORM, Key, has_passed, hash_of
 from onestill.serve.access.rate_limit import TokenBuckets
-from onestill.serve.errors import ApiError
+from onestill.serve.errors import ApiError, Unavailable
 
 if TYPE_CHECKING:
     from onestill.serve.access.ledger import Ledger
@@ -202,6 +202,15 @@ class Access:
             "insufficient_quota",
             retry_after_s=(midnight - now).total_seconds(),
         )
+
+    async def why_not_ready(self) -> str | None:
+        """Why nobody can be counted at present; None where everyone can."""
+        try:
+            if self._ledger is not None:
+                await self.in_pool(self._ledger.check)
+        except Unavailable:
+            return "the database does not answer"
+        return None
 
     async def in_pool(self, call: Callable[..., T], *arguments: Any) -> T:
         """The result of a call made in the database's thread."""

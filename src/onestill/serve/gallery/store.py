@@ -7,7 +7,6 @@ database show the same. The owner is stored as a keyed hash, and the prompt only
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,11 +14,13 @@ import sqlalchemy as sa
 
 from onestill.serve.access.ledger import Ledger
 from onestill.serve.errors import ApiError
+from onestill.serve.gallery.clock import SteadyClock
 
 __all__ = ["Entry", "Gallery", "Rules"]
 
 EACH_ADDRESS = 4  # times the pictures of one owner, as a few visitors may share an address
 DAY_MS = 24 * 3600 * 1000
+AT_ONCE = 4  # expired pictures: that many are deleted also where the disk is full
 ADD_LOCK = 0x6F6E6574  # PostgreSQL's advisory lock while a picture is added: any fixed number
 
 _TABLE = sa.Table(
@@ -76,13 +77,14 @@ class Gallery:
     Args:
         ledger: whose database they are in.
         rules: its limits.
-        clock: seconds since 1970.
+        clock: seconds since 1970; None is the system's clock, whose jumps delete nothing.
     """
 
-    def __init__(self, ledger: Ledger, rules: Rules | None = None, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, ledger: Ledger, rules: Rules | None = None, clock: Callable[[], float] | None = None) -> None:
         self.rules = rules or Rules()
         self._ledger = ledger
-        self._clock = clock
+        steady = SteadyClock(ledger.last_time())
+        self._clock, self._sure = (steady, steady.sure) if clock is None else (clock, clock)
 
     def check_room(self, owner: str, address: str, size: int = 0) -> None:
         """Raise ApiError where `size` bytes have no room: 429, the gallery is full; 400, the file is too large."""
@@ -120,15 +122,13 @@ class Gallery:
         name = name or secrets.token_hex(16)
         prompt = prompt and prompt.replace("\0", " ")  # PostgreSQL cannot store NUL in a text
         entry = Entry(name, now, expires, seed, owner, prompt, num_inference_steps, width, height)
-        gone = self.forget_expired()
+        self.forget_expired()
         with self._ledger.begin() as connection:
             if not self._ledger.is_sqlite:  # SQLite has one writer at a time anyway
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(ADD_LOCK)))
             self._check_room(connection, owner, address, len(file))
             row = {**vars(entry), "address": address, "size": len(file), "file": file}
             connection.execute(sa.insert(_TABLE).values(row))
-        if gone:
-            self._ledger.wipe()
         return entry
 
     def page(self, most: int, before: tuple[int, str] | None = None) -> list[Entry]:
@@ -156,19 +156,17 @@ class Gallery:
 
     def remove(self, name: str) -> bool:
         """Delete a picture for good; False where there is none. The caller checks who may."""
-        with self._ledger.begin() as connection:
-            gone = connection.execute(sa.delete(_TABLE).where(_TABLE.c.id == name)).rowcount
-        if gone:
-            self._ledger.wipe()
-        return bool(gone)
+        return bool(self._ledger.delete(sa.delete(_TABLE).where(_TABLE.c.id == name)))
 
     def forget_expired(self) -> int:
         """Delete expired pictures for good; returns how many there were."""
-        with self._ledger.begin() as connection:
-            gone = connection.execute(sa.delete(_TABLE).where(_TABLE.c.expires_ms <= self._now())).rowcount
-        if gone:
-            self._ledger.wipe()
-        return int(gone)
+        sure = self._sure()
+        self._ledger.note_time(sure)
+        expired = sa.select(_TABLE.c.id).where(_TABLE.c.expires_ms <= int(sure * 1000)).limit(AT_ONCE)
+        total = 0
+        while gone := self._ledger.delete(sa.delete(_TABLE).where(_TABLE.c.id.in_(expired))):
+            total += gone
+        return total
 
     def _check_size(self, size: int) -> None:
         if size > self.rules.file_bytes:

@@ -108,7 +108,7 @@ class Decoder:
             Busy: too many files of this visitor wait.
         """
         worker = await self._turn(who)
-        worker.stopped = False
+        worker.stopped.clear()
         call = self._threads.submit(worker.ask, data, height, width, most_px)
         asked = asyncio.wrap_future(call)
         asked.add_done_callback(lambda done: self._release(who, worker))
@@ -180,7 +180,7 @@ class _Worker:
     """One process, which is started when it is needed. `ask` and `end` are called in one thread at a time."""
 
     def __init__(self) -> None:
-        self.stopped = False  # whether the file that is asked for is not wanted any more
+        self.stopped = threading.Event()  # whether the file that is asked for is not wanted any more
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
@@ -207,7 +207,7 @@ class _Worker:
     def stop(self) -> None:
         """End the process, in the midst of its work. Any thread may call it."""
         with self._lock:
-            self.stopped = True
+            self.stopped.set()
             if self._process is not None:
                 self._process.kill()
 
@@ -227,7 +227,7 @@ class _Worker:
     def _started(self) -> subprocess.Popen[bytes] | None:
         """The process, None where it is not wanted any more. Raises RuntimeError where it does not start."""
         with self._lock:
-            if self.stopped:
+            if self.stopped.is_set():
                 return None
             if self._process is None:
                 # Nothing else of the environment, which may hold the database's password, is a decoder's business.
@@ -244,7 +244,7 @@ class _Worker:
             process = self._process
         if is_new and (process.stdout is None or process.stdout.read(1) != bytes([READY])):
             self.end()
-            if self.stopped:
+            if self.stopped.is_set():
                 return None
             raise RuntimeError("the process that decodes uploads did not start")
         return process

@@ -190,7 +190,7 @@ def _add_health(app: FastAPI, server: Server) -> None:
     @app.get("/readyz", tags=["watch"], responses={403: {"model": ErrorBody}, 503: {"model": ErrorBody}})
     async def ready() -> dict[str, str]:
         """Whether work may be sent here."""
-        reason = server.scheduler.why_not_ready()
+        reason = server.scheduler.why_not_ready() or await server.access.why_not_ready()
         if reason is not None:
             raise ApiError(503, f"Not ready: {reason}.", "not_ready", retry_after_s=2)
         return {"status": "ready"}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from onestill.errors import CheckpointError
-from onestill.networks.contrastive import tokens
+from onestill.train.discriminator.features import on_grid
 
 LITE0 = "efficientnet-lite0"
 # (expansion, width, blocks, stride of the first, kernel) of each stage; Tan and Le 2019, the lite form of B0.
@@ -154,7 +154,7 @@ class CNNFeatures:
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Pictures [B, 3, H, W] in about [-1, 1] -> tokens [B, N, D] of each stage."""
-        return [tokens(state).float() for state in self._run(x)]
+        return [on_grid(state).float() for state in self._run(x)]
 
     def embed(self, x: Tensor) -> Tensor:
         """The mean of the last named stage, [B, D]."""
@@ -167,8 +167,8 @@ class CNNFeatures:
         return hook
 
     def _run(self, x: Tensor) -> list[Tensor]:
-        if self.size and x.shape[-1] != self.size:
-            smaller = x.shape[-1] > self.size
+        if self.size and x.shape[2:] != (self.size, self.size):
+            smaller = min(x.shape[2:]) >= self.size
             x = F.interpolate(x, (self.size, self.size), mode="area" if smaller else "bilinear")
         self.network(x.to(next(self.network.parameters()).dtype))
         found = [self._seen[stage] for stage in self.stages]

@@ -1,8 +1,8 @@
 """Frozen feature networks: what the discriminator's heads look through, one small class each.
 
-A feature network maps a batch to a list of features, tokens [B, N, D] on a square grid (N = side * side), and to one
-`embedding` [B, E] of the whole input. Its weights never train and it never leaves eval mode; gradients flow through it
-to its input. `widths` says D for each feature.
+A feature network maps a batch to a list of features, tokens [B, N, D] on a square grid (N = side * side), [B, h, w, D]
+on another, and to one `embedding` [B, E] of the whole input. Its weights never train and it never leaves eval mode;
+gradients flow through it to its input. `widths` says D for each feature.
 
 Shapes: B batch, C channels, H W input size, N tokens, D width, E embedding width.
 """
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel
 
-from onestill.errors import CheckpointError
+from onestill.errors import CheckpointError, RecipeError
 from onestill.networks.condition import Condition
 from onestill.networks.contrastive import ContrastiveModel, tokens
 
@@ -34,6 +34,11 @@ class FeatureNetwork(Protocol):
     def features(self, x: Tensor) -> list[Tensor]: ...
 
     def embed(self, x: Tensor) -> Tensor: ...
+
+
+def on_grid(state: Tensor) -> Tensor:
+    """A hidden state as tokens [B, N, D]; a map [B, D, h, w] that is not square as [B, h, w, D]."""
+    return tokens(state) if state.ndim < 4 or state.shape[2] == state.shape[3] else state.permute(0, 2, 3, 1)
 
 
 def tower_widths(config: Any, layers: Sequence[int], folder: str | Path) -> tuple[int, ...]:
@@ -64,8 +69,14 @@ class TowerFeatures:
         return self
 
     def features(self, x: Tensor) -> list[Tensor]:
-        states = self.tower.hidden_states(self._cast(x))
-        return [states[layer].float() for layer in self.layers]
+        config: Any = self.tower.backbone.config
+        if config.model_type == "vit" and x.shape[2:] != (config.image_size,) * 2:
+            raise RecipeError(
+                f"the tower sees squares of {config.image_size} and is shown {x.shape[2]} x {x.shape[3]}: cut such "
+                "windows with discriminator_input.crop, or choose another features.network."
+            )
+        states = self.tower.backbone(pixel_values=self._cast(x), output_hidden_states=True).hidden_states
+        return [on_grid(states[layer]).float() for layer in self.layers]
 
     def embed(self, x: Tensor) -> Tensor:
         return self.tower.embed_image(self._cast(x)).float()
@@ -121,9 +132,9 @@ class ViTFeatures:
         return tokens(state) + state[:, :1] if self._add_class_token else tokens(state)
 
     def _run(self, x: Tensor) -> Any:
-        if x.shape[-1] != self.size:
+        if x.shape[2:] != (self.size, self.size):
             # "area" is the mean over what becomes one pixel; enlarging needs something smoother.
-            smaller = x.shape[-1] > self.size
+            smaller = min(x.shape[2:]) >= self.size
             x = F.interpolate(x, (self.size, self.size), mode="area" if smaller else "bilinear")
         pixels = ((x + 1) / 2 - self._mean) / self._deviation
         dtype = next(self.model.parameters()).dtype
@@ -166,7 +177,7 @@ class LatentFeatures:
         return self  # there are no weights
 
     def features(self, x: Tensor) -> list[Tensor]:
-        return [tokens(x)]
+        return [on_grid(x)]
 
     def embed(self, x: Tensor) -> Tensor:
         return tokens(x).mean(1)
@@ -204,7 +215,7 @@ class TeacherFeatures:
         return self.encode(alpha * latents + sigma * noise, timesteps, condition)
 
     def embed(self, x: Tensor) -> Tensor:
-        return self.features(x)[-1].mean(1)
+        return self.features(x)[-1].flatten(1, -2).mean(1)
 
     def encode(self, x: Tensor, timesteps: Tensor, condition: Condition) -> list[Tensor]:
         """Features of x [B, C, h, w] as it is, taken to be noised to timesteps [B]."""
@@ -218,6 +229,6 @@ class TeacherFeatures:
             text = {"encoder_hidden_states": condition.text} if getattr(block, "has_cross_attention", False) else {}
             hidden, states = block(hidden_states=hidden, temb=emb, **text)
             # The last state of a block that halves the grid is the halved one; the one before is as fine as its input.
-            features.append(tokens(states[-1 if block.downsamplers is None else -2]).float())
-        features.append(tokens(unet.mid_block(hidden, emb, encoder_hidden_states=condition.text)).float())
+            features.append(on_grid(states[-1 if block.downsamplers is None else -2]).float())
+        features.append(on_grid(unet.mid_block(hidden, emb, encoder_hidden_states=condition.text)).float())
         return features

@@ -4,7 +4,7 @@ A head gives a logit for each token, conditioned by projection: the inner produc
 embedding of the caption, of the real image and, where the features are of noised latents (LADD), of the noise level.
 Spectral norm on every layer holds the slopes down.
 
-Shapes: B batch, N tokens on a square grid, D feature width, E condition width.
+Shapes: B batch, N tokens, D feature width, E condition width.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class HeadCondition:
 
 
 class Head(nn.Module):
-    """Tokens [B, N, D] and a condition -> logits [B, N]. A width of 0 leaves that part of the condition out.
+    """Tokens and a condition -> logits [B, N]. A width of 0 leaves that part of the condition out.
+
+    The tokens are [B, N, D] on a square grid, or [B, h, w, D].
 
     `blocks` residual convolutions of 3x3 stand between the tokens and the logits: each lets a logit see one place more
     in every direction.
@@ -71,12 +73,12 @@ class Head(nn.Module):
         self.level = spectral_norm(nn.Linear(level_width, hidden)) if level_width else None
 
     def forward(self, feature: Tensor, condition: HeadCondition) -> Tensor:
-        batch, count, width = feature.shape
-        side = int(count**0.5)
-        x = feature.transpose(1, 2).reshape(batch, width, side, side)
+        side = int(feature.shape[1] ** 0.5)
+        grid = feature if feature.ndim == 4 else feature.unflatten(1, (side, side))
+        x = grid.permute(0, 3, 1, 2).contiguous()  # [B, D, h, w]
         x = F.leaky_relu(self.norm(self.enter(x)), 0.2)
         for mix in self.mix:
-            x = (x + F.leaky_relu(mix(x), 0.2)) * 0.5**0.5  # [B, hidden, side, side]
+            x = (x + F.leaky_relu(mix(x), 0.2)) * 0.5**0.5  # [B, hidden, h, w]
         logits = self.judge(x).flatten(1)  # [B, N]
         parts = ((self.text, condition.text), (self.image, condition.image), (self.level, condition.level))
         for project, part in parts:

@@ -169,20 +169,21 @@ class InputTransform:
         self._shift = draw.shared(-options.shift, options.shift, 2)
         self.timesteps = inputs.levels(count, draw).to(device)
         self._noise = draw.normal(*latents.shape).to(device)
-        side = min(options.crop, latents.shape[-1]) if options.crop else latents.shape[-1]
-        self._window = (0, 0, side)
-        if side < latents.shape[-1]:
-            row, column = (draw.shared(0, room - side, 1)[0] for room in latents.shape[2:])
-            self._window = (row, column, side)
-        seen = side * (inputs.space.factor if inputs.in_pixels else 1)
-        self._augment = Augmentation(options.augment, count, (seen, seen), draw, device) if options.augment else None
+        sides = tuple(min(options.crop or side, side) for side in latents.shape[2:])
+        self._window = (0, 0, *sides)
+        if sides != tuple(latents.shape[2:]):
+            corner = [draw.shared(0, room - side, 1)[0] for room, side in zip(latents.shape[2:], sides, strict=True)]
+            self._window = (*corner, *sides)
+        factor = inputs.space.factor if inputs.in_pixels else 1
+        seen = (sides[0] * factor, sides[1] * factor)
+        self._augment = Augmentation(options.augment, count, seen, draw, device) if options.augment else None
         self._decoded: dict[int, tuple[Tensor, Tensor]] = {}
         self._corner: tuple[int, int] | None = None
-        if features.network == "vit" and seen > features.vit_size and features.vit_crop:
+        if features.network == "vit" and min(seen) >= features.vit_size < max(seen) and features.vit_crop:
             chance, row, column = draw.shared(0, 9999, 3)
             if chance < features.vit_crop * 10000:
-                room = seen - features.vit_size + 1
-                self._corner = (row % room, column % room)
+                height, width = seen
+                self._corner = (row % (height - features.vit_size + 1), column % (width - features.vit_size + 1))
 
     def features(self, latents: Tensor, conditioning: Condition) -> list[Tensor]:
         """Latents [B, C, h, w] -> every network's features [B, N_k, D_k]."""
@@ -203,8 +204,8 @@ class InputTransform:
         return self._decoded[id(latents)][1]
 
     def _cut(self, latents: Tensor) -> Tensor:
-        row, column, side = self._window
-        return latents[:, :, row : row + side, column : column + side]
+        row, column, height, width = self._window
+        return latents[:, :, row : row + height, column : column + width]
 
     def _seen(self, latents: Tensor) -> Tensor:
         """What a network without noise is shown: latents, or pictures [B, 3, H, W] in about [-1, 1]."""

@@ -10,6 +10,7 @@ Shapes: B batch, C latent channels, h w latent size, H W pixels, K tokens, D tex
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from onestill.errors import RecipeError
 from onestill.networks.condition import Condition
 from onestill.networks.text_encoder import open_text_encoder
 from onestill.schedule import add_noise
+from onestill.train.batches import batch_condition
 from onestill.train.discriminator.heads import (
     LEVEL_WIDTH,
     Discriminator,
@@ -47,10 +49,11 @@ from onestill.train.losses import (
     sds_weight,
 )  # fmt: skip
 from onestill.train.methods.distiller import Distiller, DistilOptions
-from onestill.train.noise import Draw
+from onestill.train.noise import Draw, Part
 from onestill.train.optim.adam import adamw
 from onestill.train.optim.step import Batch, Objectives, frozen
 from onestill.train.recipe import LoopOptions, option
+from onestill.train.runtime import parallel
 from onestill.train.runtime.compiling import compiled
 from onestill.train.state import TrainState
 
@@ -93,8 +96,13 @@ class DistillationOptions:
     teacher_guidance: float = option(1.0, low=1.0, high=50.0)  # of x_psi; not stated, above 1 costs two passes
     t_low: int = option(20, low=0, high=999, was="teacher_low")  # t is uniform between these; not stated, DMD2's
     t_high: int = option(980, low=0, high=999, was="teacher_high")
-    # the paper decodes both even for latent models, which costs a decoder with gradient
+    # the paper decodes both even for latent models, which costs a decoder with gradient; not for NFSD
     space: str = option("latents", choices=("latents", "pixels"), was="distillation_space")
+
+    @property
+    def in_pixels(self) -> bool:
+        """Whether both are decoded. NFSD's x_psi is no image that a decoder knows: its gradient would be lost."""
+        return self.space == "pixels" and self.weighting != "nfsd"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +142,7 @@ class Method(Distiller):
         # Momentum chases a moving opponent: none for either, as in StyleGAN-T.
         self.optimizers["student"] = adamw(self.student, options.lr, beta1=0.0)
         self.optimizers["discriminator"] = adamw(self.discriminator, heads.lr, beta1=0.0)
+        self.optimizers["student"].begins = options.adversarial.heads_first  # type: ignore[attr-defined]
 
     def to(self, device: torch.device) -> None:
         super().to(device)
@@ -171,7 +180,7 @@ class Method(Distiller):
         real_logits, fake_logits = self.heads(real, c), self.heads([one.detach() for one in fake], c)
         hinge = hinge_discriminator(real_logits, fake_logits)  # Eq. 3
         penalty = r1(real, real_logits) if adversarial.gamma_r1 else zero  # Eq. 3's R1, on the heads' inputs
-        wrong = self.misaligned(real, c, batch) if adversarial.misaligned else zero
+        wrong = self.misaligned(real, c, batch, state.part) if adversarial.misaligned else zero
         loss = hinge + adversarial.gamma_r1 * penalty + adversarial.misaligned * wrong
         shown = {"hinge": hinge, "r1": penalty, **({"misaligned": wrong} if adversarial.misaligned else {})}
         yield "discriminator", loss, shown | mean_logits(real_logits, fake_logits)
@@ -198,7 +207,7 @@ class Method(Distiller):
             weight = exponential_weight(alpha)
         else:
             weight = sds_weight(alpha, sigma, sigma.square() if options.score_weight == "sigma_squared" else 1.0)
-        if options.space == "pixels":
+        if options.in_pixels:
             x_theta, x_psi = transform.pixels(x_theta), transform.pixels(x_psi)
         return distillation(x_theta, x_psi, weight.flatten())
 
@@ -245,14 +254,18 @@ class Method(Distiller):
         self, x0: Tensor, s: Tensor, transform: InputTransform, conditioning: Condition, batch: Batch
     ) -> HeadCondition:
         """c_text; c_img, zero where the student was given nothing of the image; the noise under the features."""
-        options, encoder, text, image = self.options.heads, self.head_text_encoder, None, None
+        options, text, image = self.options.heads, None, None
         if options.condition_on_text:
-            text = encoder.embed(batch["captions"]) if encoder else conditioning.embedding
+            text = self.head_text(batch["captions"], conditioning)
         if options.condition_on_image:
             image = self.inputs.embed(x0)
             if options.drop_image_at_terminal:
                 image = image.masked_fill((s == self.student_denoiser.last).unsqueeze(1), 0.0)
         return HeadCondition(text, image, level_embedding(transform.timesteps) if options.condition_on_level else None)
+
+    def head_text(self, captions: Sequence[str], conditioning: Condition) -> Tensor:
+        """c_text, [B, E]."""
+        return self.head_text_encoder.embed(captions) if self.head_text_encoder else conditioning.embedding
 
     @torch.no_grad()
     def from_data(self) -> tuple[list[Tensor], list[str]]:
@@ -268,13 +281,31 @@ class Method(Distiller):
             captions += [f"from {timestep}"] * len(x0)
         return made, captions
 
-    def misaligned(self, real: Sequence[Tensor], c: HeadCondition, batch: Batch) -> Tensor:
-        """The fakes' half of Eq. 3 for real images under the caption of the sample before."""
+    def misaligned(self, real: Sequence[Tensor], c: HeadCondition, batch: Batch, part: Part | None = None) -> Tensor:
+        """The fakes' half of Eq. 3 for real images under the caption of the sample before.
+
+        Before it and how many captions differ are meant of the whole batch, of which these samples are a `part`.
+        """
         assert c.text is not None
-        captions = batch["captions"]
-        differ = [mine != other for mine, other in zip(captions, [*captions[-1:], *captions[:-1]], strict=True)]
-        logits = self.heads([one.detach() for one in real], HeadCondition(c.text.roll(1, 0), c.image, c.level))
-        return hinge_fake(logits, torch.tensor(differ).to(c.text.device, non_blocking=True))
+        part, whole, device = part or Part(), batch.get("whole", batch), c.text.device
+        ahead = c.text[-1:]
+        if whole is not batch:  # what stands before this pass is the last of the one before
+            at = part.index * len(c.text) - 1
+            row = {key: value[at:][:1] for key, value in whole.items()}
+            ahead = self.head_text(row["captions"], batch_condition(row, device, self.native_px)).to(c.text)
+        every = parallel.stacked(torch.cat([ahead, c.text]))  # [processes, 1 + B, E]
+        text = every[part.rank - 1][1:] if part.rank else every[-1][:-1]
+        names = torch.tensor([_number(caption) for caption in whole["captions"]]).to(device, non_blocking=True)
+        names = parallel.stacked(names).T.flatten()  # in the order of the whole batch
+        differ = names != names.roll(1)
+        logits = self.heads([one.detach() for one in real], HeadCondition(text, c.image, c.level))
+        return hinge_fake(logits, part.of(differ, len(c.text)), differ.sum().clamp(min=1) / part.parts)
+
+
+def _number(caption: str) -> int:
+    """The same for equal captions, and in every process."""
+    digest = hashlib.blake2b(caption.encode(errors="replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def check(options: Options) -> None:

@@ -5,9 +5,10 @@ Shapes: B batch, C latent channels, h w latent size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,7 @@ class Distiller:
     splits = True
     guidance_note = "no guidance (`guidance_scale=0`)"
     sampler = "euler_ancestral"
+    sampler_config: Mapping[str, Any] = MappingProxyType({})  # further settings of the exported scheduler
     sheet_steps: tuple[int, ...] = (1, 4)
 
     options: Any  # a method's own, which mypy cannot narrow in a subclass

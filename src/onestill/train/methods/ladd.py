@@ -38,7 +38,10 @@ class FeatureOptions(inputs.FeatureOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class InputOptions(inputs.InputOptions):
-    """The noise under the features is t = 999 sigmoid(n), n normal; `t_low` and `t_high` are not used."""
+    """The noise under the features is t = 999 sigmoid(n), n normal; `t_low` and `t_high` are not used.
+
+    Not quite the paper's: its sigmoid(n) is rectified flow's time, where sigma / alpha is e^n; docs/distil.md compares.
+    """
 
     logit_mean: float = option(1.0, low=-10.0, high=10.0, was="level_mean")  # of n; higher judges structure
     logit_std: float = option(1.0, low=0.0, high=10.0, was="level_deviation")  # of n
@@ -78,7 +81,7 @@ class Method(add.Method):
     def timestep_weights(self, state: TrainState) -> list[float]:
         """The weights of the warm-up while it lasts."""
         options = self.options.student_input
-        return list(options.warm_weights if state.iteration < options.warm_iterations else options.weights)
+        return list(options.warm_weights if state.age("student") < options.warm_iterations else options.weights)
 
     def draw_levels(self, count: int, draw: Draw) -> Tensor:
         """t in 0..999 as the sigmoid of a normal, [B]."""

@@ -65,6 +65,7 @@ class Method(Distiller):
             raise RecipeError("lcm follows the teacher's path: the student's noise schedule must be the teacher's.")
         if options.embed_guidance:
             self.guidance_note = f"the guidance scale that you like (`guidance_scale={options.sheet_guidance:g}`)"
+        self.sampler_config = {"original_inference_steps": options.ddim_steps}
         self.optimizers["student"] = adamw(self.student, options.lr, options.beta1)
 
     def new_student(self, unet: Any) -> Any:

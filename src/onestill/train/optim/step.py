@@ -69,20 +69,30 @@ def optimize(
             metrics |= {key: value.detach() for key, value in shown.items()}
         return metrics
     noise = {name: generator.get_state() for name, generator in state.random.items()}
+    buffers = [buffer for network in state.networks.values() for buffer in network.buffers()]
+    seen: dict[str, list[Tensor]] = {}
     for number in range(len(state.optimizers)):
+        before = [buffer.clone() for buffer in buffers]
         for index, rows in enumerate(split(batch, passes)):
             for name, generator in state.random.items():
                 generator.set_state(noise[name])
             state.part = Part(rank, world, index, passes)
             with closing(step(state, rows)) as objectives:
-                objective = next(islice(forward(objectives, autocast), number, None), None)
+                each = forward(objectives, autocast)
+                for _ in islice(each, number):
+                    pass
+                # Spectral norms iterate with each forward: all passes do from where the batch as a whole would.
+                for buffer, value in zip(buffers, before, strict=True):
+                    buffer.copy_(value)
+                objective = next(each, None)
                 if objective is None:  # not every optimizer has a loss in every iteration
-                    return metrics
+                    break
                 name, loss, shown = objective
                 update(name, loss / passes, first=index == 0, last=index == passes - 1)
                 for key, value in shown.items():
-                    metrics[key] = metrics.get(key, torch.zeros_like(value)) + value.detach() / passes
-    return metrics
+                    seen.setdefault(key, []).append(value.detach())
+    # A number that some parts do not have, NaN there, is the others' mean.
+    return {key: torch.stack(values).nanmean() for key, values in seen.items()}
 
 
 def forward(objectives: Objectives, autocast: Callable[[], AbstractContextManager[Any]]) -> Objectives:
@@ -99,9 +109,10 @@ def forward(objectives: Objectives, autocast: Callable[[], AbstractContextManage
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
-    """A batch of tensors [B, ...] and lists of B, cut into equal parts in order."""
+    """A batch of tensors [B, ...] and lists of B, cut into equal parts in order; each has all of it as `whole`."""
     rows = len(next(iter(batch.values()))) // parts
-    return [{key: value[i * rows : (i + 1) * rows] for key, value in batch.items()} for i in range(parts)]
+    cut = [{key: value[i * rows : (i + 1) * rows] for key, value in batch.items()} for i in range(parts)]
+    return [{**part, "whole": batch} for part in cut]
 
 
 @contextmanager
@@ -154,7 +165,7 @@ class Update:
         found = nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], self.options.grad_clip)
         norm = parallel.whole(found).detach()
         self.norms[f"grad_norm/{name}"] = norm
-        factor = learning_rate_factor(self._state.iteration, self.options)
+        factor = learning_rate_factor(self._state.iteration, self.options, self._state.age(name))
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
         if self._on_device:
@@ -206,9 +217,13 @@ def decides_itself(optimizer: torch.optim.Optimizer) -> bool:
     return fused or isinstance(optimizer, (Muon, Together))
 
 
-def learning_rate_factor(iteration: int, options: LoopOptions) -> float:
-    """Linear warm-up over `warmup` iterations, then constant or a cosine down to 5 % at the last iteration."""
-    rise = min(1.0, (iteration + 1) / options.warmup) if options.warmup else 1.0
+def learning_rate_factor(iteration: int, options: LoopOptions, age: int | None = None) -> float:
+    """Linear warm-up over `warmup` iterations, then constant or a cosine down to 5 % at the last iteration.
+
+    Args:
+        age: iterations since the optimizer's first step; `iteration` where that was the run's first.
+    """
+    rise = min(1.0, ((iteration if age is None else age) + 1) / options.warmup) if options.warmup else 1.0
     if options.decay == "constant":
         return rise
     through = min(1.0, iteration / options.iterations)

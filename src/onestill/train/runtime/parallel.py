@@ -67,6 +67,15 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def stacked(rows: Tensor) -> Tensor:
+    """Each process's `rows` [n, ...], by rank: [world, n, ...]. Without a gradient."""
+    if world() == 1:
+        return rows.unsqueeze(0)
+    every = [torch.empty_like(rows) for _ in range(world())]
+    dist.all_gather(every, rows.contiguous())
+    return torch.stack(every)
+
+
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace each gradient by its mean over the processes. Sharded ones are that already."""
