@@ -171,6 +171,7 @@ def test_compose_starts_servers_that_the_command_accepts(monkeypatch: pytest.Mon
         options = parsed([filled(argument) for argument in one["command"]])
         assert options["database"] == environment["ONESTILL_DATABASE"]
         assert (options["trial_limit"], options["gallery"]) == ("200/day", True)
+        assert options["metrics_port"] not in (None, options["port"])
         proxy = services["proxy"]["networks"]["default"]["ipv4_address"]
         assert options["trust_proxy"] == proxy
         assert one["read_only"] is True

@@ -56,8 +56,9 @@ def test_each_request_is_a_line(tiny_pipe: Pipeline, said: Callable[[], str], fo
     log_to_stderr(form, LogLevel.INFO)
     with serving(tiny_pipe) as served:
         expected = ask_some(served)
-        with served.live(additional_headers={"x-request-id": "live-1"}):
-            pass
+        with served.live(additional_headers={"x-request-id": "live-1"}) as live:
+            assert live.response is not None
+            assert live.response.headers["x-request-id"] == "live-1"
     found = []
     for line in said().splitlines():
         if form == LogFormat.JSON:

@@ -76,7 +76,7 @@ class ProxyOptions:
         ),
     ] = None
     root_path: Annotated[
-        str, typer.Option(metavar="PATH", help="The path that a proxy has the server under, such as /draw.")
+        str, typer.Option(metavar="PATH", help="The path below which a proxy has the server, such as /draw.")
     ] = ""
 
     def read(self) -> ProxySettings:

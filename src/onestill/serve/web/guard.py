@@ -95,7 +95,7 @@ class Guard:
                 await receive()
                 await send({"type": "websocket.close", "code": 1008, "reason": str(refusal)[:120]})
                 return
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, _accepting(send, name))
             return
         await self._http(scope, receive, send, refusal)
 
@@ -206,6 +206,17 @@ class Guard:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"The body is too large; send at most {self._most_body // 2**20} MB.", "too_large")
+
+
+def _accepting(send: Send, name: str) -> Send:
+    """A `send` that adds the id of a request to the answer that accepts a socket."""
+
+    async def send_with_id(message: Message) -> None:
+        if message["type"] == "websocket.accept":
+            message = {**message, "headers": [*message.get("headers", ()), (ID.encode(), name.encode())]}
+        await send(message)
+
+    return send_with_id
 
 
 def _authority(text: str) -> tuple[str | None, int | None]:
