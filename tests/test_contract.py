@@ -50,8 +50,8 @@ COMMANDS = {
     "onestill serve": """--model/-m=icons --engine --device --dtype --threads --host=127.0.0.1 --port/-p=8000 --database
         --keys --trial-limit --allow-host... --allow-origin... --trust-proxy --root-path= --gallery --gallery-days=30
         --gallery-most=1000 --queue=64 --batch=4 --blocked-words --image-filter --no-filter --sign-with --sign-key
-        --ray=0 --ray-gpus=0.0 --unet --lora... --tiny-vae --preset --compile --quantize --metrics-for-all
-        --metrics-port --log-format=text --log-level=warning""",
+        --ray=0 --ray-gpus=0.0 --timeout --no-restart --unet --lora... --tiny-vae --preset --compile --quantize
+        --metrics-for-all --metrics-port --log-format=text --log-level=warning""",
     "onestill verify": "FILE --json",
     "onestill train": "RECIPE.toml --set... --resume --dry-run --devices=0",
     "onestill evaluate": """--reference...! --network! --out/-o! --model/-m... --steps... --guidance-scale

@@ -6,7 +6,6 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from onestill.bench.latency import MeasuringError, measure_elsewhere
@@ -69,8 +68,7 @@ def _with_floor(setting: Setting, result: Result) -> Result:
 
     if setting.threads is not None:
         require("torch", "torch").set_num_threads(setting.threads)
-    tiny = Additions(tiny_vae=Path(setting.tiny_vae) if setting.tiny_vae else None)
-    info = describe(resolve(setting.model), tiny)
+    info = describe(resolve(setting.model), Additions.of(tiny_vae=setting.tiny_vae))
     counted = floor(
         info,
         batch=setting.batch,

@@ -102,7 +102,7 @@ def our_contender(pipe: Pipeline, setting: Setting) -> Loaded:
         out = pipe(list(prompts), seed=seed, **drawing)
         if setting.picture is not None and not Path(setting.picture).exists():
             out.save(0, setting.picture)
-        return {part: float(getattr(out.timings, part)) for part in PARTS}
+        return vars(out.timings)
 
     engine = pipe.engine
     facts = {"engine": engine.name, "device": engine.device, "dtype": engine.dtype, "dtypes": _our_dtypes(engine)}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import http.client
 import os
 import re
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from onestill.checkpoint import sha256
 from onestill.errors import DataError, require
@@ -102,7 +103,7 @@ def _from_web(url: str, partial: Path) -> None:
         on = response.status == 206  # a server that knows no ranges sends everything again
         length = response.headers.get("Content-Length")
         with partial.open("ab" if on else "wb") as file:
-            _copy(response, file)
+            shutil.copyfileobj(response, file, CHUNK)
         expected = None if length is None else int(length) + (held if on else 0)
     if expected is not None and partial.stat().st_size != expected:
         raise ConnectionError(f"{partial.stat().st_size} of {expected} bytes came")
@@ -115,9 +116,4 @@ def _from_store(url: str, partial: Path) -> None:
     except (ImportError, ValueError) as error:
         raise DataError(f"'{url}' cannot be opened: {error}.") from error
     with system.open(place, "rb") as source, partial.open("wb") as file:
-        _copy(source, file)
-
-
-def _copy(source: IO[bytes] | Any, into: IO[bytes]) -> None:
-    while chunk := source.read(CHUNK):
-        into.write(chunk)
+        shutil.copyfileobj(source, file, CHUNK)

@@ -132,7 +132,7 @@ class _Recorder(OpenVinoEngine):
 
 def _draw(engine: OpenVinoEngine, caption: str, seed: int, steps: int = 1) -> NDArray[np.uint8]:
     """A picture [H, W, 3] of the model's own size, by its own sampler, without guidance."""
-    # A new pipeline each time, as one would remember the states of a prompt, and the engine would not be asked again.
+    # A new pipeline each time, as a pipeline remembers prompts, and each drawing must reach the engine's encoder.
     drawn = Pipeline(engine)(caption, seed=seed, num_inference_steps=steps, guidance_scale=1.0)
     return np.asarray(drawn.images[0])
 

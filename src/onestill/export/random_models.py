@@ -38,7 +38,7 @@ def cached_random_openvino(kind: str, tiny_vae: str | None, weights: str, say: S
     """The same model in OpenVINO's form, with `weights` in "float16" or "int8" and, if given, a tiny decoder."""
     from onestill.export.stored_weights import export_sd
 
-    info = describe(cached_random_model(kind, say), Additions(tiny_vae=Path(tiny_vae) if tiny_vae else None))
+    info = describe(cached_random_model(kind, say), Additions.of(tiny_vae=tiny_vae))
     folder = cache_folder() / "random" / f"{kind}-openvino-{weights}{'-tiny' if tiny_vae else ''}"
     return _made_once(folder, lambda path: export_sd(info, path, weights=weights), say)
 

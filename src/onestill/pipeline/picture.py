@@ -136,7 +136,7 @@ def upright(picture: Image) -> Image:
     """
     picture.load()  # which turns a TIFF
     try:
-        turn = TRANSPOSITIONS.get(picture.getexif().get(EXIF_ORIENTATION))
+        turn = TRANSPOSITIONS.get(picture.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:  # of EXIF that is no EXIF
         return picture
     if turn is None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from onestill.checkpoint import ModelInfo, read_json
 from onestill.errors import CheckpointError, require
-from onestill.text.wordpiece import WordPiece, read_wordpiece, token_text
+from onestill.text.wordpiece import read_wordpiece, token_text
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_PADDING = {"tokenizer_2": "!"}  # of SDXL's second text encoder; others are padded with their end
@@ -62,11 +62,17 @@ class PromptTokenizer:
             assert max_tokens is not None
             self._max_tokens, folder = max_tokens, source
         if isinstance(source, ModelInfo) and source.path.is_file():
-            self._tokenizer: _Tokenizer = _LibraryTokenizer(*clip_vocabulary(), self._max_tokens)
+            self._tokenizer: _Tokenizer = _LibraryTokenizer(*clip_vocabulary())
             pad = CLIP_PADDING.get(component, CLIP_END)
         else:
             pad = _pad_token(folder)
-            self._tokenizer = _read_tokenizer(folder, self._max_tokens)
+            self._tokenizer = _read_tokenizer(folder)
+        # The tokens at both ends stay, however long the prompt.
+        self._room = self._max_tokens - self._tokenizer.num_special_tokens
+        if self._room < 1:
+            raise CheckpointError(
+                f"A prompt of {self._max_tokens} tokens has no room for words; correct model_max_length."
+            )
         pad_id = self._tokenizer.token_id(pad)
         if pad_id is None:
             raise CheckpointError(f"'{folder}' does not know its own padding token {pad!r}; save the model again.")
@@ -74,7 +80,7 @@ class PromptTokenizer:
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """Tokenize B prompts."""
-        found = [self._tokenizer(prompt) for prompt in prompts]
+        found = [self._tokenizer.cut(prompt, self._room) for prompt in prompts]
         ids = np.full((len(found), self._max_tokens), self._pad_id, dtype=np.int64)
         mask = np.zeros_like(ids)
         for row, real, (prompt_ids, _) in zip(ids, mask, found, strict=True):
@@ -94,7 +100,7 @@ class PromptTokenizer:
         fits, cut = 0, len(words)  # words[:fits] fit, words[:cut] do not
         while cut - fits > 1:
             middle = (fits + cut) // 2
-            if self._tokenizer(" ".join(words[:middle]))[1]:
+            if self._tokenizer.cut(" ".join(words[:middle]), self._room)[1]:
                 cut = middle
             else:
                 fits = middle
@@ -102,36 +108,23 @@ class PromptTokenizer:
 
 
 class _Tokenizer(Protocol):
-    def __call__(self, prompt: str) -> tuple[list[int], int]:
-        """The ids of at most K tokens with those at both ends, unpadded; and how many tokens did not fit."""
+    @property
+    def num_special_tokens(self) -> int:
+        """How many tokens are put before and behind those of a prompt."""
+
+    def cut(self, prompt: str, room: int) -> tuple[list[int], int]:
+        """The ids of at most `room` tokens between those at the ends; and how many tokens did not fit."""
 
     def token_id(self, token: str) -> int | None:
         """The id of a token, None where there is none."""
 
 
-class _WordPieceTokenizer:
-    def __init__(self, pieces: WordPiece, max_tokens: int) -> None:
-        self._pieces = pieces
-        self._room = max_tokens - 2  # the tokens at both ends stay, however long the prompt
-        if self._room < 1:
-            raise CheckpointError(f"A prompt of {max_tokens} tokens has no room for words; correct model_max_length.")
-        self.token_id = pieces.token_id
-
-    def __call__(self, prompt: str) -> tuple[list[int], int]:
-        ids = self._pieces(prompt)
-        fitting = ids[: self._room]
-        return [self._pieces.start, *fitting, self._pieces.end], len(ids) - len(fitting)
-
-
-def _read_tokenizer(folder: Path, max_tokens: int) -> _Tokenizer:
+def _read_tokenizer(folder: Path) -> _Tokenizer:
     if not (folder / "tokenizer.json").exists() and (folder / "merges.txt").is_file():
         # As the published models have it: CLIP's byte pairs in two files.
         vocabulary = {str(token): int(token_id) for token, token_id in read_json(folder, "vocab.json").items()}
-        return _LibraryTokenizer(vocabulary, _merges((folder / "merges.txt").read_text(encoding="utf-8")), max_tokens)
-    pieces = read_wordpiece(folder)
-    if pieces is None:
-        return _LibraryTokenizer(folder / "tokenizer.json", None, max_tokens)
-    return _WordPieceTokenizer(pieces, max_tokens)
+        return _LibraryTokenizer(vocabulary, _merges((folder / "merges.txt").read_text(encoding="utf-8")))
+    return read_wordpiece(folder) or _LibraryTokenizer(folder / "tokenizer.json", [])
 
 
 def _pad_token(folder: Path) -> str:
@@ -189,13 +182,13 @@ def _clip_tokenizer(library: Any, vocabulary: Mapping[str, int], merges: list[tu
 class _LibraryTokenizer:
     """Any tokenizer by the `tokenizers` library: a `tokenizer.json`, or CLIP's with this vocabulary and merges."""
 
-    def __init__(self, source: Path | Mapping[str, int], merges: list[tuple[str, str]] | None, max_tokens: int) -> None:
+    def __init__(self, source: Path | Mapping[str, int], merges: list[tuple[str, str]]) -> None:
         library = require("tokenizers", "torch")
         try:
             self._tokenizer: Any = (
                 library.Tokenizer.from_file(str(source))
                 if isinstance(source, Path)
-                else _clip_tokenizer(library, source, merges or [])
+                else _clip_tokenizer(library, source, merges)
             )
         except Exception as error:  # the library raises nothing narrower
             where = f"'{source}'" if isinstance(source, Path) else "vocab.json with merges.txt"
@@ -203,17 +196,15 @@ class _LibraryTokenizer:
         # What did not fit is counted here: of what the library cuts off, its versions report different numbers.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._room = max_tokens - self._tokenizer.num_special_tokens_to_add(False)
-        if self._room < 1:
-            raise CheckpointError(f"A prompt of {max_tokens} tokens has no room for words; correct model_max_length.")
+        self.num_special_tokens: int = self._tokenizer.num_special_tokens_to_add(False)
 
     def token_id(self, token: str) -> int | None:
         found: int | None = self._tokenizer.token_to_id(token)
         return found
 
-    def __call__(self, prompt: str) -> tuple[list[int], int]:
+    def cut(self, prompt: str, room: int) -> tuple[list[int], int]:
         found = self._tokenizer.encode(prompt, add_special_tokens=False)
-        cut = max(len(found) - self._room, 0)
+        cut = max(len(found) - room, 0)
         if cut:
-            found.truncate(self._room)
+            found.truncate(room)
         return self._tokenizer.post_process(found).ids, cut

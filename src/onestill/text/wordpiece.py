@@ -32,6 +32,8 @@ class WordPiece:
         KeyError: the vocabulary lacks `unknown`.
     """
 
+    num_special_tokens = 2  # that `cut` adds
+
     def __init__(
         self,
         vocabulary: Mapping[str, int],
@@ -60,6 +62,11 @@ class WordPiece:
                 for word in self.normalizer(part):
                     found += self._pieces(word)
         return found
+
+    def cut(self, text: str, room: int) -> tuple[list[int], int]:
+        """The ids of at most `room` tokens between `start` and `end`; and how many tokens did not fit."""
+        ids = self(text)
+        return [self.start, *ids[:room], self.end], max(len(ids) - room, 0)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token, special or not; None where there is none."""

@@ -19,7 +19,7 @@ from onestill.serve.errors import ApiError, Busy
 from onestill.serve.uploads import decoder as module
 from onestill.serve.uploads.decoder import Decoder, Room
 from onestill.serve.uploads.worker import DONE, TOO_COSTLY
-from tests.serve.pictures import png, slow_jpeg
+from tests.serve.pictures import png, scan_bomb, slow_jpeg
 
 MOST = 16_000_000
 
@@ -94,9 +94,9 @@ print(*{{worker.decoded(data, 32, 32, {MOST})[0] for _ in range({times})}})
 """
         return subprocess.run([sys.executable, "-c", program], input=data, stdout=subprocess.PIPE)
 
-    slow = ended("worker.CPU_S = 0; worker._limit(2**30)", slow_jpeg(), times=20)
+    slow = ended("worker.CPU_S = 0; worker._limit(2**30)", slow_jpeg(), times=9)
     assert (slow.returncode, slow.stdout) == (-signal.SIGXCPU, b"")
-    large = png((4000, 4000))
+    large = png((2500, 2500))
     assert ended("worker._limit(2**30)", large).stdout == b"%d\n" % DONE
     assert ended("worker._limit(2**25)", large).stdout == b"%d\n" % TOO_COSTLY
 
@@ -143,6 +143,19 @@ def test_those_who_left_while_they_waited_take_no_turn() -> None:
     run(use)
 
 
+def test_who_sent_a_costly_file_waits_and_others_do_not() -> None:
+    async def use(decoder: Decoder) -> None:
+        assert await code_of(decoder.read("a", scan_bomb(), 32, 32, MOST)) == "image_too_costly"
+        started = time.monotonic()
+        mine = asyncio.create_task(code_of(decoder.read("a", png(), 32, 32, MOST)))
+        assert await code_of(decoder.read("b", png(), 32, 32, MOST)) == "decoded"
+        assert not mine.done()
+        assert await mine == "decoded"
+        assert time.monotonic() - started > 0.9 * module.COSTLY_S
+
+    run(use)
+
+
 def test_a_process_that_does_not_start_is_the_servers_fault(monkeypatch: Any) -> None:
     async def use(decoder: Decoder) -> None:
         monkeypatch.setattr(module.sys, "executable", "/bin/false" if os.name != "nt" else "where.exe")
@@ -159,12 +172,16 @@ def test_closing_ends_what_is_decoded() -> None:
 
     async def main() -> str:
         reading = asyncio.create_task(code_of(decoder.read("a", slow_jpeg(), 32, 32, MOST)))
+        waiting = asyncio.create_task(code_of(decoder.read("b", png(), 32, 32, MOST)))
         await asyncio.sleep(0.3)
+        await asyncio.to_thread(decoder.refuse)
+        assert await waiting == await code_of(decoder.read("b", png(), 32, 32, MOST)) == "closing"
+        assert not reading.done()
         await asyncio.to_thread(decoder.close)
         return await reading
 
     started = time.monotonic()
-    assert asyncio.run(main()) == "image_too_costly"
+    assert asyncio.run(main()) == "closing"
     assert time.monotonic() - started < 10
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("onestill-uploads")]
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -65,8 +66,8 @@ def doctor(
         "model": checked_part(lambda: checked(model)),
     }
     if deep:
-        report["deep"] = {name: checked_part(lambda name=name: checked(name)) for name in list_models()}
-        report["deep"] |= checked_part(cached)
+        models = {name: checked_part(partial(checked, name)) for name in list_models()}
+        report["deep"] = models | checked_part(cached)
     if draw and not problems:
         report["picture"] = checked_part(lambda: drawn(model))
     report |= {"problems": problems, "advice": advice(sees, gpus, os.environ), "ok": not problems}

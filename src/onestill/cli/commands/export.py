@@ -13,7 +13,6 @@ from onestill.cli.options import AdditionOptions, Model, with_groups
 from onestill.errors import OnestillError, OutputError, near, require
 
 FORMS = ("openvino",)
-WEIGHTS = ("float16", "int8")
 
 
 @with_groups
@@ -44,7 +43,6 @@ def export(
     for package in ("torch", "diffusers", "transformers"):
         require(package, "torch")
     from onestill.checkpoint import MANIFEST, Additions, describe, read_json, resolve, verify
-    from onestill.export.folder import folder_written_whole, write_manifest
 
     added = Additions.of(**additions.arguments())
     folder = resolve(model)
@@ -53,15 +51,17 @@ def export(
     if info.size_multiple:
         if int8:
             raise OnestillError("Models of this kind take int8 weights by --weights int8; leave out --int8.")
+        from onestill.export.folder import folder_written_whole
         from onestill.export.stored_weights import export_sd
 
         with folder_written_whole(out, force=False) as unfinished:
-            export_sd(info, unfinished, weights=weights or WEIGHTS[0])
+            export_sd(info, unfinished, weights=weights or "float16")
         print(out)
         return
     if weights is not None or added != Additions():
         raise OnestillError(f"The model '{info.name}' is exported as it is; leave out --weights and what goes on top.")
     from onestill.engine.openvino.shared_weights import has_int8
+    from onestill.export.folder import folder_written_whole, write_manifest
     from onestill.export.shared_weights import export_openvino
 
     with folder_written_whole(out, force=False) as copy:

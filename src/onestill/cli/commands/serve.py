@@ -23,7 +23,7 @@ from onestill.cli.options import (
     with_groups,
 )
 from onestill.errors import OnestillError, require
-from onestill.serve.logs import LogFormat, LogLevel
+from onestill.serve.logs import LogFormat, LogLevel, log_to_stderr
 
 if TYPE_CHECKING:
     from onestill.checkpoint import ModelInfo
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from onestill.serve.access.ledger import Ledger
     from onestill.serve.access.quota import Access
     from onestill.serve.provenance import Stamp
+    from onestill.serve.queue.scheduler import Limits
     from onestill.serve.run import ProxySettings
     from onestill.serve.safety import ImageFilter, PromptFilter
     from onestill.serve.web.server import Server, Settings
@@ -166,6 +167,35 @@ class Hooks:
         return Stamp(self.sign_with, self.sign_key)
 
 
+SLOWER = 5  # than the slowest call while warming up: no call of an engine that is well
+COMPILE_S = 900.0  # torch compiles an image size that is new to it for no longer
+
+
+@dataclass(frozen=True)
+class RecoveryOptions:
+    """What is done where the engine hangs, or the process dies."""
+
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            max=3600,
+            metavar="SECONDS",
+            help="Answer what waits for longer, and replace an engine that hangs for longer. (default: 30, or more "
+            "where the engine is slow)",
+        ),
+    ] = None
+    no_restart: Annotated[
+        bool, typer.Option("--no-restart", help="Do not start the server again when it dies or its engine hangs.")
+    ] = False
+
+    def limits(self, found: Limits) -> Limits:
+        """These limits with the timeout, where one was chosen."""
+        if self.timeout is None:
+            return found
+        return replace(found, timeout_s=self.timeout, stuck_s=self.timeout / 2, hung_s=self.timeout)
+
+
 @with_groups
 def serve(
     *,
@@ -205,11 +235,17 @@ def serve(
     ray_gpus: Annotated[
         float, typer.Option(min=0, metavar="X", help="Number of GPUs for each replica; a fraction shares one.")
     ] = 0.0,
+    recovery: RecoveryOptions,
     additions: AdditionOptions,
     compiling: CompileOptions,
     watch: WatchOptions,
 ) -> None:
     """Serve the page, the realtime socket and the images API, until Ctrl-C."""
+    from onestill.serve.supervisor import Supervised, supervise
+
+    log_to_stderr(watch.log_format, watch.log_level)
+    # Early, while this process is small. Ray has its own way to replace replicas.
+    supervised = Supervised() if recovery.no_restart or ray else supervise()
     from onestill.serve.queue.scheduler import Limits
     from onestill.serve.run import listen, run
     from onestill.serve.web.server import Settings
@@ -226,11 +262,12 @@ def serve(
     if ray and watch.metrics_port is not None:
         raise OnestillError("Under Ray each replica counts by itself; leave --metrics-port out, and see Ray's metrics.")
     loading = {"threads": threads, **vars(runtime), "options": compiling.torch_options()}
-    build = partial(built, settings, hooks, model, loading, additions, access, gallery)
+    build = partial(built, settings, hooks, model, loading, additions, access, gallery, recovery)
     daily = access.daily
     check(settings, hooks, model, additions)
     with ExitStack() as opened:
-        bound = opened.enter_context(listen(host, port))
+        bound = opened.enter_context(supervised.bound or listen(host, port))
+        supervised.keep(bound)
         metrics = None if watch.metrics_port is None else opened.enter_context(listen(host, watch.metrics_port))
         found_host, found_port = bound.getsockname()[:2]
         shown = f"[{found_host}]" if ":" in found_host else found_host
@@ -244,7 +281,8 @@ def serve(
         if not ray:
             server = build()
             note_device(runtime.device, server.info.engine, server.info.device)
-            run(server, bound, behind, metrics=metrics, ready=partial(ready, f" on {server.info.device}"))
+            said = None if supervised.bound else partial(ready, f" on {server.info.device}")
+            run(server, bound, behind, metrics=metrics, ready=said, beat=supervised.beat)
             return
         require("ray.serve", "ray")
         from onestill.serve.cluster.ray import run_on_ray
@@ -269,6 +307,7 @@ def built(
     additions: AdditionOptions,
     access: AccessOptions,
     gallery: GalleryOptions,
+    recovery: RecoveryOptions,
 ) -> Server:
     """A server, its model loaded and warm. Under Ray this runs in each replica, so its arguments can be pickled."""
     from concurrent.futures import ThreadPoolExecutor
@@ -280,20 +319,26 @@ def built(
 
     settings = check(settings, hooks, model, additions)
 
+    slowest_s = 0.0
+
     def loaded() -> Pipeline:
+        nonlocal slowest_s
         pipe = load(model, **loading, **additions.arguments())
-        warm_up(pipe, settings.limits.batch, note)
+        slowest_s = warm_up(pipe, settings.limits.batch, note)
         return pipe
 
     # In a thread that steps back, so that the engine's own threads, which it starts here, do so too.
     with ThreadPoolExecutor(1, initializer=lower_priority) as pool:
         pipe = pool.submit(loaded).result()
+    stage_s = max(SLOWER * slowest_s, COMPILE_S if loading["options"] and loading["options"].compile != "none" else 0)
+    settings = replace(settings, limits=recovery.limits(settings.limits.within(stage_s)))
     opened, ledger = access.open(gallery=gallery.gallery)
     if not gallery.gallery or ledger is None:
-        return Server(pipe, settings, opened)
+        return Server(pipe, settings, opened, load=loaded)
     from onestill.serve.gallery.store import Gallery, Rules
 
-    return Server(pipe, settings, opened, Gallery(ledger, Rules(gallery.gallery_days, gallery.gallery_most)))
+    rules = Rules(gallery.gallery_days, gallery.gallery_most)
+    return Server(pipe, settings, opened, Gallery(ledger, rules), loaded)
 
 
 def is_loopback(host: str) -> bool:

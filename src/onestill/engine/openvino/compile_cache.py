@@ -149,7 +149,7 @@ def _say_damaged(path: Path) -> None:
 
 
 def _mapped(path: Path) -> memoryview:
-    return memoryview(np.memmap(path, dtype=np.uint8, mode="c"))
+    return np.memmap(path, dtype=np.uint8, mode="c").data
 
 
 def _is_right(folder: Path, *, use_stamps: bool = True) -> bool:

@@ -25,8 +25,11 @@ ATTENTIONS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "math": SDPBackend.MATH,
 }
-COMPILES = ("none", "regional", "whole")
-QUANTIZES = ("none", "int8", "fp8")
+CHOICES = {  # of options; an attention may also be None
+    "compile": ("none", "regional", "whole"),
+    "quantize": ("none", "int8", "fp8"),
+    "attention": tuple(ATTENTIONS),
+}
 LEAST_WIDTH = 512  # of a linear layer that is quantised: smaller ones lose quality and gain nothing
 # Kinds of block times numbers of images times sizes to compile for; torch gives up at 8. More are drawn uncompiled.
 MOST_COMPILED = 256
@@ -41,10 +44,10 @@ def prepared(networks: Networks, options: TorchOptions, *, on_gpu: bool) -> None
         OnestillError: an option does not exist, or cannot be had on this device.
         MissingExtraError: torchao is asked for and not installed.
     """
-    _check("compile", options.compile, COMPILES)
-    _check("quantize", options.quantize, QUANTIZES)
-    if options.attention is not None:
-        _check("attention", options.attention, tuple(ATTENTIONS))
+    for name, known in CHOICES.items():
+        value = getattr(options, name)
+        if value is not None and value not in known:
+            raise OnestillError(f"{name} is '{value}'; choose from {', '.join(known)}.{near(value, known)}")
     modules = list(dict.fromkeys([networks.unet, networks.latent_space.decoder]))
     # Uncompiled, CUDA's group norm copies what is channels last to the other layout, each time.
     if on_gpu and options.compile == "whole" if options.channels_last is None else options.channels_last:
@@ -72,11 +75,6 @@ def fuse(unet: Any) -> None:
             for name in ("to_k", "to_v") if module.is_cross_attention else ("to_q", "to_k", "to_v"):
                 delattr(module, name)
     unet.set_attn_processor(FusedAttnProcessor2_0())
-
-
-def _check(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise OnestillError(f"{name} is '{value}'; choose from {', '.join(known)}.{near(value, known)}")
 
 
 def _quantize(networks: Networks, options: TorchOptions, on_gpu: bool) -> None:

@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,12 +46,14 @@ class Visitor:
         accounts: the accounts on which pictures are counted, each with its pictures a day.
         owner: who owns what the visitor publishes; "" owns nothing.
         address: the keyed hash of the address of a visitor without a key.
+        client: which of the visitor's connections or programs asks; not for display.
     """
 
     name: str
     accounts: tuple[tuple[str, int], ...] = ()
     owner: str = ""
     address: str = ""
+    client: str = field(default="", compare=False)
 
     @property
     def source(self) -> str:
@@ -104,10 +106,10 @@ class Access:
         if given is not None and (self._file_keys or self._ledger is not None):
             found = await self._valid_key(given, self._address_of(connection))
             accounts = () if found.daily is None else ((f"key:{found.id}", found.daily),)
-            return Visitor(f"key:{found.id}", accounts, f"key:{found.id}")
+            return Visitor(f"key:{found.id}", accounts, f"key:{found.id}", client=_client_of(connection))
         if self.trial == 0:
             raise ApiError(401, "This server needs a key; send it as 'Authorization: Bearer ...'.", "no_api_key")
-        return self._anonymous(connection)
+        return replace(self._anonymous(connection), client=_client_of(connection))
 
     async def _valid_key(self, given: str, address: str) -> Key:
         match = KEY_FORM.fullmatch(given)
@@ -219,6 +221,13 @@ class Access:
 
 def _today() -> str:
     return datetime.now(UTC).date().isoformat()
+
+
+def _client_of(connection: HTTPConnection) -> str:
+    # A proxy hides the port; then programs are told apart by what they send.
+    headers = connection.headers
+    said = (headers.get("user-agent", ""), headers.get("authorization", ""))
+    return f"{connection.client} {hashlib.sha256(repr(said).encode()).hexdigest()}"
 
 
 def network(address: str) -> str:

@@ -29,7 +29,6 @@ __all__ = ["run_on_ray"]
 
 NAME = "onestill"
 DRAIN_S = 4.0  # for a replica to finish what it has accepted
-DEAD = ("the model's thread ended", "the engine does not answer")  # only a new replica helps against these
 
 _servers: list[Server] = []  # of this process, when it is a replica
 
@@ -60,7 +59,6 @@ def run_on_ray(
     Raises:
         OnestillError: Ray is not installed, or a replica does not start.
     """
-    log_to_stderr(settings.log_format, settings.log_level)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray: Any = require("ray", "ray")
     serve: Any = require("ray.serve", "ray")
@@ -121,8 +119,9 @@ def _deployment(
         def check_health(self) -> None:
             """Raise where only a new replica helps; Ray then replaces this one."""
             for server in _servers:
-                if server.scheduler.why_not_ready() in DEAD:
-                    raise RuntimeError("the replica is stuck")
+                reason = server.scheduler.why_dead()
+                if reason is not None:
+                    raise RuntimeError(reason)
 
     options = {
         "name": NAME,

@@ -15,16 +15,19 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 import PIL.Image
 from PIL.Image import Image
 
-from onestill.serve.errors import ApiError, Busy
-from onestill.serve.uploads.worker import ASK, DONE, INVALID, READY, TOO_LARGE
+from onestill.serve.errors import ApiError, Busy, Closing
+from onestill.serve.uploads.worker import ANSWER, ASK, DONE, INVALID, READY, TOO_COSTLY, TOO_LARGE
 
 __all__ = ["Decoder", "Room"]
 
 DECODE_S = 15.0  # for one file, also where the machine is busy; `worker.CPU_S` is the limit of its own time
+COSTLY_S = 1.0  # after a file that was refused for its cost, the next one of its visitor waits for so long
+DEAR_S = 0.1  # and after one that took more than that, for as long as it took
 WAITING_EACH = 32  # files of one visitor that may wait; as many as unanswered messages of a live connection
 SHARE = 4  # one visitor may hold this part of the room
 KEPT = (
@@ -93,6 +96,8 @@ class Decoder:
         self._busy: set[str] = set()  # visitors, one of whose files is decoded
         self._waiting: dict[str, deque[asyncio.Future[_Worker]]] = {}  # the next visitor first
         self._threads = ThreadPoolExecutor(count, "onestill-uploads")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closing = False
 
     async def read(self, who: str, data: bytes, height: int, width: int, most_px: int) -> Image:
         """The picture in an upload, fitted to the size of its request. Cancelling the call ends its decoding.
@@ -106,31 +111,46 @@ class Decoder:
         Raises:
             ApiError: 400, the file has another format, is damaged, or costs too much to decode.
             Busy: too many files of this visitor wait.
+            Closing: the server is shutting down.
         """
+        self._check_open()
+        self._loop = asyncio.get_running_loop()
         worker = await self._turn(who)
         worker.stopped.clear()
-        call = self._threads.submit(worker.ask, data, height, width, most_px)
-        asked = asyncio.wrap_future(call)
-        asked.add_done_callback(lambda done: self._release(who, worker))
+        asked = asyncio.wrap_future(self._threads.submit(worker.ask, data, height, width, most_px))
+        asked.add_done_callback(lambda done: self._release(who, worker, done))
         try:
-            outcome, pixels = await asyncio.wait_for(asyncio.shield(asked), DECODE_S)
+            answer = await asyncio.wait_for(asyncio.shield(asked), DECODE_S)
         except TimeoutError:
             worker.stop()
-            outcome, pixels = 0, b""
+            answer = _GONE
         except asyncio.CancelledError:
             worker.stop()
             raise
-        if outcome != DONE:
-            raise _refusal(outcome, most_px)
-        return PIL.Image.frombytes("RGB", (width, height), pixels)
+        if answer.outcome == DONE:
+            return PIL.Image.frombytes("RGB", (width, height), answer.pixels)
+        self._check_open()
+        raise _refusal(answer.outcome, most_px)
+
+    def refuse(self) -> None:
+        """Refuse what waits and all that comes from now on; any thread may call it. What is decoded goes on."""
+        self._closing = True
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop has closed
+                self._loop.call_soon_threadsafe(self._refuse_waiting)
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes. Any thread may call it."""
+        self._closing = True
         for worker in self._workers:
             worker.stop()
         self._threads.shutdown(wait=True)
         for worker in self._workers:
             worker.end()
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise _closing()
 
     async def _turn(self, who: str) -> _Worker:
         if self._idle and who not in self._busy:
@@ -145,14 +165,35 @@ class Decoder:
             return await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self._release(who, turn.result())
+                self._idle.append(turn.result())
+                self._next(who)
             raise
 
-    def _release(self, who: str, worker: _Worker) -> None:
-        self._busy.discard(who)
+    def _release(self, who: str, worker: _Worker, done: asyncio.Future[_Answer]) -> None:
         self._idle.append(worker)
+        answer = _GONE if done.cancelled() or done.exception() else done.result()
+        pause_s = COSTLY_S if answer.outcome == TOO_COSTLY else 0.0
+        if answer.took_s > DEAR_S:
+            pause_s += answer.took_s
         if who in self._waiting:
             self._waiting[who] = self._waiting.pop(who)  # behind the others
+        if pause_s:
+            asyncio.get_running_loop().call_later(pause_s, self._next, who)
+            self._next(None)
+        else:
+            self._next(who)
+
+    def _refuse_waiting(self) -> None:
+        for turns in self._waiting.values():
+            for turn in turns:
+                if not turn.done():
+                    turn.set_exception(_closing())
+        self._waiting.clear()
+
+    def _next(self, who: str | None) -> None:
+        """Give idle processes to those who wait; `who` may have another."""
+        if who is not None:
+            self._busy.discard(who)
         for name in list(self._waiting):
             if name in self._busy or not self._idle:
                 continue
@@ -176,6 +217,21 @@ def _refusal(outcome: int, most_px: int) -> ApiError:
     return ApiError(400, message, code, param="image")
 
 
+def _closing() -> Closing:
+    return Closing("The server is closing; try again in a moment.", 5)
+
+
+class _Answer(NamedTuple):
+    """What became of a file, how much processor time it took, in seconds, and its pixels where it is DONE."""
+
+    outcome: int
+    took_s: float
+    pixels: bytes = b""
+
+
+_GONE = _Answer(TOO_COSTLY, 0.0)  # of a process that ended before it answered
+
+
 class _Worker:
     """One process, which is started when it is needed. `ask` and `end` are called in one thread at a time."""
 
@@ -184,25 +240,26 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
-    def ask(self, data: bytes, height: int, width: int, most_px: int) -> tuple[int, bytes]:
-        """What became of a file, and its pixels; an outcome of 0 where the process ended before it answered."""
+    def ask(self, data: bytes, height: int, width: int, most_px: int) -> _Answer:
+        """What became of a file."""
         process = self._started()
         if process is None:
-            return 0, b""
+            return _GONE
         assert process.stdin is not None
         assert process.stdout is not None
-        answer, pixels = b"", b""
+        size = height * width * 3
         with suppress(OSError):  # the process ended
             process.stdin.write(ASK.pack(len(data), most_px, height, width))
             process.stdin.write(data)
             process.stdin.flush()
-            answer = process.stdout.read(1)
-            if answer and answer[0] == DONE:
-                pixels = process.stdout.read(height * width * 3)
-        if not answer or (answer[0] == DONE and len(pixels) < height * width * 3):
-            self.end()
-            return 0, b""
-        return answer[0], pixels
+            head = process.stdout.read(ANSWER.size)
+            if len(head) == ANSWER.size:
+                outcome, took_s = ANSWER.unpack(head)
+                pixels = process.stdout.read(size) if outcome == DONE else b""
+                if outcome != DONE or len(pixels) == size:
+                    return _Answer(outcome, took_s, pixels)
+        self.end()
+        return _GONE
 
     def stop(self) -> None:
         """End the process, in the midst of its work. Any thread may call it."""
@@ -242,7 +299,7 @@ class _Worker:
             else:
                 is_new = False
             process = self._process
-        if is_new and (process.stdout is None or process.stdout.read(1) != bytes([READY])):
+        if is_new and (process.stdout is None or process.stdout.read(ANSWER.size) != ANSWER.pack(READY, 0)):
             self.end()
             if self.stopped.is_set():
                 return None

@@ -11,6 +11,7 @@ import os
 import signal
 import struct
 import sys
+import time
 import warnings
 from typing import BinaryIO
 
@@ -21,11 +22,12 @@ from numpy.typing import NDArray
 from onestill.pipeline.picture import fitted
 from onestill.serve.uploads.checks import CostlyImageError, check_cost
 
-__all__ = ["ASK", "DONE", "INVALID", "READY", "TOO_COSTLY", "TOO_LARGE", "decoded"]
+__all__ = ["ANSWER", "ASK", "DONE", "INVALID", "READY", "TOO_COSTLY", "TOO_LARGE", "decoded"]
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 ASK = struct.Struct(">IIII")  # bytes of the file, pixels that it may have, height and width to fit it to; then the file
-READY, DONE, INVALID, TOO_LARGE, TOO_COSTLY = b"RDIPC"  # the first byte of an answer; pixels, uint8 RGB, follow DONE
+ANSWER = struct.Struct(">Bf")  # what became of it, and the processor time that it took, in seconds
+READY, DONE, INVALID, TOO_LARGE, TOO_COSTLY = b"RDIPC"  # in an answer; pixels, uint8 RGB, follow DONE
 NICENESS = 15
 CPU_S = 6  # processor time of one file; the largest ordinary ones take one second
 SPARE = 64 * 2**20  # bytes of memory for a decoder beside the pixels
@@ -60,16 +62,18 @@ def main() -> None:
     if hasattr(os, "nice"):
         os.nice(NICENESS)
     source, sink = sys.stdin.buffer, sys.stdout.buffer
-    _answer(sink, READY, None)
+    _answer(sink, READY)
     while len(head := source.read(ASK.size)) == ASK.size:
         size, most_px, height, width = ASK.unpack(head)
         _limit(size + SPARE + EACH_PX * most_px)
-        outcome, pixels = decoded(source.read(size), height, width, most_px)
-        _answer(sink, outcome, pixels)
+        data = source.read(size)
+        before = time.process_time()
+        outcome, pixels = decoded(data, height, width, most_px)
+        _answer(sink, outcome, pixels, time.process_time() - before)
 
 
-def _answer(sink: BinaryIO, outcome: int, pixels: NDArray[np.uint8] | None) -> None:
-    sink.write(bytes([outcome]))
+def _answer(sink: BinaryIO, outcome: int, pixels: NDArray[np.uint8] | None = None, took_s: float = 0.0) -> None:
+    sink.write(ANSWER.pack(outcome, took_s))
     if pixels is not None:
         sink.write(pixels.tobytes())
     sink.flush()

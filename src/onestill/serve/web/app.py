@@ -182,9 +182,12 @@ def _add_models(app: FastAPI, server: Server) -> None:
 
 
 def _add_health(app: FastAPI, server: Server) -> None:
-    @app.get("/healthz", tags=["watch"], responses={403: {"model": ErrorBody}})
+    @app.get("/healthz", tags=["watch"], responses={403: {"model": ErrorBody}, 503: {"model": ErrorBody}})
     async def alive() -> dict[str, str]:
-        """Whether the process answers."""
+        """Whether the process answers and its engine lives; where it does not, only a new process helps."""
+        reason = server.scheduler.why_dead()
+        if reason is not None:
+            raise ApiError(503, f"Not healthy: {reason}.", "not_healthy", retry_after_s=5)
         return {"status": "ok"}
 
     @app.get("/readyz", tags=["watch"], responses={403: {"model": ErrorBody}, 503: {"model": ErrorBody}})

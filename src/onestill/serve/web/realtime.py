@@ -21,6 +21,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from onestill.serve.access.quota import Visitor, network
 from onestill.serve.access.rate_limit import TokenBucket
+from onestill.serve.connections import share_of
 from onestill.serve.errors import ApiError, Superseded
 from onestill.serve.queue.jobs import Picture
 from onestill.serve.web.errors import error_object, from_validation, to_api_error
@@ -44,18 +45,18 @@ async def converse(server: Server, socket: WebSocket) -> None:
     key = next((_key_in(name) for name in offered if name.startswith(KEY_PROTOCOL)), None)
     await socket.accept(subprotocol=PROTOCOL if PROTOCOL in offered else None)
     address = network(socket.client.host if socket.client else "")
-    if server.live.total() >= server.bounds.live or server.live[address] >= server.bounds.live_each:
+    if server.live[address] >= share_of(server.bounds.live_each, server.bounds.live, server.live.total()):
         await _refuse(socket, ApiError(429, "Too many live connections; close one.", "too_many_connections"))
         return
     server.live[address] += 1
     try:
         try:
-            await server.access.identify(socket, key)
+            visitor = await server.access.identify(socket, key)
         except Exception as error:
             await _refuse(socket, to_api_error(error))
             return
         with suppress(WebSocketDisconnect, TimeoutError):  # the client left, or reads nothing
-            await _Connection(server, socket, key).run()
+            await _Connection(server, socket, key, visitor).run()
     finally:
         server.live[address] -= 1
         if not server.live[address]:
@@ -88,11 +89,11 @@ class _Answer(NamedTuple):
 class _Connection:
     """A reader and a sender, with a queue of answers between them in the order in which they are known."""
 
-    def __init__(self, server: Server, socket: WebSocket, key: str | None) -> None:
+    def __init__(self, server: Server, socket: WebSocket, key: str | None, visitor: Visitor) -> None:
         self._server = server
         self._socket = socket
         self._key = key
-        self._slot = server.scheduler.slot()
+        self._slot = server.scheduler.slot(visitor.name, visitor.address)
         self._answers: asyncio.Queue[_Answer] = asyncio.Queue()
         self._none_waits = asyncio.Event()  # whether no answer is known that the sender has not begun with
         self._none_waits.set()

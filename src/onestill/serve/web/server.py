@@ -71,33 +71,42 @@ class Server:
         settings: see there.
         access: who may draw, and how much; None lets everyone draw any number.
         gallery: pictures that visitors publish, in the database of `access`; None has no gallery.
+        load: loads the model once more, where its engine is broken; None never does.
+
+    Attributes:
+        info: what the model is, and what runs it.
     """
 
     def __init__(
-        self, pipe: Pipeline, settings: Settings, access: Access | None = None, gallery: Gallery | None = None
+        self,
+        pipe: Pipeline,
+        settings: Settings,
+        access: Access | None = None,
+        gallery: Gallery | None = None,
+        load: Callable[[], Pipeline] | None = None,
     ) -> None:
-        self.pipe = pipe
+        self.info: LoadedInfo = pipe.info
         self.settings = settings
         self.bounds = settings.bounds
         self.access = access or Access()
         self.gallery = gallery
         self.forms: Forms = forms_for(pipe.info, settings.bounds)
         self.metrics = Metrics()
-        self.scheduler = Scheduler(pipe, settings.limits)
+        self.scheduler = Scheduler(pipe, settings.limits, load)
         self.live: Counter[str] = Counter()  # address -> live connections
         self.uploads = Room(self.bounds.uploads, self.bounds.body)
         self._decoder = Decoder()
         self._pool = ThreadPoolExecutor(2, "onestill-files")
 
-    @property
-    def info(self) -> LoadedInfo:
-        """What the model is, and what runs it."""
-        return self.pipe.info
+    def drain(self, grace_s: float) -> None:
+        """End the scheduler, as `Scheduler.close` says; uploads that are not decoded by then are refused."""
+        self._decoder.refuse()
+        self.scheduler.close(grace_s)
+        self._decoder.close()
 
     def close(self, grace_s: float = 0.0) -> None:
         """End the scheduler, as `Scheduler.close` says, and everything else."""
-        self.scheduler.close(grace_s)
-        self._decoder.close()
+        self.drain(grace_s)
         self._pool.shutdown(wait=True)
         self.access.close()
 
@@ -144,7 +153,7 @@ class Server:
         if slot is not None:
             future = slot.put(job)
         else:
-            future = self.scheduler.submit(job, visitor.name, visitor.address, on_picture)
+            future = self.scheduler.submit(job, visitor.name, visitor.address, on_picture, client=visitor.client)
         return Drawing(self, visitor, form, job, future)
 
     async def encode(self, picture: Picture, encoding: Encoding) -> bytes:

@@ -74,7 +74,7 @@ class Head(nn.Module):
 
     def forward(self, feature: Tensor, condition: HeadCondition) -> Tensor:
         side = int(feature.shape[1] ** 0.5)
-        grid = feature if feature.ndim == 4 else feature.unflatten(1, (side, side))
+        grid = feature if feature.ndim == 4 else feature.reshape(len(feature), side, side, -1)
         x = grid.permute(0, 3, 1, 2).contiguous()  # [B, D, h, w]
         x = F.leaky_relu(self.norm(self.enter(x)), 0.2)
         for mix in self.mix:
