@@ -48,10 +48,11 @@ COMMANDS = {
         --guidance-scale --negative-prompt --sampler --image --mask --strength --out/-o --force --unet --lora...
         --tiny-vae --preset --schedule --embedding... --compile --quantize --json""",
     "onestill serve": """--model/-m=icons --engine --device --dtype --threads --host=127.0.0.1 --port/-p=8000 --database
-        --keys --trial-limit --allow-host... --allow-origin... --trust-proxy --gallery --gallery-days=30
+        --keys --trial-limit --allow-host... --allow-origin... --trust-proxy --root-path= --gallery --gallery-days=30
         --gallery-most=1000 --queue=64 --batch=4 --blocked-words --image-filter --no-filter --sign-with --sign-key
         --ray=0 --ray-gpus=0.0 --timeout --no-restart --unet --lora... --tiny-vae --preset --schedule --embedding...
-        --compile --quantize --model-alias... --upload-mb=12 --metrics-for-all""",
+        --compile --quantize --model-alias... --upload-mb=12 --metrics-for-all --metrics-port --log-format=text
+        --log-level=warning""",
     "onestill verify": "FILE --json",
     "onestill train": "RECIPE.toml --set... --resume --dry-run --devices=0",
     "onestill evaluate": """--reference...! --network! --out/-o! --model/-m... --steps... --guidance-scale
@@ -63,7 +64,7 @@ COMMANDS = {
     "onestill models": "NAME|PATH|ID --preset --check --json",
     "onestill doctor": "--model/-m=icons --draw/--no-draw --deep --json",
     "onestill keys": "",
-    "onestill keys new": "NAME --limit --database --keys",
+    "onestill keys new": "NAME --limit --expires --database --keys",
     "onestill keys list": "--database --json",
     "onestill keys revoke": "ID --database",
     "onestill gallery": "",

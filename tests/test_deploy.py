@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import typer.main
 import yaml
 
 from onestill.cli.app import make_app
+from onestill.serve.run import CONNECTIONS, DRAIN_S, GRACE_S
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -139,16 +142,15 @@ def test_the_health_check_tells_a_server_from_none(tmp_path: Path) -> None:
         port = str(free.getsockname()[1])
     interval, _, command = of("cpu", "HEALTHCHECK")[-1].partition(" CMD ")
     assert "--start-period" in interval
-    check = [part.replace(":8000", f":{port}") for part in json.loads(command)]
-    check[0] = sys.executable
-    assert subprocess.run(check, capture_output=True).returncode != 0
-    serve = [*json.loads(of("cpu", "ENTRYPOINT")[-1]), *json.loads(of("cpu", "CMD")[-1]), "--port", port]
-    environment = os.environ | {"XDG_DATA_HOME": str(tmp_path)}
+    check = [sys.executable, *json.loads(command)[1:]]
+    environment = os.environ | {"XDG_DATA_HOME": str(tmp_path), "ONESTILL_SERVE_PORT": port}
+    assert subprocess.run(check, env=environment, capture_output=True).returncode != 0
+    serve = [*json.loads(of("cpu", "ENTRYPOINT")[-1]), *json.loads(of("cpu", "CMD")[-1])]
     server = subprocess.Popen([sys.executable, "-m", *serve], stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert server.stdout is not None
         assert f":{port}/" in server.stdout.readline()
-        assert subprocess.run(check, capture_output=True).returncode == 0
+        assert subprocess.run(check, env=environment, capture_output=True).returncode == 0
     finally:
         server.terminate()
         assert server.wait(30) == 0
@@ -169,9 +171,11 @@ def test_compose_starts_servers_that_the_command_accepts(monkeypatch: pytest.Mon
         options = parsed([filled(argument) for argument in one["command"]])
         assert options["database"] == environment["ONESTILL_DATABASE"]
         assert (options["trial_limit"], options["gallery"]) == ("200/day", True)
+        assert options["metrics_port"] not in (None, options["port"])
         proxy = services["proxy"]["networks"]["default"]["ipv4_address"]
         assert options["trust_proxy"] == proxy
         assert one["read_only"] is True
+        assert one["restart"] == "unless-stopped"
         assert one["volumes"][0].endswith(":" + of("cpu", "VOLUME")[-1])
         assert set(one["depends_on"]) <= set(services)
     database = services["postgres"]["environment"]
@@ -200,6 +204,41 @@ def test_compose_gives_the_address_of_the_proxy_to_nobody_else() -> None:
     assert others.subnet_of(subnet)  # type: ignore[arg-type]
     assert proxy in subnet
     assert proxy not in others
+
+
+def unit() -> configparser.ConfigParser:
+    found = configparser.ConfigParser(interpolation=None)
+    found.optionxform = str  # type: ignore[assignment, method-assign]
+    found.read(DEPLOY / "onestill.service")
+    return found
+
+
+def test_the_unit_of_systemd_starts_a_command_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = unit()["Service"]
+    program, *arguments = shlex.split(service["ExecStart"])
+    assert program == "/opt/onestill/bin/onestill"  # where the script that installs puts it
+    options = parsed(arguments)
+    assert (options["command"], options["host"], options["log_format"]) == ("serve", "127.0.0.1", "json")
+    assert (service["Restart"], service["DynamicUser"]) == ("on-failure", "yes")
+    assert float(service["TimeoutStopSec"]) > DRAIN_S + GRACE_S
+    assert int(service["LimitNOFILE"]) >= CONNECTIONS + 200
+    assert {"XDG_DATA_HOME=%S", "XDG_CACHE_HOME=%C"} <= set(service["Environment"].split())
+    assert "MemoryDenyWriteExecute" not in service  # an engine writes machine code
+    monkeypatch.setenv("ONESTILL_SERVE_PORT", "8123")  # as from EnvironmentFile
+    assert parsed(arguments)["port"] == 8123
+
+
+def test_systemd_understands_the_unit(tmp_path: Path) -> None:
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        pytest.skip("systemd is not installed")
+    text = (DEPLOY / "onestill.service").read_text().replace("/opt/onestill/bin/onestill", sys.executable)
+    (tmp_path / "onestill.service").write_text(text)
+    for command in (["verify"], ["security", "--offline=true", "--threshold=20"]):
+        done = subprocess.run([analyze, *command, tmp_path / "onestill.service"], capture_output=True, text=True)
+        if "Unknown option" in done.stderr or "unrecognized option" in done.stderr:  # of an older systemd
+            continue
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
 
 
 def filled(text: str) -> str:

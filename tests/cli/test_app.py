@@ -4,8 +4,10 @@ import errno
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import typer.main
 
 import onestill
 from onestill.cli import app, main
@@ -74,3 +76,48 @@ def test_a_command_imports_none_of_the_others() -> None:
     loaded = {name for name in said.split() if name.startswith("onestill.cli.")}
     assert "onestill.cli.commands.verify" in loaded
     assert not loaded & {f"onestill.cli.{name}" for name in app.COMMANDS if name != "verify"}
+
+
+def test_every_option_of_a_server_is_a_variable_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    group: Any = typer.main.get_command(app.make_app())
+    given = {
+        "ONESTILL_SERVE_PORT": "8123",
+        "ONESTILL_SERVE_ALLOW_HOST": "a.example b.example",
+        "ONESTILL_SERVE_GALLERY": "1",
+        "ONESTILL_SERVE_BLOCKED_WORDS": "words.txt",
+        "ONESTILL_SERVE_LOG_FORMAT": "json",
+        "ONESTILL_SERVE_TRIAL_LIMIT": "",
+        "ONESTILL_GENERATE_MODEL": "other",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+
+    def parsed(name: str, arguments: list[str]) -> dict[str, Any]:
+        with group.commands[name].make_context(name, arguments) as context:
+            return dict(context.params)
+
+    found = parsed("serve", ["--host", "::1"])
+    assert (found["port"], found["allow_host"], found["gallery"]) == (8123, ["a.example", "b.example"], True)
+    assert (str(found["blocked_words"]), found["log_format"], found["trial_limit"]) == ("words.txt", "json", None)
+    assert parsed("serve", ["--port", "1"])["port"] == 1
+    assert parsed("generate", ["apple"])["model"] == "other"
+    monkeypatch.setenv("ONESTILL_DATABASE", "one")
+    assert parsed("serve", [])["database"] == "one"
+    for name in ("serve", "generate"):
+        for option in group.commands[name].params:
+            if option.param_type_name == "option":
+                own = f"ONESTILL_{name}_{option.opts[0][2:]}".upper().replace("-", "_")
+                assert own in ([option.envvar] if isinstance(option.envvar, str) else option.envvar)
+
+
+def test_help_names_the_variables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main(["serve", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "ONESTILL_SERVE_METRICS_PORT" in said
+    assert "ONESTILL_DATABASE, ONESTILL_SERVE_DATABASE" in said
+
+
+def test_a_wrong_variable_is_named(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONESTILL_SERVE_PORT", "many")
+    assert "ONESTILL_SERVE_PORT" in refused("serve")

@@ -17,7 +17,7 @@ from websockets.sync.client import ClientConnection, connect
 from onestill.pipeline import Pipeline
 from onestill.serve.access.quota import COOKIE, Access
 from onestill.serve.gallery.store import Gallery
-from onestill.serve.run import listen, make_server
+from onestill.serve.run import ProxySettings, listen, make_server
 from onestill.serve.web.messages import unpack
 from onestill.serve.web.server import Server, Settings
 
@@ -109,13 +109,17 @@ def answer_on(socket: ClientConnection, timeout: float = 60) -> tuple[dict[str, 
 
 @contextmanager
 def serving(
-    pipe: Pipeline, settings: Settings | None = None, access: Access | None = None, gallery: Gallery | None = None
+    pipe: Pipeline,
+    settings: Settings | None = None,
+    access: Access | None = None,
+    gallery: Gallery | None = None,
+    proxy: ProxySettings | None = None,
 ) -> Iterator[Served]:
     bound = listen("127.0.0.1", 0)
     port = bound.getsockname()[1]
     server = Server(pipe, settings or Settings(), access, gallery)
     started = threading.Event()
-    running = make_server(server, ready=started.set)
+    running = make_server(server, proxy, ready=started.set)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]})
     thread.start()
     try:

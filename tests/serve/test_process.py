@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import resource
 import signal
@@ -77,3 +78,35 @@ def test_the_first_line_says_where_it_draws(tiny_folder: Path, engine: str, note
         assert server.line == f"onestill draws at {server.url}/ on {device} (Ctrl-C ends it)\n"
         assert server.errors().count(f"note: torch computes on {'the CPU' if device == 'cpu' else device}") == notes
         assert server.stop()[0] == 0
+
+
+def test_a_process_with_a_port_for_metrics_and_a_log_of_json(tiny_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = ["--model", str(tiny_folder), "--threads", "1", "--metrics-port", str(port)]
+    with running([*options, "--log-format", "json", "--log-level", "info", "--root-path", "/draw"]) as process:
+
+        def ask(at: int, path: str, host: str = "localhost") -> tuple[int, str]:
+            connection = http.client.HTTPConnection("127.0.0.1", at, timeout=60)
+            connection.request("GET", path, headers={"host": host, "x-request-id": "it"})
+            answer = connection.getresponse()
+            found = answer.status, answer.read().decode()
+            connection.close()
+            return found
+
+        status, text = ask(port, "/metrics", "monitored.example")
+        assert (status, "onestill_ready 1" in text) == (200, True)
+        assert [ask(port, path)[0] for path in ("/healthz", "/readyz", "/", "/v1/models")] == [200, 200, 404, 404]
+        assert [ask(process.port, path)[0] for path in ("/metrics", "/healthz", "/draw/", "/draw/v1/models")] == [
+            404,
+            200,
+            200,
+            200,
+        ]
+        assert "/metrics" not in json.loads(ask(process.port, "/openapi.json")[1])["paths"]
+        status, seconds = process.stop(signal.SIGTERM)
+        assert (status, seconds < 10) == (0, True)
+        lines = [json.loads(line) for line in faults(process.errors())]
+    routes = [line["route"] for line in lines if "route" in line]
+    assert routes == ["other", "/healthz", "/", "/v1/models", "other"]
+    assert {line.get("request_id") for line in lines if "route" in line} == {"it"}

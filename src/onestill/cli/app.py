@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 import typer.main
+from typer.core import TyperCommand
 
 import onestill
 from onestill.cli.console import SIGNALLED, note, say_error, say_interrupted
@@ -23,6 +24,7 @@ USAGE = 2  # the exit status of a mistake in the command itself
 
 # Each is a module of `onestill.cli.commands`, with a function of its name or, for a group of commands, an `app`.
 COMMANDS = "generate serve keys gallery verify train evaluate bench export models data doctor".split()
+BY_ENVIRONMENT = ("generate", "serve")
 
 
 def make_app(commands: Iterable[str] = COMMANDS) -> typer.Typer:
@@ -37,9 +39,21 @@ def make_app(commands: Iterable[str] = COMMANDS) -> typer.Typer:
                 each.callback = from_home(each.callback)
             app.add_typer(module.app, name=name)
         else:
-            app.command(name)(from_home(getattr(module, name)))
+            app.command(name, cls=_WithEnvironment)(from_home(getattr(module, name)))
     app.callback(invoke_without_command=True)(root)
     return app
+
+
+class _WithEnvironment(TyperCommand):
+    """A command whose every option can also be given by an environment variable, such as ONESTILL_SERVE_PORT."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__(name, **options)
+        for option in self.params if name in BY_ENVIRONMENT else ():
+            if option.param_type_name == "option":
+                longest = max(option.opts, key=len).removeprefix("--")
+                own = f"ONESTILL_{name}_{longest}".upper().replace("-", "_")
+                option.envvar = [str(option.envvar), own] if option.envvar else own
 
 
 def from_home(command: Callable[..., T]) -> Callable[..., T]:

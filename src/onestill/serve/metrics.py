@@ -66,16 +66,21 @@ class Metrics:
                     lines += _histogram(name, labels, cells)
         gauges = gauges | {"onestill_start_time_seconds": ("When the server started.", self._started)}
         for name, (text, value) in sorted(gauges.items()):
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge", f"{name} {value:g}"]
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge", f"{name} {_number(value)}"]
         return "\n".join(lines) + "\n"
 
 
 def _histogram(name: str, labels: Labels, cells: list[float]) -> list[str]:
-    lines, total = [], 0.0
+    lines, total = [], 0
     for bound, n in zip((*(f"{bucket:g}" for bucket in BUCKETS_S), "+Inf"), cells, strict=False):
-        total += n
-        lines.append(f"{name}_bucket{_text((*labels, ('le', bound)))} {total:g}")
-    return [*lines, f"{name}_sum{_text(labels)} {cells[-1]:g}", f"{name}_count{_text(labels)} {total:g}"]
+        total += int(n)
+        lines.append(f"{name}_bucket{_text((*labels, ('le', bound)))} {total}")
+    return [*lines, f"{name}_sum{_text(labels)} {_number(cells[-1])}", f"{name}_count{_text(labels)} {total}"]
+
+
+def _number(value: float) -> str:
+    """A number with all its digits; one without a fraction is written as an integer."""
+    return str(int(value)) if value.is_integer() else repr(value)
 
 
 def _text(labels: Labels) -> str:

@@ -12,23 +12,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.middleware.proxy_headers import _TrustedHosts
 from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
 from onestill.errors import OnestillError
 from onestill.serve.access.quota import network
 from onestill.serve.connections import Connections
+from onestill.serve.forwarded import FromProxies, TrustedProxies
 from onestill.serve.paced import PacedHttp, PacedSocket
 from onestill.serve.process import tune_interpreter
 from onestill.serve.web.app import create_app
 from onestill.serve.web.server import Server
 
-__all__ = ["ENGINE_LOST", "listen", "make_proxy_server", "make_server", "run"]
+__all__ = ["ENGINE_LOST", "ProxySettings", "listen", "make_proxy_server", "make_server", "run"]
 
 HEADERS_S = 10.0  # a new connection is closed where no whole request has begun by then
 KEEP_ALIVE_S = 30  # after an answer a connection may be silent for so long, and then has HEADERS_S for its next request
@@ -62,11 +63,25 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
+@dataclass(frozen=True)
+class ProxySettings:
+    """The proxy before a server.
+
+    Attributes:
+        trusted: whose headers about a client are believed.
+        root_path: the path below which the proxy has the server, such as "/draw"; see `FromProxies`.
+    """
+
+    trusted: TrustedProxies = field(default_factory=lambda: TrustedProxies(None))
+    root_path: str = ""
+
+
 def run(
     server: Server,
     bound: socket.socket,
+    proxy: ProxySettings | None = None,
     *,
-    trusted_proxies: str | None = None,
+    metrics: socket.socket | None = None,
     ready: Callable[[], None] | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> None:
@@ -77,68 +92,74 @@ def run(
     Args:
         server: closed at the end.
         bound: a socket from `listen`.
-        trusted_proxies: addresses, separated by commas, whose X-Forwarded-For is believed; None believes nobody.
+        proxy: what stands before it; None is nothing.
+        metrics: another socket, whose connections find metrics, as those to `bound` then do not.
         ready: called when the server accepts connections.
         beat: called each second, while the event loop runs.
     """
     _allow_connections()
     tune_interpreter()
-    running = _server(server, trusted_proxies, ready, beat, owns_process=True)
+    port = None if metrics is None else int(metrics.getsockname()[1])
+    running = _server(server, proxy, port, ready, beat, owns_process=True)
     server.scheduler.on_lost = running.lose_engine
-    running.run(sockets=[bound])
+    running.run(sockets=[bound] if metrics is None else [bound, metrics])
     if running.status or not server.scheduler.close():  # a thread that hangs in an engine would keep the process
         _leave(running.status)
 
 
 def make_server(
-    server: Server, *, trusted_proxies: str | None = None, ready: Callable[[], None] | None = None
+    server: Server,
+    proxy: ProxySettings | None = None,
+    metrics_port: int | None = None,
+    ready: Callable[[], None] | None = None,
 ) -> uvicorn.Server:
     """The uvicorn server that `run` runs. Another thread ends it by setting `should_exit`."""
-    return _server(server, trusted_proxies, ready)
+    return _server(server, proxy, metrics_port, ready)
 
 
 def _server(
     server: Server,
-    trusted_proxies: str | None,
+    proxy: ProxySettings | None,
+    metrics_port: int | None,
     ready: Callable[[], None] | None,
     beat: Callable[[], None] = lambda: None,
     *,
     owns_process: bool = False,
 ) -> _DrainingServer:
-    config = _config(create_app(server), server.bounds.message, trusted_proxies, lifespan="on")
+    config = _config(create_app(server, metrics_port), server.bounds.message, proxy, lifespan="on")
     drain = partial(server.drain, DRAIN_S)
     return _DrainingServer(config, drain, ready, beat, owns_process=owns_process)
 
 
 def make_proxy_server(
-    app: ASGIApp, message_bytes: int, *, trusted_proxies: str | None = None, ready: Callable[[], None] | None = None
+    app: ASGIApp, message_bytes: int, proxy: ProxySettings | None = None, ready: Callable[[], None] | None = None
 ) -> uvicorn.Server:
     """As `make_server`, for a proxy before servers. It has no scheduler to drain."""
     _allow_connections()
-    return _DrainingServer(_config(app, message_bytes, trusted_proxies, lifespan="off"), lambda: None, ready)
+    return _DrainingServer(_config(app, message_bytes, proxy, lifespan="off"), lambda: None, ready)
 
 
 def _config(
-    app: Any, message_bytes: int, trusted_proxies: str | None, lifespan: Literal["on", "off"]
+    app: ASGIApp, message_bytes: int, proxy: ProxySettings | None, lifespan: Literal["on", "off"]
 ) -> uvicorn.Config:
+    proxy = proxy or ProxySettings()
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     connections = Connections(CONNECTIONS_EACH, _allow_connections())
-    proxies = _TrustedHosts(trusted_proxies or [])
-    http: Any = partial(_BoundedHttp, connections, proxies)
+    http: Any = partial(_BoundedHttp, connections, proxy.trusted)
     socket_protocol: Any = partial(_BoundedSocket, connections)
     return uvicorn.Config(
-        app,
+        FromProxies(app, proxy.trusted, proxy.root_path),
         http=http,
         ws=socket_protocol,
         ws_max_size=message_bytes + 1024,
         ws_max_queue=32,
         ws_per_message_deflate=False,  # pictures are compressed already
         lifespan=lifespan,
+        log_config=None,
         log_level="error",  # a client's mistakes are answered, not logged
         access_log=False,  # addresses and their requests are private by default
         server_header=False,
-        proxy_headers=trusted_proxies is not None,
-        forwarded_allow_ips=trusted_proxies,
+        proxy_headers=False,  # FromProxies reads them
         limit_concurrency=CONNECTIONS + OTHER_FILES,  # never reached, as `Connections` makes room before
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,
@@ -166,14 +187,14 @@ class _BoundedHttp(PacedHttp):
     of the connections for each address.
     """
 
-    def __init__(self, shares: Connections, proxies: _TrustedHosts, *arguments: Any, **options: Any) -> None:
+    def __init__(self, shares: Connections, proxies: TrustedProxies, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._shares, self._proxies = shares, proxies
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         peer = self.client[0] if self.client else ""
-        address = "" if not peer or peer in self._proxies else network(peer)
+        address = "" if not peer or self._proxies.trusts(peer) else network(peer)
         self._shares.open(self.transport, address)
         self._silence = self.loop.call_later(HEADERS_S, self._close_if_silent, None)
 

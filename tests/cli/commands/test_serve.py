@@ -40,7 +40,13 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(refused: Refused, tmp_
     assert "Did you mean 'turbo'?" in refused("serve", "--preset", "turboo")
     assert "package.module:function" in refused("serve", "--image-filter", "nothing.at:all")
     assert "Did you mean 'cuda'?" in refused("serve", "--port", "0", "--device", "gpu")
+    assert "addresses or networks" in refused("serve", "--port", "0", "--trust-proxy", "proxy")
+    assert "such as /draw" in refused("serve", "--port", "0", "--root-path", "draw")
+    assert "Ray" in refused("serve", "--port", "0", "--ray", "2", "--metrics-port", "0")
+    assert "'text'" in refused("serve", "--port", "0", "--log-format", "xml")
     with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert "choose another" in refused("serve", "--port", "0", "--metrics-port", port)
         assert "choose another --port" in refused("serve", "--port", taken.getsockname()[1])
 
 

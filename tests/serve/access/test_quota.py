@@ -10,9 +10,11 @@ from websockets.exceptions import ConnectionClosed
 
 from onestill.pipeline import Pipeline
 from onestill.serve.access import quota as access_module
-from onestill.serve.access.keys import new_key
+from onestill.serve.access.keys import Key, hash_of, new_key
 from onestill.serve.access.ledger import Ledger
 from onestill.serve.access.quota import COOKIE, Access
+from onestill.serve.forwarded import TrustedProxies
+from onestill.serve.run import ProxySettings
 from onestill.serve.web.app import create_app
 from onestill.serve.web.server import Server, Settings
 from tests.serve.client import Answer, Served, answer_on, cookie_of, serving
@@ -217,3 +219,68 @@ def test_addresses_are_not_kept(tiny_pipe: Pipeline, url: str, tmp_path: Path) -
 )
 def test_a_household_of_ipv6_is_one_address(one: str, other: str, same: bool) -> None:
     assert (access_module.network(one) == access_module.network(other)) is same
+
+
+# --- keys that expire, and wrong ones ---------------------------------------------------------------------------------
+
+
+def test_an_expired_key_is_refused_and_says_so(tiny_pipe: Pipeline, ledger: Ledger) -> None:
+    old, new = (ledger.add_key("me", None, f"{year}-02-01T00:00:00Z")[1] for year in (2020, 2999))
+    file_key = Key("0a0a0a0a", "old", hash_of("os-0a0a0a0a-" + "x" * 27), expires="2020-02-01T00:00:00Z")
+    with serving(tiny_pipe, access=Access({file_key.id: file_key}, ledger, trial=0)) as served:
+        assert with_key(served, new).status == 200
+        for key in (old, "os-0a0a0a0a-" + "x" * 27):
+            answer = with_key(served, key)
+            assert (answer.status, answer.error["code"]) == (401, "expired_api_key")
+            assert "expired at 2020-02-01T00:00:00Z" in answer.error["message"]
+            with served.live(ready=False, additional_headers={"authorization": f"Bearer {key}"}) as live:
+                assert answer_on(live)[0]["error"]["code"] == "expired_api_key"
+        # Only who has the whole key learns that.
+        assert with_key(served, old[:-1] + ("A" if old[-1] != "A" else "B")).error["code"] == "invalid_api_key"
+
+
+def test_a_key_expires_while_a_socket_is_open(
+    tiny_pipe: Pipeline, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = ledger.add_key("me", None, "2999-02-01T00:00:00Z")[1]
+    with (
+        serving(tiny_pipe, access=Access(ledger=ledger, trial=0)) as served,
+        served.live(additional_headers={"authorization": f"Bearer {key}"}) as live,
+    ):
+        live.send('{"id": 1, "prompt": "a"}')
+        assert answer_on(live)[0]["type"] == "image"
+        monkeypatch.setattr(access_module, "has_passed", lambda at: at == "2999-02-01T00:00:00Z")
+        live.send('{"id": 2, "prompt": "a"}')
+        assert answer_on(live)[0]["error"]["code"] == "expired_api_key"
+        with pytest.raises(ConnectionClosed) as closed:
+            live.recv(timeout=20)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1008
+
+
+def with_key(served: Served, key: str, **headers: str) -> Answer:
+    return served.ask("POST", "/v1/images/generations", {"prompt": "a"}, {"authorization": f"Bearer {key}", **headers})
+
+
+def test_wrong_keys_are_throttled_by_address(
+    tiny_pipe: Pipeline, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_up: list[str] = []
+    find_key = ledger.find_key
+    monkeypatch.setattr(ledger, "find_key", lambda name: looked_up.append(name) or find_key(name))
+    monkeypatch.setattr(access_module, "WRONG_A_MINUTE", 3)
+    good, unseen = ledger.add_key("me", None)[1], ledger.add_key("you", None)[1]
+    proxy = ProxySettings(TrustedProxies("127.0.0.1"))
+    guesser, other = {"x-forwarded-for": "1.1.1.1"}, {"x-forwarded-for": "2.2.2.2"}
+    with serving(tiny_pipe, access=Access(ledger=ledger, trial=0), proxy=proxy) as served:
+        assert with_key(served, good, **guesser).status == 200
+        answers = [with_key(served, new_key()[1], **guesser) for _ in range(6)]
+        assert [answer.status for answer in answers] == [401] * 3 + [429] * 3
+        assert (answers[-1].error["code"], answers[-1].headers["retry-after"]) == ("rate_limit", "20")
+        assert len(looked_up) == 4  # a guess beyond the limit asks the database nothing
+        with served.live(ready=False, additional_headers={"authorization": "Bearer x", **guesser}) as live:
+            assert answer_on(live)[0]["error"]["code"] == "rate_limit"
+        # Neither a good guess nor a bad one is told from the other; who was known at this address still is.
+        assert with_key(served, unseen, **guesser).status == 429
+        assert with_key(served, good, **guesser).status == 200
+        assert [with_key(served, key, **other).status for key in (unseen, new_key()[1])] == [200, 401]

@@ -15,42 +15,53 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.types import ASGIApp
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from benchmarks.serve.server import running
 from onestill.pipeline import Pipeline
+from onestill.serve.access.ledger import Ledger
+from onestill.serve.access.quota import Access
 from onestill.serve.cluster.proxy import Proxy
-from onestill.serve.cluster.upstream import Upstream
-from onestill.serve.run import listen, make_proxy_server
+from onestill.serve.cluster.upstream import ClientFromProxy, Upstream
+from onestill.serve.forwarded import TrustedProxies
+from onestill.serve.run import ProxySettings, listen, make_proxy_server
+from onestill.serve.web.app import create_app
 from onestill.serve.web.guard import Guard
 from onestill.serve.web.requests import Bounds
-from onestill.serve.web.server import Settings
-from tests.serve.client import Served, answer_on, serving
+from onestill.serve.web.server import Server, Settings
+from tests.serve.client import Answer, Served, answer_on, serving
 from tests.serve.pictures import png
 
 PROOF = "proof"
 
 
 @contextmanager
-def proxied(port: int, patience_s: float = 60.0) -> Iterator[Served]:
-    """A proxy before whatever listens at a port."""
-    bounds = Bounds()
-    proxy = Proxy(Upstream("127.0.0.1", port, PROOF, bounds.message, patience_s))
+def answering(app: ASGIApp, message_bytes: int, proxy: ProxySettings | None = None) -> Iterator[int]:
+    """Yields the port of a server of an application."""
     with listen("127.0.0.1", 0) as bound:
         started = threading.Event()
-        server = make_proxy_server(Guard(proxy, (), (), bounds.body), bounds.message, ready=started.set)
+        server = make_proxy_server(app, message_bytes, proxy, ready=started.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         assert started.wait(20)
-        found = Served.__new__(Served)
-        found.port = bound.getsockname()[1]
         try:
-            yield found
+            yield bound.getsockname()[1]
         finally:
             server.should_exit = True
             thread.join(30)
             assert not thread.is_alive()
+
+
+@contextmanager
+def proxied(port: int, patience_s: float = 60.0, before: ProxySettings | None = None) -> Iterator[Served]:
+    """A proxy before whatever listens at a port, and the settings of the proxy before that."""
+    bounds = Bounds()
+    proxy = Proxy(Upstream("127.0.0.1", port, PROOF, bounds.message, patience_s))
+    found = Served.__new__(Served)
+    with answering(Guard(proxy, (), (), bounds.body), bounds.message, before) as found.port:
+        yield found
 
 
 def free_port() -> int:
@@ -89,6 +100,35 @@ def test_what_goes_through_is_what_would_have_come(tiny_pipe: Pipeline) -> None:
             connect(f"ws://127.0.0.1:{proxy.port}/v1/nothing", proxy=None) as live,
         ):
             live.recv(timeout=20)
+
+
+def test_a_replica_knows_who_asked_and_below_which_path(tiny_pipe: Pipeline, ledger: Ledger) -> None:
+    server = Server(tiny_pipe, Settings(), Access(ledger=ledger, trial=1))
+    app = create_app(server)
+    app.add_middleware(ClientFromProxy, proof=PROOF)
+    before = ProxySettings(TrustedProxies("127.0.0.1"), "/draw")
+    said = {"x-forwarded-proto": "https", "x-onestill-client": "3.3.3.3", "x-onestill-root-path": "/evil"}
+    with answering(app, server.bounds.message) as port, proxied(port, before=before) as proxy:
+
+        def ask(method: str, path: str, client: str, body: Any = None) -> Answer:
+            return proxy.ask(method, path, body, said | {"x-forwarded-for": client, "x-request-id": "abc"})
+
+        for path in ("/", "/draw/"):  # the path taken off by the proxy before, and left there
+            page = ask("GET", path, "1.1.1.1")
+            assert b'"/draw/web/page.js"' in page.body
+            assert "Path=/draw; SameSite=strict; Secure" in page.headers["set-cookie"]
+            assert page.headers["x-request-id"] == "abc"
+        assert ask("GET", "/draw/openapi.json", "1.1.1.1").json["servers"] == [{"url": "/draw"}]
+        assert ask("HEAD", "/draw/v1/models", "1.1.1.1").status == 200
+        assert ask("GET", "/draw/metrics", "1.1.1.1").status == 403
+        drawn = [
+            ask("POST", "/draw/v1/images/generations", client, {"prompt": "a"}).status
+            for client in ("1.1.1.1", "2.2.2.2", "1.1.1.1")
+        ]
+        assert drawn == [200, 200, 429]
+        with connect(f"ws://127.0.0.1:{proxy.port}/draw/v1/realtime", proxy=None) as live:
+            assert json.loads(live.recv(timeout=60))["type"] == "ready"
+    server.close()
 
 
 def test_one_request_is_one_picture_however_often_it_is_asked(served: Served) -> None:

@@ -44,7 +44,7 @@ def test_wrong_paths_and_methods_are_told_in_the_same_form(served: Served) -> No
     assert served.ask("GET", "/v1/nothing").error["code"] == "not_found"
     answer = served.ask("DELETE", "/v1/models")
     assert (answer.status, answer.error["code"]) == (405, "method_not_allowed")
-    assert answer.headers["allow"] == "GET"
+    assert answer.headers["allow"] == "GET, HEAD"
     for path in ("/web/../app.py", "/web/%2e%2e%2fapp.py", "/web/..%5capp.py", "//etc/passwd", "/web/index.html%00"):
         assert served.ask("GET", path).status == 404
 

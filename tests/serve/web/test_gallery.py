@@ -109,8 +109,8 @@ def test_what_is_wrong_is_refused(tiny_pipe: Pipeline, url: str) -> None:
         assert owner.ask("POST", "", b"{}", **{"content-type": "text/plain"}).status == 400
         foreign = owner.ask("POST", "", {"prompt": "a", "consent": True}, origin="https://evil.example")
         assert (foreign.status, foreign.error["code"]) == (403, "foreign_origin")
-        assert owner.ask("PUT", "").headers["allow"] == "GET, POST"
-        assert owner.ask("POST", f"/{'0' * 32}").headers["allow"] == "DELETE, GET"
+        assert owner.ask("PUT", "").headers["allow"] == "GET, HEAD, POST"
+        assert owner.ask("POST", f"/{'0' * 32}").headers["allow"] == "DELETE, GET, HEAD"
         assert gallery.page(9) == []
         entry = owner.save("a\0b", show_prompt=True).json
         assert entry["prompt"] == "a b"

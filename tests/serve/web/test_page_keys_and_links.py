@@ -13,10 +13,13 @@ from onestill.pipeline import Pipeline
 from onestill.serve.access.keys import Key, hash_of, new_key
 from onestill.serve.access.ledger import Ledger
 from onestill.serve.access.quota import Access
+from onestill.serve.gallery.store import Gallery
+from onestill.serve.run import ProxySettings
 from onestill.serve.web.requests import Bounds
 from onestill.serve.web.server import Settings
-from tests.serve.client import serving
+from tests.serve.client import Served, serving
 from tests.serve.conftest import Gated
+from tests.serve.reverse_proxy import reverse_proxy
 from tests.serve.web import test_page
 from tests.serve.web.test_page import opened, until
 
@@ -128,3 +131,36 @@ def test_a_busy_server_that_goes_is_not_called_live(browser: Any, tiny_pipe: Pip
         page.evaluate("() => { window.WebSocket = class {}; dispatchEvent(new Event('offline')); }")
         page.wait_for_timeout(1500)
         assert page.get_attribute("#link", "data-state") in ("offline", "connecting")
+
+
+class Below(Served):
+    """A server below a path, asked through a proxy."""
+
+    @property
+    def url(self) -> str:
+        return f"{super().url}/draw"
+
+
+@pytest.mark.parametrize("strip", [True, False])
+def test_the_page_draws_and_publishes_below_a_path(
+    browser: Any, tiny_pipe: Pipeline, tmp_path: Path, strip: bool
+) -> None:
+    ledger = Ledger(f"sqlite:///{tmp_path}/serve.db")
+    access = Access(ledger=ledger, trial=100)
+    with (
+        serving(tiny_pipe, access=access, gallery=Gallery(ledger), proxy=ProxySettings(root_path="/draw")) as served,
+        reverse_proxy(served.port, "/draw", strip) as port,
+    ):
+        page = opened(browser, Below(served.server, port))
+        page.fill("#prompt", "a red star")
+        page.wait_for_selector('#pictures img[alt="a red star"]')
+        with page.expect_download() as download:
+            page.click("#download")
+        assert download.value.suggested_filename.startswith("a-red-star-")
+        page.click("#show")
+        page.click('#show-dialog button[value="save"]')
+        page.wait_for_selector("#shown img")
+        until(page, "document.querySelector('#shown img').naturalWidth === 32")
+        page.reload()
+        page.wait_for_selector("#shown .delete")  # the cookie came along
+        assert page.faults == []

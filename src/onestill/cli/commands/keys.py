@@ -20,25 +20,36 @@ def new(
     daily: Annotated[
         str | None, typer.Option("--limit", metavar="N/day", help="Pictures a day for this key. (default: any number)")
     ] = None,
+    expires: Annotated[
+        str | None,
+        typer.Option(
+            "--expires",
+            metavar="30d|DATE",
+            help="Refuse it after this span (h, d, w), or after this day in UTC, such as 2027-01-31. (default: never)",
+        ),
+    ] = None,
     database: Database = None,
     keys: KeysFile = None,
 ) -> None:
     """Make a key and print it, this once: only its hash is stored."""
-    pictures = parse_daily(daily)
+    from onestill.serve.access.keys import hash_of, new_key, read_expiry, read_keys
+
+    pictures, until = parse_daily(daily), read_expiry(expires)
     if not name.strip() or not name.isprintable() or len(name) > 200:
         raise OnestillError("The name must be 1 to 200 printable letters.")
     if keys is None:
-        print(open_ledger(database).add_key(name.strip(), pictures)[1])
+        print(open_ledger(database).add_key(name.strip(), pictures, until)[1])
         return
     if pictures is not None:
         raise OnestillError("A file of keys has no counts; use --database for a key with a --limit.")
-    from onestill.serve.access.keys import hash_of, new_key, read_keys
-
     if keys.exists():
         read_keys(keys)
+    if name.strip().startswith("expires="):
+        raise OnestillError("In a file of keys no name begins with 'expires='; give another.")
     key_id, key = new_key()
+    expiry = f" expires={until}" if until else ""
     with keys.open("a", encoding="utf-8") as file:
-        file.write(f"{key_id} {hash_of(key)} {name.strip()}\n")
+        file.write(f"{key_id} {hash_of(key)}{expiry} {name.strip()}\n")
     keys.chmod(0o600)
     print(key)
 
@@ -46,6 +57,8 @@ def new(
 @app.command("list")
 def list_all(database: Database = None, as_json: Json = False) -> None:
     """List the keys of a database, with the pictures each drew today."""
+    from onestill.serve.access.keys import has_passed
+
     rows = open_ledger(database).list_keys()
     if as_json:
         print_json({"keys": rows})
@@ -57,6 +70,8 @@ def list_all(database: Database = None, as_json: Json = False) -> None:
     for row in rows:
         limit = "any number" if row["daily"] is None else f"{row['daily']} a day"
         state = f"revoked {row['revoked']}" if row["revoked"] else f"made {row['made']}"
+        if row["expires"]:
+            state += f", {'expired' if has_passed(row['expires']) else 'expires'} {row['expires']}"
         console.print(f"{row['id']}  {limit}, {row['today']} today, {state}  {row['name']}", markup=False)
 
 

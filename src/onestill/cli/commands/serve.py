@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from onestill.cli.options import (
     with_groups,
 )
 from onestill.errors import OnestillError, require
+from onestill.serve.logs import LogFormat, LogLevel, log_to_stderr
 
 if TYPE_CHECKING:
     from onestill.checkpoint import ModelInfo
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from onestill.serve.access.quota import Access
     from onestill.serve.provenance import Stamp
     from onestill.serve.queue.scheduler import Limits
+    from onestill.serve.run import ProxySettings
     from onestill.serve.safety import ImageFilter, PromptFilter
     from onestill.serve.web.server import Server, Settings
 
@@ -60,6 +63,49 @@ class AccessOptions:
         needs_database = self.database is not None or self.daily or gallery
         ledger = open_ledger(self.database) if needs_database else None
         return Access(read_keys(self.keys) if self.keys is not None else {}, ledger, self.daily), ledger
+
+
+@dataclass(frozen=True)
+class ProxyOptions:
+    """The proxy before the server."""
+
+    trust_proxy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS,...",
+            help="Proxies whose X-Forwarded headers are believed: addresses, networks, * for any. (default: none)",
+        ),
+    ] = None
+    root_path: Annotated[
+        str, typer.Option(metavar="PATH", help="The path below which a proxy has the server, such as /draw.")
+    ] = ""
+
+    def read(self) -> ProxySettings:
+        """The options as the server takes them."""
+        from onestill.serve.forwarded import TrustedProxies, read_prefix
+        from onestill.serve.run import ProxySettings
+
+        return ProxySettings(TrustedProxies(self.trust_proxy), read_prefix(self.root_path))
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    """What an operator sees."""
+
+    metrics_for_all: Annotated[
+        bool,
+        typer.Option("--metrics-for-all", help="Answer /metrics to every address. (default: this machine's alone)"),
+    ] = False
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=65535, metavar="N", help="Answer /metrics on this port, and not on the other. (default: --port)"
+        ),
+    ] = None
+    log_format: Annotated[LogFormat, typer.Option(help="The form of the log on standard error.")] = LogFormat.TEXT
+    log_level: Annotated[LogLevel, typer.Option(help="What is logged at least; info has a line for each request.")] = (
+        LogLevel.WARNING
+    )
 
 
 @dataclass(frozen=True)
@@ -177,9 +223,7 @@ def serve(
         list[str] | None,
         typer.Option(metavar="URL", help="Another site whose pages may ask. May be repeated. (default: none)"),
     ] = None,
-    trust_proxy: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="The proxy whose X-Forwarded-For is believed. (default: none)")
-    ] = None,
+    proxy: ProxyOptions,
     gallery: GalleryOptions,
     queue: Annotated[int, typer.Option(min=1, metavar="N", help="Number of pictures that may wait.")] = 64,
     batch: Annotated[
@@ -205,15 +249,13 @@ def serve(
     upload_mb: Annotated[
         int, typer.Option(min=1, max=64, metavar="N", help="Megabytes that one request may upload.")
     ] = 12,
-    metrics_for_all: Annotated[
-        bool,
-        typer.Option("--metrics-for-all", help="Answer /metrics to every address. (default: this machine's alone)"),
-    ] = False,
+    watch: WatchOptions,
 ) -> None:
     """Serve the page, the realtime socket and the images API, until Ctrl-C."""
     from onestill.serve.supervisor import Supervised, supervise
 
-    # First, while this process is small, and only where it is the command's own, as it forks. Ray has its own way to
+    log_to_stderr(watch.log_format, watch.log_level)
+    # Early, while this process is small, and only where it is the command's own, as it forks. Ray has its own way to
     # replace replicas.
     is_alone = recovery.no_restart or ray or not context.obj
     supervised = Supervised() if is_alone else supervise()
@@ -228,14 +270,21 @@ def serve(
         bounds=Bounds(body=upload_mb * 2**20),
         aliases=tuple(model_alias or ()),
         limits=Limits(waiting=queue, waiting_each=max(10, queue // 2), batch=batch),
-        metrics_for_all=metrics_for_all,
+        metrics_for_all=watch.metrics_for_all,
+        log_format=watch.log_format,
+        log_level=watch.log_level,
     )
+    behind = proxy.read()
+    if ray and watch.metrics_port is not None:
+        raise OnestillError("Under Ray each replica counts by itself; leave --metrics-port out, and see Ray's metrics.")
     loading = {"threads": threads, **vars(runtime), "options": compiling.torch_options()}
     build = partial(built, settings, hooks, model, loading, additions, access, gallery, recovery)
     daily = access.daily
     check(settings, hooks, model, additions)
-    with supervised.bound or listen(host, port) as bound:
+    with ExitStack() as opened:
+        bound = opened.enter_context(supervised.bound or listen(host, port))
         supervised.keep(bound)
+        metrics = None if watch.metrics_port is None else opened.enter_context(listen(host, watch.metrics_port))
         found_host, found_port = bound.getsockname()[:2]
         shown = f"[{found_host}]" if ":" in found_host else found_host
 
@@ -249,12 +298,12 @@ def serve(
             server = build()
             note_device(runtime.device, server.info.engine, server.info.device)
             said = None if supervised.bound else partial(ready, f" on {server.info.device}")
-            run(server, bound, trusted_proxies=trust_proxy, ready=said, beat=supervised.beat)
+            run(server, bound, behind, metrics=metrics, ready=said, beat=supervised.beat)
             return
         require("ray.serve", "ray")
         from onestill.serve.cluster.ray import run_on_ray
 
-        run_on_ray(build, settings, bound, replicas=ray, gpus=ray_gpus, trusted_proxies=trust_proxy, ready=ready)
+        run_on_ray(build, settings, bound, replicas=ray, gpus=ray_gpus, proxy=behind, ready=ready)
 
 
 def check(settings: Settings, hooks: Hooks, model: str, additions: AdditionOptions) -> Settings:

@@ -31,7 +31,7 @@ _KEYS = sa.Table(
     "keys",
     _META,
     sa.Column("id", sa.String, primary_key=True),
-    *(sa.Column(name, sa.String) for name in ("name", "hashed", "made", "revoked")),
+    *(sa.Column(name, sa.String) for name in ("name", "hashed", "made", "revoked", "expires")),
     sa.Column("daily", sa.Integer),
 )
 _COUNTS = sa.Table(
@@ -59,10 +59,10 @@ class Ledger(Database):
 
     # --- keys --------------------------------------------------------------------------------------------------------
 
-    def add_key(self, name: str, daily: int | None) -> tuple[str, str]:
-        """Make a key; returns its id and the key itself, which is not stored."""
+    def add_key(self, name: str, daily: int | None, expires: str | None = None) -> tuple[str, str]:
+        """Make a key; returns its id and the key itself, which is not stored. `expires` is as in `Key`."""
         key_id, key = new_key()
-        row = {"id": key_id, "name": name, "hashed": hash_of(key), "daily": daily, "made": _today()}
+        row = {"id": key_id, "name": name, "hashed": hash_of(key), "daily": daily, "made": _today(), "expires": expires}
         with self.begin() as connection:
             connection.execute(sa.insert(_KEYS).values(row))
         return key_id, key
@@ -73,7 +73,7 @@ class Ledger(Database):
             row = connection.execute(
                 sa.select(_KEYS).where(_KEYS.c.id == key_id, _KEYS.c.revoked.is_(None))
             ).one_or_none()
-        return None if row is None else Key(row.id, row.name, row.hashed, row.daily)
+        return None if row is None else Key(row.id, row.name, row.hashed, row.daily, row.expires)
 
     def revoke_key(self, key_id: str) -> bool:
         """Revoke a key; False where there is no valid one of this id."""
@@ -81,14 +81,14 @@ class Ledger(Database):
         return self.delete(sa.update(_KEYS).where(valid).values(revoked=_today())) == 1
 
     def list_keys(self) -> list[dict[str, Any]]:
-        """Every key ever made: id, name, daily, made, revoked, and `today`, the pictures it drew today."""
+        """Every key ever made: id, name, daily, made, revoked, expires, and `today`, the pictures it drew today."""
         used = sa.func.coalesce(_COUNTS.c.pictures, 0).label("today")
         counted = _KEYS.outerjoin(
             _COUNTS, sa.and_(_COUNTS.c.account == sa.literal("key:") + _KEYS.c.id, _COUNTS.c.day == _today())
         )
-        wanted = (_KEYS.c.id, _KEYS.c.name, _KEYS.c.daily, _KEYS.c.made, _KEYS.c.revoked, used)
+        wanted = [_KEYS.c[name] for name in ("id", "name", "daily", "made", "revoked", "expires")]
         with self.begin() as connection:
-            rows = connection.execute(sa.select(*wanted).select_from(counted).order_by(_KEYS.c.made, _KEYS.c.id))
+            rows = connection.execute(sa.select(*wanted, used).select_from(counted).order_by(_KEYS.c.made, _KEYS.c.id))
             return [dict(row._mapping) for row in rows]
 
     # --- counts ------------------------------------------------------------------------------------------------------

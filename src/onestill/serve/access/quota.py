@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import HTTPConnection
 
-from onestill.serve.access.keys import KEY_FORM, Key, hash_of
+from onestill.serve.access.keys import KEY_FORM, Key, has_passed, hash_of
+from onestill.serve.access.rate_limit import TokenBuckets
 from onestill.serve.errors import ApiError, Unavailable
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = ["COOKIE", "COOKIE_S", "Access", "Visitor", "network"]
 COOKIE = "onestill_visitor"
 COOKIE_S = 400 * 24 * 3600  # browsers keep no cookie for longer
 KEY_CACHE_S = 5.0  # how long a key that was looked up is trusted: a revoked one is refused after that
+WRONG_A_MINUTE = 20  # keys that are not valid, of one address
 T = TypeVar("T")
 EACH_ADDRESS = 4  # trials, as a household or a school may share an address
 
@@ -77,6 +79,7 @@ class Access:
         self.trial = trial
         self._secret = ledger.secret() if ledger is not None else secrets.token_bytes(32)
         self._cached: dict[str, tuple[float, Key | None]] = {}
+        self._wrong = TokenBuckets(WRONG_A_MINUTE / 60, WRONG_A_MINUTE)
         # One thread, as SQLite has one writer: waiting here is cheaper than waiting there.
         self._pool = ThreadPoolExecutor(1, "onestill-ledger")
 
@@ -96,26 +99,36 @@ class Access:
             key: a key that came in another way than in `Authorization: Bearer`.
 
         Raises:
-            ApiError: 401, the key is not valid, or one is needed.
+            ApiError: 401, the key is not valid or has expired, or one is needed; 429, the address sent too many wrong
+                ones. Keys that were valid a moment ago still are.
         """
         scheme, _, bearer = connection.headers.get("authorization", "").partition(" ")
         given = key or (bearer.strip() if scheme.lower() == "bearer" else None)
         if given is not None and (self._file_keys or self._ledger is not None):
-            found = await self._valid_key(given)
-            if found is not None:
-                accounts = () if found.daily is None else ((f"key:{found.id}", found.daily),)
-                return Visitor(f"key:{found.id}", accounts, f"key:{found.id}", client=_client_of(connection))
-            raise ApiError(401, "This key is not valid; check it, or ask for a new one.", "invalid_api_key")
+            found = await self._valid_key(given, self._address_of(connection))
+            accounts = () if found.daily is None else ((f"key:{found.id}", found.daily),)
+            return Visitor(f"key:{found.id}", accounts, f"key:{found.id}", client=_client_of(connection))
         if self.trial == 0:
             raise ApiError(401, "This server needs a key; send it as 'Authorization: Bearer ...'.", "no_api_key")
         return replace(self._anonymous(connection), client=_client_of(connection))
 
-    async def _valid_key(self, given: str) -> Key | None:
+    async def _valid_key(self, given: str, address: str) -> Key:
         match = KEY_FORM.fullmatch(given)
-        found = None if match is None else self._file_keys.get(match[1]) or await self._look_up(match[1])
+        key_id = "" if match is None else match[1]
+        known = self._file_keys.get(key_id) or self._cached.get(key_id, (0.0, None))[1]
+        # Whoever tries keys soon costs no look-up. A neighbour's key that is known is looked up all the same.
+        refused = known is None and self._wrong.is_empty(address)
+        found = self._file_keys.get(key_id) or (None if refused or match is None else await self._look_up(key_id))
         # Compared even where there is no such key, so that the time it takes reveals nothing.
         expected = found.hashed if found is not None else "0" * 64
-        return found if hmac.compare_digest(hash_of(given), expected) and found is not None else None
+        if not hmac.compare_digest(hash_of(given), expected) or found is None:
+            if refused or not self._wrong.take(address):
+                pause_s = 60 / WRONG_A_MINUTE
+                raise ApiError(429, "Too many wrong keys; wait a minute.", "rate_limit", retry_after_s=pause_s)
+            raise ApiError(401, "This key is not valid; check it, or ask for a new one.", "invalid_api_key")
+        if found.expires is not None and has_passed(found.expires):
+            raise ApiError(401, f"This key expired at {found.expires}; ask for a new one.", "expired_api_key")
+        return found
 
     async def _look_up(self, key_id: str) -> Key | None:
         if self._ledger is None:
@@ -130,7 +143,7 @@ class Access:
         return found
 
     def _anonymous(self, connection: HTTPConnection) -> Visitor:
-        address = self.keyed_hash(network(connection.client.host if connection.client else ""))
+        address = self._address_of(connection)
         cookie = self._name_in(connection.cookies.get(COOKIE, ""))
         name = f"visitor:{cookie}" if cookie else f"address:{address}"
         owner = f"visitor:{cookie}" if cookie else ""
@@ -140,6 +153,9 @@ class Access:
         if cookie:
             accounts.append((f"visitor:{cookie}", self.trial))
         return Visitor(name, tuple(accounts), owner, address)
+
+    def _address_of(self, connection: HTTPConnection) -> str:
+        return self.keyed_hash(network(connection.client.host if connection.client else ""))
 
     def cookie_for(self, connection: HTTPConnection) -> str | None:
         """A new signed cookie for a browser that has no valid one, else None."""

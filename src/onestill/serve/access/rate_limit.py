@@ -19,11 +19,15 @@ class TokenBucket:
 
     def take(self) -> bool:
         """Take a token; False where there is none."""
-        self.refill()
-        if self._tokens < 1:
+        if not self.has_one():
             return False
         self._tokens -= 1
         return True
+
+    def has_one(self) -> bool:
+        """Whether there is a token."""
+        self.refill()
+        return self._tokens >= 1
 
     def spend(self, tokens: float) -> float:
         """Take tokens, also those that are not there yet; returns the seconds until they will have been."""
@@ -45,6 +49,10 @@ class TokenBuckets:
     def __init__(self, each_s: float, most: float) -> None:
         self._each_s, self._most = each_s, most
         self._buckets: dict[str, TokenBucket] = {}
+
+    def is_empty(self, name: str) -> bool:
+        """Whether there is no token of this name."""
+        return name in self._buckets and not self._buckets[name].has_one()
 
     def take(self, name: str) -> bool:
         """Take a token of this name. With too many names in use, new ones are refused."""

@@ -18,8 +18,9 @@ from fastapi import FastAPI
 from onestill.errors import OnestillError, require
 from onestill.serve.cluster.proxy import Proxy
 from onestill.serve.cluster.upstream import ClientFromProxy, Upstream
+from onestill.serve.logs import log_to_stderr
 from onestill.serve.process import tune_interpreter
-from onestill.serve.run import listen, make_proxy_server
+from onestill.serve.run import ProxySettings, listen, make_proxy_server
 from onestill.serve.web.app import create_app
 from onestill.serve.web.guard import Guard
 from onestill.serve.web.server import Server, Settings
@@ -39,7 +40,7 @@ def run_on_ray(
     *,
     replicas: int,
     gpus: float,
-    trusted_proxies: str | None,
+    proxy: ProxySettings,
     ready: Callable[[], None],
 ) -> None:
     """Deploy and serve until SIGTERM or Ctrl-C; then drain the replicas and take them down.
@@ -52,7 +53,7 @@ def run_on_ray(
         bound: from `listen`; our proxy answers there, and passes on to Ray's proxy on the cluster's head.
         replicas: how many.
         gpus: of each, such as 0.5; 0 for none.
-        trusted_proxies: as for `run`.
+        proxy: as for `run`.
         ready: called when all replicas answer.
 
     Raises:
@@ -83,7 +84,7 @@ def run_on_ray(
         except RuntimeError as error:
             raise OnestillError("Ray could not start the replicas; see 'ray status' and Ray's logs.") from error
         app = _proxy(Upstream(host, port, proof, settings.bounds.message), settings)
-        make_proxy_server(app, settings.bounds.message, trusted_proxies=trusted_proxies, ready=ready).run([bound])
+        make_proxy_server(app, settings.bounds.message, proxy, ready).run([bound])
     except KeyboardInterrupt:
         if not stopped:
             raise
@@ -106,6 +107,7 @@ def _deployment(
     serve: Any, build: Callable[[], Server], settings: Settings, replicas: int, gpus: float, proof: str
 ) -> Any:
     def app() -> FastAPI:
+        log_to_stderr(settings.log_format, settings.log_level)
         server = build()
         _servers.append(server)
         made = create_app(server)

@@ -17,6 +17,7 @@ LONGEST_PAUSE_S = 1.0
 # Headers of one connection, which are not passed on. So is the length of a body, which is written anew.
 HOP_BY_HOP = {b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade", b"expect"}
 PROOF, CLIENT = b"x-onestill-front", b"x-onestill-client"
+SCHEME, ROOT_PATH = b"x-onestill-scheme", b"x-onestill-root-path"
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,20 @@ class Upstream:
     patience_s: float = 60.0
 
     def headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        """The headers that go to a replica: the client's, an id of the request, and who the client is."""
+        """The headers that go to a replica: the client's, and what `FromProxies` found out about the client."""
         client = scope["client"][0] if scope.get("client") else ""
-        dropped = HOP_BY_HOP | {b"content-length", PROOF, CLIENT}
+        ours = {CLIENT: client, SCHEME: scope["scheme"], ROOT_PATH: scope.get("root_path", ""), PROOF: self.proof}
+        dropped = HOP_BY_HOP | {b"content-length", *ours}
         headers = [(name, value) for name, value in scope["headers"] if name not in dropped]
-        if not any(name == b"x-request-id" for name, _ in headers):
-            headers.append((b"x-request-id", secrets.token_hex(16).encode()))
-        return [*headers, (PROOF, self.proof.encode()), (CLIENT, client.encode())]
+        return [*headers, *((name, value.encode()) for name, value in ours.items())]
 
 
 class ClientFromProxy:
-    """ASGI middleware of a replica: the client's address is the one that the proxy names.
+    """ASGI middleware of a replica: the client's address and scheme and the root path are those that the proxy names.
 
     Args:
         app: the replica's application.
-        proof: the proxy's; requests without it keep their own address.
+        proof: the proxy's; requests without it keep their own.
     """
 
     def __init__(self, app: ASGIApp, proof: str) -> None:
@@ -62,7 +62,8 @@ class ClientFromProxy:
         if scope["type"] in ("http", "websocket"):
             headers = Headers(scope=scope)
             if secrets.compare_digest(headers.get(PROOF.decode(), "").encode(), self._proof.encode()):
-                scope = {**scope, "client": (headers.get(CLIENT.decode(), ""), 0)}
+                client, scheme, root_path = (headers.get(name.decode(), "") for name in (CLIENT, SCHEME, ROOT_PATH))
+                scope = {**scope, "client": (client, 0), "scheme": scheme, "root_path": root_path}
         await self._app(scope, receive, send)
 
 

@@ -15,11 +15,13 @@ from typing import Any
 from fastapi import FastAPI, Path, Request, WebSocket
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from onestill import __version__
 from onestill.errors import OnestillError
 from onestill.serve.access.quota import COOKIE, COOKIE_S
 from onestill.serve.errors import ApiError
+from onestill.serve.forwarded import came_by_proxy
 from onestill.serve.web.errors import ErrorBody, response_of, to_api_error
 from onestill.serve.web.guard import Guard
 from onestill.serve.web.images import images_router
@@ -34,11 +36,11 @@ LAG_EVERY_S = 0.05
 EXPIRE_EVERY_S = 3600.0
 
 
-def create_app(server: Server) -> FastAPI:
+def create_app(server: Server, metrics_port: int | None = None) -> FastAPI:
     """The ASGI application of a server. The server is closed when the application ends.
 
     `GET /` is the page, `/v1/...` the API; `/healthz`, `/readyz` and `/metrics` are for monitoring, and `/openapi.json`
-    describes the API.
+    describes the API. Connections to `metrics_port` find what is for monitoring, and the others then have no metrics.
     """
 
     @asynccontextmanager
@@ -65,11 +67,17 @@ def create_app(server: Server) -> FastAPI:
         app.include_router(gallery_router(server, server.gallery))
     _add_page(app, server)
     _add_models(app, server)
-    _add_monitoring(app, server)
+    _add_health(app, server)
+    if metrics_port is None:
+        _add_metrics(app, server, for_all=server.settings.metrics_for_all)
 
     @app.websocket("/v1/realtime")
     async def realtime(socket: WebSocket) -> None:
-        await converse(server, socket)
+        started = time.perf_counter()
+        try:
+            await converse(server, socket)
+        finally:
+            _log("closed", "GET", "/v1/realtime", 101, time.perf_counter() - started)
 
     _add_error_handlers(app)
     settings = server.settings
@@ -77,8 +85,37 @@ def create_app(server: Server) -> FastAPI:
     def watch(method: str, route: str, status: int, seconds: float) -> None:
         server.metrics.count("onestill_http_requests_total", route=route, status=str(status))
         server.metrics.observe("onestill_http_request_seconds", seconds, route=route)
+        _log("answered", method, route, status, seconds)
 
     app.add_middleware(Guard, hosts=settings.hosts, origins=settings.origins, most_body=server.bounds.body, watch=watch)
+    if metrics_port is not None:
+        app.add_middleware(_ByPort, port=metrics_port, other=_metrics_app(server))
+    return app
+
+
+def _log(message: str, method: str, route: str, status: int, seconds: float) -> None:
+    fields = {"method": method, "route": route, "status": status, "ms": round(seconds * 1000, 1)}
+    LOG.info(message, extra={"fields": fields})
+
+
+class _ByPort:
+    """ASGI middleware that gives the connections to one port to another application."""
+
+    def __init__(self, app: ASGIApp, port: int, other: ASGIApp) -> None:
+        self._app, self._port, self._other = app, port, other
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        at = scope.get("server") or (None, None)
+        await (self._other if at[1] == self._port else self._app)(scope, receive, send)
+
+
+def _metrics_app(server: Server) -> FastAPI:
+    """What answers on a port of its own: metrics for whoever reaches it, by any name, and health."""
+    app = FastAPI(openapi_url=None)
+    _add_health(app, server)
+    _add_metrics(app, server, for_all=True)
+    _add_error_handlers(app)
+    app.add_middleware(Guard, hosts=("*",), origins=(), most_body=0)
     return app
 
 
@@ -94,6 +131,7 @@ def _add_page(app: FastAPI, server: Server) -> None:
                 COOKIE,
                 cookie,
                 max_age=COOKIE_S,
+                path=request.scope.get("root_path") or "/",
                 httponly=True,
                 samesite="strict",
                 secure=request.url.scheme == "https",
@@ -144,7 +182,7 @@ def _add_models(app: FastAPI, server: Server) -> None:
         return model if name == info.name else {**model, "id": name, "alias_of": info.name}
 
 
-def _add_monitoring(app: FastAPI, server: Server) -> None:
+def _add_health(app: FastAPI, server: Server) -> None:
     @app.get("/healthz", tags=["watch"], responses={403: {"model": ErrorBody}, 503: {"model": ErrorBody}})
     async def alive() -> dict[str, str]:
         """Whether the process answers and its engine lives; where it does not, only a new process helps."""
@@ -161,11 +199,13 @@ def _add_monitoring(app: FastAPI, server: Server) -> None:
             raise ApiError(503, f"Not ready: {reason}.", "not_ready", retry_after_s=2)
         return {"status": "ready"}
 
+
+def _add_metrics(app: FastAPI, server: Server, *, for_all: bool) -> None:
     @app.get("/metrics", tags=["watch"], response_class=PlainTextResponse, responses={403: {"model": ErrorBody}})
     async def metrics(request: Request) -> Response:
-        """Metrics for Prometheus, shown to this machine's addresses unless the operator allows all."""
-        if not server.settings.metrics_for_all and not _is_local(request):
-            raise ApiError(403, "Metrics are shown to this machine only; see --metrics-for-all.", "forbidden")
+        """Metrics for Prometheus, shown to this machine and not through a proxy unless the operator allows all."""
+        if not for_all and (came_by_proxy(request.headers) or not _is_local(request)):
+            raise ApiError(403, "Metrics are shown to this machine only; see --metrics-port.", "forbidden")
         gauges = {
             "onestill_waiting_pictures": ("Pictures in the queue.", float(server.scheduler.waiting)),
             "onestill_live_connections": ("Open live connections.", float(server.live.total())),
@@ -210,12 +250,15 @@ def _resident_bytes() -> float:
         return 0.0
 
 
-def _allowed(app: FastAPI, path: str) -> str:
+def _allowed(app: FastAPI, request: Request) -> str:
     """The methods of all routes of a path; Starlette lists only those of the first."""
     methods: set[str] = set()
+    path = request.url.path.removeprefix(request.scope.get("root_path", ""))
     for template, operations in app.openapi()["paths"].items():
         if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path):
             methods |= {method.upper() for method in operations}
+    if "GET" in methods:
+        methods.add("HEAD")
     return ", ".join(sorted(methods))
 
 
@@ -230,6 +273,6 @@ def _add_error_handlers(app: FastAPI) -> None:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
         response = response_of(ApiError(error.status_code, messages.get(error.status_code, "Not possible."), code))
         response.headers.update(error.headers or {})
-        if error.status_code == 405 and (allowed := _allowed(app, request.url.path)):
+        if error.status_code == 405 and (allowed := _allowed(app, request)):
             response.headers["allow"] = allowed
         return response

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hmac
 import re
-import secrets
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -111,7 +110,7 @@ class _Routes:
         entries = await self._access.in_pool(self._gallery.page, limit + 1, before)
         last = entries[limit - 1] if len(entries) > limit else None
         following = None if last is None else f"{last.made_ms}.{last.id}"
-        data = [_entry_json(entry, viewer) for entry in entries[:limit]]
+        data = [_entry_json(request, entry, viewer) for entry in entries[:limit]]
         return _json({"object": "list", "data": data, "next": following})
 
     async def shown(self, request: Request) -> Response:
@@ -124,11 +123,11 @@ class _Routes:
                 400, "Set 'consent' to true; everyone here will see the picture.", "no_consent", param="consent"
             )
         # A proxy sends the request again where its server died; the id makes that the same picture.
-        request_id = request.headers.get("x-request-id")
-        name = self._access.keyed_hash(f"gallery {owner} {request_id}") if request_id else secrets.token_hex(16)
+        request_id = request.headers["x-request-id"]
+        name = self._access.keyed_hash(f"gallery {owner} {request_id}")
         known = await self._access.in_pool(gallery.find, name)
         if known is not None:
-            return _json(_entry_json(known, owner), 201)
+            return _json(_entry_json(request, known, owner), 201)
         await self._access.in_pool(gallery.check_room, owner, visitor.address)
         drawing = await server.draw(visitor, form, request_id=request_id)
 
@@ -149,12 +148,12 @@ class _Routes:
         )
         entry = await self._access.in_pool(add, file.data)
         server.count_picture("gallery", file.picture.timings)
-        return _json(_entry_json(entry, owner), 201)
+        return _json(_entry_json(request, entry, owner), 201)
 
     async def one(self, request: Request, name: str = NAME) -> Response:
         """The entry of one picture."""
         viewer = await self._viewer(request)
-        return _json(_entry_json(await self._found(name), viewer))
+        return _json(_entry_json(request, await self._found(name), viewer))
 
     async def file(self, request: Request, name: str = NAME) -> Response:
         """The file of one picture, a WebP."""
@@ -221,7 +220,7 @@ def _no_such() -> ApiError:
     return ApiError(404, "The gallery has no such picture; it may have expired.", "not_found")
 
 
-def _entry_json(entry: Entry, mine: str) -> dict[str, Any]:
+def _entry_json(request: Request, entry: Entry, mine: str) -> dict[str, Any]:
     return {
         "id": entry.id,
         "created": entry.made_ms // 1000,
@@ -231,7 +230,7 @@ def _entry_json(entry: Entry, mine: str) -> dict[str, Any]:
         "num_inference_steps": entry.num_inference_steps,
         "width": entry.width,
         "height": entry.height,
-        "url": f"/v1/gallery/{entry.id}/file",
+        "url": f"{request.scope.get('root_path', '')}/v1/gallery/{entry.id}/file",
         "mine": hmac.compare_digest(entry.owner, mine),
     }
 

@@ -1,14 +1,14 @@
 """Checks on every connection before any route: its Host, its Origin, and the size and speed of its body.
 
 A page of another site can make a browser send requests here; by DNS rebinding they even look local. So a Host must be a
-name of this server (an IP address cannot be rebound), and an Origin must belong to the Host or be allowed.
+name of this server (an IP address cannot be rebound), and an Origin must belong to the Host or be allowed. Here each
+request also gets its id, and HEAD becomes GET.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
@@ -20,11 +20,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onestill.serve.errors import ApiError
+from onestill.serve.logs import REQUEST_ID, valid_request_id
 from onestill.serve.web.errors import response_of, to_api_error
 
 __all__ = ["Guard"]
 
 BODY_S = 30.0  # a body must have arrived by then
+ID = "x-request-id"
 SAFE = ("GET", "HEAD", "OPTIONS")
 ALWAYS = {
     "x-content-type-options": "nosniff",
@@ -84,19 +86,26 @@ class Guard:
             await self._app(scope, receive, send)
             return
         refusal = self._refusal(scope)
+        # Every route sees one valid id, the client's or a new one.
+        name = valid_request_id(Headers(scope=scope).get(ID))
+        others = [(header, value) for header, value in scope["headers"] if header != ID.encode()]
+        scope = {**scope, "headers": [*others, (ID.encode(), name.encode())]}
+        REQUEST_ID.set(name)
         if scope["type"] == "websocket":
             if refusal is not None:
                 await receive()
                 await send({"type": "websocket.close", "code": 1008, "reason": str(refusal)[:120]})
                 return
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, _accepting(send, name))
             return
         await self._http(scope, receive, send, refusal)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send, refusal: ApiError | None) -> None:
         started = time.perf_counter()
         answered = False
-        request_id = secrets.token_hex(8)
+        method = scope["method"]
+        if method == "HEAD":  # the answer to GET; the protocol below sends its headers alone
+            scope = {**scope, "method": "GET"}
         asked = Headers(scope=scope)
         origin = asked.get("origin")
         listed = origin if origin is not None and self._is_listed(origin) else None
@@ -113,10 +122,10 @@ class Guard:
                 for name, value in ALWAYS.items():
                     headers.setdefault(name, value)
                 took = time.perf_counter() - started
-                headers["x-request-id"] = request_id
+                headers[ID] = asked[ID]
                 headers["openai-processing-ms"] = str(round(took * 1000))
                 route = getattr(scope.get("route"), "path", "other")
-                self._watch(scope["method"], route, message["status"], took)
+                self._watch(method, route, message["status"], took)
             await send(message)
 
         try:
@@ -137,7 +146,8 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
-        host = headers.get("host", "")
+        # Only HTTP/1.0 may lack a Host. No browser does, so that nothing was rebound: it is a monitor's health check.
+        host = headers.get("host", "localhost" if scope.get("http_version") == "1.0" else "")
         if not self._is_known(host):
             return ApiError(403, "The Host is not a name of this server; allow it with --allow-host.", "unknown_host")
         origin = headers.get("origin")
@@ -146,7 +156,7 @@ class Guard:
         if self._is_listed(origin):
             return None
         with suppress(ValueError):  # an Origin that is none is foreign
-            if urlsplit(origin).netloc.lower() == host.lower():
+            if _authority(urlsplit(origin).netloc) == _authority(host):
                 return None
         return ApiError(
             403, "Pages of this Origin may not send requests; allow it with --allow-origin.", "foreign_origin"
@@ -197,6 +207,23 @@ class Guard:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"The body is too large; send at most {self._most_body // 2**20} MB.", "too_large")
+
+
+def _accepting(send: Send, name: str) -> Send:
+    """A `send` that adds the id of a request to the answer that accepts a socket."""
+
+    async def send_with_id(message: Message) -> None:
+        if message["type"] == "websocket.accept":
+            message = {**message, "headers": [*message.get("headers", ()), (ID.encode(), name.encode())]}
+        await send(message)
+
+    return send_with_id
+
+
+def _authority(text: str) -> tuple[str | None, int | None]:
+    """The name and port of a Host or Origin. The default ports count as none: a proxy with TLS may write either."""
+    found = urlsplit(f"//{text}")
+    return found.hostname, None if found.port in (80, 443) else found.port
 
 
 def _raising(error: ApiError) -> Callable[[], Awaitable[Message]]:

@@ -17,6 +17,7 @@ from onestill.pipeline.loaded import LoadedInfo
 from onestill.pipeline.picture import picture_bytes
 from onestill.serve.access.quota import Access, Visitor
 from onestill.serve.errors import ApiError, TooLate
+from onestill.serve.logs import LogFormat, LogLevel
 from onestill.serve.metrics import Metrics
 from onestill.serve.process import lower_priority
 from onestill.serve.provenance import Stamp
@@ -49,6 +50,7 @@ class Settings:
         aliases: other names of the model in requests.
         limits: of the scheduler.
         metrics_for_all: show metrics to every address, not only to this machine's.
+        log_format, log_level: of the log on standard error; requests are logged at level "info".
         prompt_filter, image_filter: what refuses prompts and pictures; see `onestill.serve.safety`.
         stamp: signs the files of the images API and of the gallery.
     """
@@ -59,6 +61,8 @@ class Settings:
     aliases: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     metrics_for_all: bool = False
+    log_format: LogFormat = LogFormat.TEXT
+    log_level: LogLevel = LogLevel.WARNING
     prompt_filter: PromptFilter | None = None
     image_filter: ImageFilter | None = None
     stamp: Stamp | None = None

@@ -31,14 +31,22 @@ class Site:
             suffix = "." + file.name.rpartition(".")[2]
             if suffix in TYPES:
                 data = file.read_bytes()
-                self._files[file.name] = (data, TYPES[suffix], f'"{hashlib.sha256(data).hexdigest()[:16]}"')
+                self._files[file.name] = (data, TYPES[suffix], _tag(data))
 
     def response(self, name: str, request: Request) -> Response:
         """A file, or 304 where the browser has it already. Raises ApiError (404) where there is no such file."""
         if name not in self._files:
             raise ApiError(404, "There is nothing here.", "not_found")
         data, kind, tag = self._files[name]
+        root_path = request.scope.get("root_path", "")
+        if root_path and name.endswith(".html"):  # scripts find the server from their own address
+            data = data.replace(b'="/web/', f'="{root_path}/web/'.encode())
+            tag = _tag(data)
         headers = {"etag": tag, "cache-control": "no-cache"}
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)
         return Response(data, media_type=kind, headers=headers)
+
+
+def _tag(data: bytes) -> str:
+    return f'"{hashlib.sha256(data).hexdigest()[:16]}"'

@@ -1,4 +1,5 @@
 // The gallery, where the server has one: a grid of the published pictures, the visitor's own with a button to delete them.
+import { server } from "./live.js";
 import { t } from "./text.js";
 
 const $ = (id) => document.getElementById(id);
@@ -28,7 +29,7 @@ export class Gallery {
   async call(path, options = {}) {
     const headers = { ...options.headers };
     if (this.page.key()) headers.authorization = `Bearer ${this.page.key()}`;
-    const answer = await fetch(path, { ...options, headers });
+    const answer = await fetch(new URL(path, server), { ...options, headers });
     if (answer.ok) return answer;
     const found = await answer.json().catch(() => ({}));
     throw new Error(found.error?.message ?? answer.statusText);
@@ -55,7 +56,7 @@ export class Gallery {
     const { prompt, seed, num_inference_steps, size } = this.asked;
     const asked = { prompt, seed, num_inference_steps, size: size ?? null, consent: true, show_prompt: $("show-words").checked };
     const headers = { "content-type": "application/json" };
-    const entry = await (await this.call("/v1/gallery", { method: "POST", headers, body: JSON.stringify(asked) })).json();
+    const entry = await (await this.call("v1/gallery", { method: "POST", headers, body: JSON.stringify(asked) })).json();
     $("shown").prepend(this.item(entry));
     this.count();
     this.page.say(t("savedHere"));
@@ -74,7 +75,7 @@ export class Gallery {
 
   async more() {
     const after = this.next ? `&after=${encodeURIComponent(this.next)}` : "";
-    const found = await (await this.call(`/v1/gallery?limit=24${after}`)).json();
+    const found = await (await this.call(`v1/gallery?limit=24${after}`)).json();
     const items = found.data.map((entry) => this.item(entry));
     $("shown").append(...items);
     const again = this.next !== null;
@@ -134,7 +135,7 @@ export class Gallery {
 
   async remove() {
     const { entry, item } = this.going;
-    await this.call(`/v1/gallery/${entry.id}`, { method: "DELETE" });
+    await this.call(`v1/gallery/${entry.id}`, { method: "DELETE" });
     const beside = item.nextElementSibling ?? item.previousElementSibling;
     item.remove();
     this.count();

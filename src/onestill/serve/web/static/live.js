@@ -1,4 +1,5 @@
 // The live connection. The newest request replaces older ones, as in the server, and a broken connection is opened again.
+export const server = new URL("..", import.meta.url); // above /web/, wherever a proxy puts that
 const IN_FLIGHT = 2; // one being drawn and one that waits; a newer one stays here until either is answered
 const encoder = new TextEncoder(), decoder = new TextDecoder();
 
@@ -22,7 +23,9 @@ export class Live {
     this.on.state("connecting");
     const protocols = ["onestill.v1"];
     if (this.key) protocols.push("onestill.key." + btoa(this.key).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", ""));
-    const socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/v1/realtime`, protocols);
+    const address = new URL("v1/realtime", server);
+    address.protocol = address.protocol.replace("http", "ws");
+    const socket = new WebSocket(address, protocols);
     socket.binaryType = "arraybuffer";
     socket.onmessage = (event) => this.receive(event.data);
     socket.onclose = () => socket === this.socket && this.closed();

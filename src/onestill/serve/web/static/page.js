@@ -1,6 +1,6 @@
 // The page: sends what is typed and chosen, shows what comes back. The connection is in live.js.
 import { Gallery } from "./gallery.js";
-import { Live } from "./live.js";
+import { Live, server } from "./live.js";
 import { Past } from "./past.js";
 import { Sketch } from "./sketch.js";
 import { t, translatePage } from "./text.js";
@@ -170,7 +170,7 @@ async function png() {
     body = JSON.stringify(asked);
     headers["content-type"] = "application/json";
   }
-  const answer = await fetch(request.image ? "/v1/images/edits" : "/v1/images/generations", { method: "POST", headers, body });
+  const answer = await fetch(new URL(`v1/images/${request.image ? "edits" : "generations"}`, server), { method: "POST", headers, body });
   const found = await answer.json();
   if (!answer.ok) throw new Error(found.error?.message ?? answer.statusText);
   const bytes = Uint8Array.from(atob(found.data[0].b64_json), (letter) => letter.charCodeAt(0));
@@ -220,7 +220,7 @@ function state(name, seconds) {
 function refused(error, request, retry) {
   const told = { no_api_key: "needKey", invalid_api_key: "badKey", insufficient_quota: "quota", too_many_connections: "tooMany" }[error.code];
   say(told ? t(told) : error.message);
-  if (error.code === "no_api_key" || error.code === "invalid_api_key") askKey();
+  if (["no_api_key", "invalid_api_key", "expired_api_key"].includes(error.code)) askKey();
   if (error.type === "server_error" || error.code === "rate_limit") {
     $("link").dataset.state = "busy";
     $("link-text").textContent = t("busy");
@@ -363,7 +363,7 @@ function fromAddress() {
 
 async function start() {
   translatePage();
-  const models = await (await fetch("/v1/models")).json();
+  const models = await (await fetch(new URL("v1/models", server))).json();
   model = models.data[0];
   $("prompt").maxLength = model.limits.live_prompt;
   $("steps").max = Math.min(8, model.limits.num_inference_steps);
