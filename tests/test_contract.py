@@ -45,13 +45,13 @@ PUBLIC_NAMES = """
 COMMANDS = {
     "onestill": "--version --install-completion --show-completion",
     "onestill generate": """PROMPT... --model/-m=icons --engine --device --dtype --steps --seed/-s --num=1 --size
-        --guidance-scale --negative-prompt --sampler --image --strength --out/-o --force --unet --lora... --tiny-vae
-        --preset --schedule --compile --quantize --json""",
+        --guidance-scale --negative-prompt --sampler --image --mask --strength --out/-o --force --unet --lora...
+        --tiny-vae --preset --schedule --embedding... --compile --quantize --json""",
     "onestill serve": """--model/-m=icons --engine --device --dtype --threads --host=127.0.0.1 --port/-p=8000 --database
         --keys --trial-limit --allow-host... --allow-origin... --trust-proxy --gallery --gallery-days=30
         --gallery-most=1000 --queue=64 --batch=4 --blocked-words --image-filter --no-filter --sign-with --sign-key
-        --ray=0 --ray-gpus=0.0 --timeout --no-restart --unet --lora... --tiny-vae --preset --schedule --compile
-        --quantize --metrics-for-all""",
+        --ray=0 --ray-gpus=0.0 --timeout --no-restart --unet --lora... --tiny-vae --preset --schedule --embedding...
+        --compile --quantize --model-alias... --upload-mb=12 --metrics-for-all""",
     "onestill verify": "FILE --json",
     "onestill train": "RECIPE.toml --set... --resume --dry-run --devices=0",
     "onestill evaluate": """--reference...! --network! --out/-o! --model/-m... --steps... --guidance-scale
@@ -59,7 +59,7 @@ COMMANDS = {
     "onestill bench": """--model/-m=icons --random --engine --device --dtype --tiny-vae --compile --quantize --threads
         --steps --size --batch... --pictures=20 --warm-up=3 --seed=1 --compare --plot --json""",
     "onestill export": """--out/-o! --model/-m=icons --to=openvino --weights --int8 --unet --lora... --tiny-vae
-        --preset --schedule""",
+        --preset --schedule --embedding...""",
     "onestill models": "NAME|PATH|ID --preset --check --json",
     "onestill doctor": "--model/-m=icons --draw/--no-draw --deep --json",
     "onestill keys": "",
@@ -91,10 +91,11 @@ ROUTES = {
 }
 ROUTES_WITHOUT_SCHEMA = "/ /openapi.json /v1/realtime /web/{name}"
 FIELDS = """
-    background input_fidelity image model moderation n num_inference_steps output_compression output_format
-    partial_images prompt quality response_format seed size strength stream style user
+    background input_fidelity image mask model moderation n num_inference_steps output_compression output_format
+    partial_images prompt quality response_format safety_identifier seed size strength
+    stream style user
 """
-ONLY_IN_EDITS = "image input_fidelity strength"
+ONLY_IN_EDITS = "image mask input_fidelity strength"
 READY_KEYS = "type model limits"
 IMAGE_KEYS = "type id seed width height format timings"
 METRICS = """

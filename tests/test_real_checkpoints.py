@@ -160,6 +160,49 @@ def test_image_to_image_is_diffusers_own(ours: Pipeline, theirs: Any, family: st
     assert off(kept[0], expected.numpy()) <= LATENTS
 
 
+@pytest.mark.parametrize(("steps", "strength"), [(2, 0.5), (4, 0.75), (4, 0.99)])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_inpainting_is_diffusers_own(
+    ours: Pipeline, theirs: Any, family: str, steps: int, strength: float, guidance_scale: float
+) -> None:
+    """Legacy blending, as diffusers' pipelines do it for UNets of four channels.
+
+    At strength 1 they start from noise alone; ours starts from the noised image, as image to image does.
+    """
+    kind = diffusers.StableDiffusionXLInpaintPipeline if family == "sdxl" else diffusers.StableDiffusionInpaintPipeline
+    options = {} if family == "sdxl" else {"requires_safety_checker": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = kind(**theirs.components, **options)
+    pipe.set_progress_bar_config(disable=True)
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[8:40, 16:56] = 255
+    start = torch.from_numpy(ours.engine.encode_image(picture[None])).repeat(2, 1, 1, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = pipe(
+            PROMPTS,
+            image=start,
+            masked_image_latents=start,
+            mask_image=PIL.Image.fromarray(mask),
+            height=64,
+            width=64,
+            strength=strength,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator("cpu").manual_seed(3 + i) for i in range(2)],
+            output_type="latent",
+        ).images.numpy()
+    kept = []
+    decode = ours.engine.decode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ours.engine, "decode", lambda latents: kept.append(latents) or decode(latents))
+        settings: dict[str, Any] = {"strength": strength, "num_inference_steps": steps, "seed": 3}
+        ours(PROMPTS, image=picture, mask=mask, guidance_scale=guidance_scale, **settings)
+    assert np.abs(kept[0] - expected).max() <= LATENTS * guidance_scale
+
+
 def test_a_folder_and_a_single_file_draw_the_same_picture(
     ours: Pipeline, folder: Path, family: str, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from onestill.noise import draw_noise, noise_source
 from onestill.sampling import (
     SAMPLERS,
     classifier_free_guidance,
+    inpainting,
     sample,
     sample_consistency,
     sample_ddim,
@@ -91,6 +92,25 @@ def finite(schedule: NoiseSchedule) -> NoiseSchedule:
     return NoiseSchedule(table, schedule.prediction_type)
 
 
+def inpainted_by_diffusers(scheduler: Any, steps: int, image: Tensor, mask: Tensor, **step_options: Any) -> Tensor:
+    """The loop of diffusers' inpainting pipelines for a UNet of four channels, from an image in all of the latents."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
+    noise = torch.stack([torch.randn(SHAPE, generator=generator) for generator in generators])
+    if isinstance(scheduler, EulerAncestralDiscreteScheduler | LCMScheduler) or step_options.get("eta"):
+        step_options["generator"] = generators
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    x = scheduler.add_noise(image, noise, timesteps[:1])
+    for i, timestep in enumerate(timesteps):
+        output = network(scheduler.scale_model_input(x, timestep), int(timestep))
+        x = scheduler.step(output, timestep, x, **step_options).prev_sample
+        kept = image if i == len(timesteps) - 1 else scheduler.add_noise(image, noise, timesteps[i + 1 : i + 2])
+        x = (1 - mask) * kept + mask * x
+    return x
+
+
 def difference(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference, as a share of the largest latent where that is above 1."""
     assert torch.isfinite(theirs).all()
@@ -145,6 +165,26 @@ def test_equals_diffusers_for_v_and_zero_terminal_snr(name: str, spacing: str, s
     if name == "dpmpp_2m":
         schedule = finite(schedule)
     assert compare(name, scheduler, schedule, steps) < tolerance
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_inpainting_equals_the_blending_of_diffusers(name: str, spacing: str, steps: int) -> None:
+    scheduler = make_scheduler(name, EPSILON, spacing)
+    schedule, (_, sampler, options) = NoiseSchedule.from_config(scheduler.config), PAIRS[name]
+    image = torch.randn((1, *SHAPE), generator=torch.Generator().manual_seed(9))
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 2:6, :5] = 1
+    theirs = inpainted_by_diffusers(scheduler, steps, image, mask, **options)
+    timesteps = [int(timestep) for timestep in scheduler.timesteps]
+    draw = torch_draw()
+    noise = draw(-1)
+    x = add_noise(image, noise, *schedule.at(timesteps[0]))
+    predict_x0 = inpainting(predictor(schedule), schedule, mask, image, noise)
+    ours = sampler(predict_x0, x, schedule, timesteps, draw, **options)
+    assert difference(ours, theirs) < 4e-6
+    assert torch.equal(ours * (1 - mask), (image * (1 - mask)).expand_as(ours))
 
 
 @pytest.mark.parametrize(("name", "steps", "tolerance"), [("euler_ancestral", 1, 1e-3), ("euler", 4, 1e-3)])

@@ -30,7 +30,7 @@ from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
 from onestill.errors import ScheduleError, StepsError, near
-from onestill.schedule import Array, NoiseSchedule
+from onestill.schedule import Array, NoiseSchedule, add_noise
 
 __all__ = [
     "DRAWING",
@@ -38,7 +38,9 @@ __all__ = [
     "Draw",
     "PredictX0",
     "Sampler",
+    "blend",
     "classifier_free_guidance",
+    "inpainting",
     "sample",
     "sample_consistency",
     "sample_ddim",
@@ -216,7 +218,7 @@ def _levels(schedule: NoiseSchedule, timesteps: Sequence[int]) -> list[Level]:
     return [Level(timestep, *schedule.at(timestep)) for timestep in falling]
 
 
-# --- guidance, image to image ---------------------------------------------------------------------------------------
+# --- guidance, image to image, inpainting ---------------------------------------------------------------------------
 
 
 def classifier_free_guidance(cond: Array, uncond: Array, guidance_scale: float) -> Array:
@@ -225,6 +227,32 @@ def classifier_free_guidance(cond: Array, uncond: Array, guidance_scale: float) 
     Eps, v and x0 depend linearly on each other at one x, so it does not matter which of them is guided.
     """
     return uncond + guidance_scale * (cond - uncond)
+
+
+def inpainting(predict_x0: PredictX0, schedule: NoiseSchedule, mask: Array, image: Array, noise: Array) -> PredictX0:
+    """A network that draws inside a mask alone, by latent blending (Avrahami et al. 2023), for every sampler here.
+
+    Outside the mask, each call sees the image at the noise level of its timestep, and x0 is the image. All samplers
+    compute each latent from the same latent of x and x0, so inside the mask nothing else changes.
+
+    Args:
+        predict_x0: the network.
+        schedule: its noise schedule.
+        mask: [1, 1, h, w], 1 where it draws and 0 where the image stays.
+        image: latents [1, C, h, w].
+        noise: the noise that sampling starts from, [B, C, h, w].
+    """
+
+    def predict_inside(x: Array, timestep: int) -> Array:
+        noised = add_noise(image, noise, *schedule.at(timestep))
+        return blend(mask, predict_x0(blend(mask, x, noised), timestep), image)
+
+    return predict_inside
+
+
+def blend(mask: Array, inside: Array, outside: Array) -> Array:
+    """`inside` where the mask is 1, `outside` where it is 0."""
+    return mask * inside + (1 - mask) * outside
 
 
 def strength_timesteps(timesteps: Sequence[int], strength: float, num_train_timesteps: int = 1000) -> list[int]:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from onestill.checkpoint import Additions, describe, identify
-from onestill.checkpoint.single_file import component_files
+from onestill.checkpoint.single_file import UNET_PREFIX, component_files
 from onestill.cli import main
 from onestill.errors import CheckpointError
 from onestill.networks.load import load_components
@@ -118,3 +119,49 @@ def test_configs_read_from_shapes_are_the_folders(family: str, tmp_path: Path) -
             assert (list(value) if isinstance(value, list) else value) == (
                 list(expected) if isinstance(expected, tuple | list) else expected
             ), (component, name)
+
+
+MARKED = {
+    "v": ({"v_pred": torch.zeros(0)}, "v_prediction", "euler"),
+    "v at zero terminal SNR": ({"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, "v_prediction", "euler"),
+    "edm": (
+        {"edm_mean": torch.ones(1, 4, 1, 1), "edm_std": torch.full((1, 4, 1, 1), 2.0)},
+        "epsilon",
+        "EDMDPMSolverMulti",
+    ),
+    "edm-v": ({"edm_vpred.sigma_max": torch.tensor(120.0)}, "v_prediction", "EDMEuler"),
+}
+
+
+@pytest.mark.parametrize("kind", MARKED)
+def test_markers_say_how_a_single_file_is_drawn(folder: Path, kind: str, tmp_path: Path) -> None:
+    markers, prediction_type, sampler = MARKED[kind]
+    path = single_file(folder, tmp_path / "model.safetensors", "sdxl")
+    save_file(load_file(path) | markers, path)
+    info = describe(path)
+    assert info.schedule.prediction_type == prediction_type
+    assert info.sampler.startswith(sampler)
+    assert (info.preset, info.num_inference_steps, info.height) == ("", 25, 1024)
+    assert bool(info.schedule.alphas_cumprod[-1] == 0) == ("zero" in kind)
+    if kind == "edm":
+        assert (info.latents_mean, info.latents_std, info.scaling_factor) == ((1.0,) * 4, (2.0,) * 4, 0.5)
+    by_hand = describe(path, Additions(schedule="eps"))
+    assert (by_hand.schedule.prediction_type, by_hand.scheduler, by_hand.preset) == ("epsilon", {}, "turbo")
+    unet = {name: value for name, value in load_file(path).items() if name.startswith(UNET_PREFIX)}
+    save_file(unet | markers, tmp_path / "unet.safetensors")
+    assert describe(folder, Additions(unet=tmp_path / "unet.safetensors")).schedule.prediction_type == prediction_type
+
+
+@pytest.mark.parametrize(("spread", "prediction_type"), [(0.02, "epsilon"), (0.3, "v_prediction")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_stable_diffusion_2_predicts_v_by_the_spread_of_a_bias(
+    spread: float, prediction_type: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    path = single_file(tiny_sd(tmp_path / "sd21", "sd21"), tmp_path / "model.safetensors", "sd21")
+    whole = load_file(path)
+    name = max(name for name in whole if "output_blocks" in name and name.endswith("transformer_blocks.0.norm1.bias"))
+    whole[name] = torch.linspace(-1, 1, len(whole[name]), dtype=dtype) * spread
+    save_file(whole, path)
+    info = describe(path)
+    assert info.schedule.prediction_type == prediction_type
+    assert (info.sampler, info.height) == (("DDIMScheduler", 768) if spread > 0.09 else ("euler", 512))

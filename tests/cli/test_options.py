@@ -31,6 +31,7 @@ def test_loras_are_files_with_or_without_a_scale(tmp_path: Path) -> None:
         colon: 1.0,
     }
     assert parse_loras([f"{colon}:-1"]) == {colon: -1.0}
+    assert parse_loras(["x.safetensors:0.5", "x.safetensors"]) == {Path("x.safetensors"): 1.5}
     with pytest.raises(OnestillError, match="write it as FILE or FILE:SCALE"):
         parse_loras(["x.safetensors:much"])
     assert parse_loras(None) == {}

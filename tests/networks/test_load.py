@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,48 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def levels(pipe: Pipeline, **settings: Any) -> Any:
     return np.asarray(pipe(PROMPT, seed=1, **settings).images[0], dtype=np.int16)
+
+
+@pytest.mark.parametrize("end", [".scale_weight", ".weight_scale"])
+@pytest.mark.parametrize("prefix", [UNET_PREFIX, "conditioner.embedders.0.", "conditioner.embedders.1."])
+def test_scaled_fp8_is_multiplied_out_in_every_part(folder: Path, prefix: str, end: str, tmp_path: Path) -> None:
+    whole = load_file(single_file(folder, tmp_path / "model.safetensors", "sdxl"))
+    scaled, expected = dict(whole), dict(whole)
+    for name, value in whole.items():
+        if name.startswith(prefix) and value.ndim == 2 and name.endswith("weight") and "embedding" not in name:
+            by_row = value.abs().amax(1, keepdim=True) / 448
+            scale = by_row if "mlp" in name else by_row.max().reshape(())  # of a row, or of all
+            scaled[name] = (value / scale).to(torch.float8_e4m3fn)
+            scaled[name.removesuffix(".weight") + end] = scale
+            expected[name] = scaled[name].float() * scale
+    scaled["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    for name, tensors in (("scaled", scaled), ("expected", expected)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    found, known = (load_components(describe(tmp_path / f"{name}.safetensors")) for name in ("scaled", "expected"))
+    for component, module in known.items():
+        for name, value in module.state_dict().items():
+            assert torch.equal(found[component].state_dict()[name], value), name
+
+
+def test_quantized_weights_and_unknown_tensors_are_refused_in_every_part(folder: Path, tmp_path: Path) -> None:
+    path = single_file(folder, tmp_path / "model.safetensors", "sdxl")
+    whole = load_file(path)
+    clip = "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1"
+    for prefix in ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.", UNET_PREFIX):
+        save_file(whole | {f"{prefix}mystery.weight": torch.zeros(1)}, path)
+        with pytest.raises(CheckpointError, match=r"has 1 tensors \('.*mystery.weight'\) that no"):
+            load_components(describe(path))
+    integers = {f"{clip}.weight": whole[f"{clip}.weight"].to(torch.int8)}
+    for more in ({}, {f"{clip}.SCB": torch.ones(4)}, {f"{clip}.weight_scale": torch.ones(())}):
+        save_file(whole | integers | more, path)
+        with pytest.raises(CheckpointError, match="holds quantized weights"):
+            load_components(describe(path))
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (weights,) = (copy / "text_encoder").glob("*.safetensors")
+    state = load_file(weights)
+    save_file(state | {"text_model.encoder.layers.0.mlp.fc1.scale_weight": torch.ones(())}, weights, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"holds quantized weights \('.*scale_weight'\)"):
+        load_components(describe(copy))
 
 
 def test_another_unet_of_either_layout(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from copy import deepcopy
 from pathlib import Path
@@ -203,6 +204,77 @@ def test_doras_magnitudes_are_the_lengths_of_rows_or_columns(folder: Path, axis:
     torch.testing.assert_close(found.norm(dim=1 - axis, keepdim=True), lengths)
     direction = torch.nn.functional.normalize(weight + up @ down, dim=1 - axis)
     torch.testing.assert_close(torch.nn.functional.normalize(found, dim=1 - axis), direction)
+
+
+def changed_by(folder: Path, file: Path, scale: float = 1.0) -> Any:
+    return unet_with(folder, Lora(file, scale)).state_dict()[f"{ATTENTION}.weight"]
+
+
+@pytest.mark.parametrize("where", ["header", "beside"])
+def test_peft_says_alpha_beside_the_tensors(folder: Path, where: str, tmp_path: Path) -> None:
+    weight = unet_with(folder).state_dict()[f"{ATTENTION}.weight"]
+    torch.manual_seed(0)
+    down, up = torch.randn(4, weight.shape[1]), torch.randn(weight.shape[0], 4)
+    file = tmp_path / "adapter_model.safetensors"
+
+    def difference(**config: Any) -> Any:
+        notes = {f"unet.{name}": value for name, value in config.items()}
+        tensors = {f"unet.{ATTENTION}.lora_A.my_name.weight": down, f"unet.{ATTENTION}.lora_B.my_name.weight": up}
+        save_file(tensors, file, {"lora_adapter_metadata": json.dumps(notes)} if where == "header" else None)
+        if where == "beside":
+            (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        return changed_by(folder, file) - weight
+
+    for config, scale in (
+        ({}, 1.0),
+        ({"r": 4, "lora_alpha": 16}, 4.0),
+        ({"r": 4, "lora_alpha": 16, "use_rslora": True}, 8.0),
+        ({"r": 4, "lora_alpha": 16, "alpha_pattern": {"attn2.to_v": 2}}, 0.5),
+        ({"r": 4, "lora_alpha": 16, "alpha_pattern": {"attn1.to_v": 2}}, 4.0),
+    ):
+        torch.testing.assert_close(difference(**config), up @ down * scale, rtol=1e-4, atol=1e-4)
+    assert describe(folder, Additions(loras=[Lora(tmp_path)])).loras == (Lora(file),)
+
+
+def test_whole_differences_and_biases_are_added(folder: Path, parts: dict[str, Any], tmp_path: Path) -> None:
+    before = parts["unet"].state_dict()
+    norm, bias = torch.randn(64), torch.randn(len(before[f"{ATTENTION}.weight"]))
+    down, up = torch.randn(2, before[f"{ATTENTION}.weight"].shape[1]), torch.zeros(len(bias), 2)
+    tensors = {
+        "lora_unet_conv_norm_out.w_norm": norm,
+        "lora_unet_conv_norm_out.b_norm": -norm,
+        f"unet.{ATTENTION}.lora_A.weight": down,
+        f"unet.{ATTENTION}.lora_B.weight": up,
+        f"unet.{ATTENTION}.lora_B.bias": bias,
+        f"unet.{ATTENTION}.alpha": torch.tensor([4.0]),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = unet_with(folder, Lora(tmp_path / "a.safetensors", 0.5)).state_dict()
+    torch.testing.assert_close(found["conv_norm_out.weight"], before["conv_norm_out.weight"] + norm / 2)
+    torch.testing.assert_close(found["conv_norm_out.bias"], before["conv_norm_out.bias"] - norm / 2)
+    torch.testing.assert_close(found[f"{ATTENTION}.bias"], bias)  # alpha over rank is 2, which half of is 1
+    save_file({**tensors, f"unet.{ATTENTION}.lora_A.other.weight": down.clone()}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="twice; save each of its adapters alone"):
+        unet_with(folder, Lora(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        (f"unet.{ATTENTION}.on_input", "IA3"),
+        (f"unet.{ATTENTION}.oft_R.weight", "OFT"),
+        (f"unet.{ATTENTION}.a1.weight", "GLoRA"),
+        (f"unet.{ATTENTION}.lora_E", "AdaLoRA"),
+        ("bundle_emb.word.clip_l", "an embedding that OneTrainer"),
+        ("emb_params", "an embedding"),
+        ("transformer.double_blocks.0.img_attn.lora_A.weight", "a LoRA for Flux"),
+    ],
+)
+def test_other_kinds_are_named(folder: Path, key: str, kind: str, tmp_path: Path) -> None:
+    down_and_up = {f"unet.{ATTENTION}.lora_A.weight": torch.zeros(1, 1), f"unet.{ATTENTION}.weight": torch.zeros(1)}
+    save_file({**down_and_up, key: torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=rf"which no LoRA, LoHa, LoKr or DoRA has: it is {kind}"):
+        unet_with(folder, Lora(tmp_path / "a.safetensors"))
 
 
 # --- refusals ---

@@ -199,3 +199,16 @@ def test_a_message_that_does_not_end_is_not_waited_for(monkeypatch: Any) -> None
                 assert client.recv(100)[2:4] == struct.pack(">H", 1008)
                 assert client.recv(100) == b""
         assert app.messages == ["whole"] * 8
+
+
+def test_the_server_ends_soon_whatever_its_clients_do_not_read(monkeypatch: Any) -> None:
+    monkeypatch.setattr(paced, "ENDING_S", 0.3)
+    with contextlib.ExitStack() as stack:
+        with running() as (_, port):
+            for _ in range(3):
+                stack.enter_context(connected(port, HELLO % b"fill"))
+            deadline = time.monotonic() + 20
+            while len(paced._Stalled._all) < 3 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            started = time.monotonic()
+        assert time.monotonic() - started < run.GRACE_S - 1

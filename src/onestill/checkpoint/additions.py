@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onestill.checkpoint.files import read_json
+from onestill.checkpoint.header import read_header
 from onestill.errors import CheckpointError, ModelNotFoundError
 
 LORA_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # PEFT's and diffusers'
@@ -23,6 +24,58 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Embedding:
+    """Trained vectors for a word of prompts (textual inversion, Gal et al. 2022).
+
+    Attributes:
+        token: the word.
+        path: a safetensors file.
+        tensors: text encoder -> the name of its tensor, [count, width] or [width].
+        count: how many vectors.
+        first_id: the token id of the first one.
+    """
+
+    token: str
+    path: Path
+    tensors: Mapping[str, str]
+    count: int
+    first_id: int
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """One for each vector, named as diffusers names them."""
+        return (self.token, *(f"{self.token}_{i}" for i in range(1, self.count)))
+
+
+def read_embedding(path: Path, text_encoders: Mapping[str, Mapping[str, Any]], first_id: int) -> Embedding:
+    """What a file with an embedding holds: diffusers' form, whose tensor has the word's name, or one named as its file.
+
+    Args:
+        path: a safetensors file.
+        text_encoders: component -> its config.
+        first_id: the id that its first token gets.
+    """
+    if not path.is_file():
+        raise ModelNotFoundError(f"There is no embedding '{path}'; give a .safetensors file.")
+    found = read_header(path).tensors
+    names = dict(zip(text_encoders, ("clip_l", "clip_g"), strict=False))
+    if not set(names.values()) <= set(found):
+        if len(found) != 1 or len(text_encoders) > 1:
+            raise CheckpointError(
+                f"'{path}' has {', '.join(list(found)[:3]) or 'nothing'}, and no embedding for {' and '.join(names)}; "
+                "give one that was trained for this family."
+            )
+        names = dict.fromkeys(names, next(iter(found)))
+    shapes = {component: found[name].shape for component, name in names.items()}
+    widths = {component: int(config["hidden_size"]) for component, config in text_encoders.items()}
+    counts = {shape[0] if len(shape) == 2 else 1 for shape in shapes.values()}
+    if any(shape[-1:] != (widths[component],) for component, shape in shapes.items()) or len(counts) > 1:
+        raise CheckpointError(f"'{path}' has an embedding of {shapes} for {widths}; it is for another family.")
+    (name, *_) = names.values()
+    return Embedding(path.stem if name in ("clip_l", "emb_params") else name, path, names, counts.pop(), first_id)
+
+
+@dataclass(frozen=True)
 class Additions:
     """What is put on top of a model.
 
@@ -33,6 +86,7 @@ class Additions:
             two look alike; only the eye tells when it is the wrong one.
         preset: one of `PRESETS`, for steps, sampler and timesteps; None reads them from the model.
         schedule: one of `SCHEDULES`, for what the network's output means; None reads it from the model.
+        embeddings: safetensors files with trained words for prompts.
     """
 
     unet: Path | None = None
@@ -40,6 +94,7 @@ class Additions:
     tiny_vae: Path | None = None
     preset: str | None = None
     schedule: str | None = None
+    embeddings: Sequence[Path] = ()
 
     @classmethod
     def of(
@@ -49,8 +104,10 @@ class Additions:
         tiny_vae: str | os.PathLike[str] | None = None,
         preset: str | None = None,
         schedule: str | None = None,
+        embedding: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     ) -> Additions:
         """From what `onestill.load` is given."""
+        embeddings = [embedding] if isinstance(embedding, str | os.PathLike) else embedding or ()
         loras = lora if isinstance(lora, Mapping) else {lora: 1.0} if lora is not None else {}
         return cls(
             unet=None if unet is None else Path(unet),
@@ -58,6 +115,7 @@ class Additions:
             tiny_vae=None if tiny_vae is None else Path(tiny_vae),
             preset=preset,
             schedule=schedule,
+            embeddings=tuple(Path(path).expanduser() for path in embeddings),
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from onestill.checkpoint.additions import Additions, Lora, lora_file, weights_of_addition
+from onestill.checkpoint.additions import Additions, Embedding, Lora, lora_file, read_embedding, weights_of_addition
 from onestill.checkpoint.files import MANIFEST, NETWORKS, read_json
 from onestill.checkpoint.header import read_header
 from onestill.checkpoint.presets import PRESETS, Preset, find_preset
@@ -65,6 +65,7 @@ class ModelInfo:
         component_files: the components whose weights lie in single files: a single-file model's, and what was put on
             top of any.
         loras: added to the weights when they are loaded.
+        embeddings: trained words for prompts, added likewise.
     """
 
     name: str
@@ -98,6 +99,7 @@ class ModelInfo:
     classes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     component_files: Mapping[str, ComponentFile] = field(default_factory=dict)
     loras: tuple[Lora, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
 
     @property
     def is_xl(self) -> bool:
@@ -359,4 +361,21 @@ def _with_additions(info: ModelInfo, additions: Additions) -> ModelInfo:
                 f"{info.latent_shape[0]}: it is for another family; give TAESD, or TAESDXL for SDXL."
             )
     loras = tuple(replace(lora, path=lora_file(lora.path)) for lora in additions.loras)
-    return replace(info, component_files=found, loras=loras)
+    return replace(info, component_files=found, loras=loras, embeddings=_embeddings(info, additions))
+
+
+def _embeddings(info: ModelInfo, additions: Additions) -> tuple[Embedding, ...]:
+    if not additions.embeddings:
+        return ()
+    configs = {
+        name: info.component_files[name].config
+        if name in info.component_files
+        else read_json(info.path, f"{name}/config.json")
+        for name in info.text_encoders
+    }
+    embeddings: list[Embedding] = []
+    first = int(configs["text_encoder"]["vocab_size"])
+    for path in additions.embeddings:
+        embeddings.append(read_embedding(path, configs, first))
+        first += embeddings[-1].count
+    return tuple(embeddings)

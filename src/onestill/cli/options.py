@@ -137,6 +137,10 @@ class AdditionOptions:
             help="What the network's output means: eps, v, v-zsnr, x0, edm, edm-v. (default: by the files)",
         ),
     ] = None
+    embedding: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A file with a trained word for prompts. May be repeated. (default: none)"),
+    ] = None
 
     def arguments(self) -> dict[str, Any]:
         """As `onestill.load` and `Additions.of` take them."""

@@ -52,7 +52,7 @@ def load_engine(
     info = describe(folder, additions)
     verify(folder, contents=True)
     has_openvino = (folder / "openvino" / "index.json").is_file()
-    is_changed = bool(info.component_files or info.loras) or options is not None
+    is_changed = bool(info.component_files or info.loras or info.embeddings) or options is not None
     if name is None:
         # On the CPU even where torch has a GPU, unless that is asked for: it starts sooner, and needs no torch.
         takes_openvino = has_openvino and runs_on_cpu(device) and dtype != "float16" and not is_changed

@@ -181,6 +181,7 @@ class GenerationRequest:
         sampler: a name in `onestill.sampling.SAMPLERS`.
         timesteps: falling, each one call of the network.
         guidance_scale: used where `negatives` are given, and by networks that take it as an input (LCM's).
+        mask: [1, 1, h, w] float32, 1 where to draw and 0 where to keep `start`; None to draw everywhere.
     """
 
     prompts: Sequence[str]
@@ -191,6 +192,7 @@ class GenerationRequest:
     sampler: str
     timesteps: tuple[int, ...]
     guidance_scale: float
+    mask: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ from onestill.networks.load import load_components
 from onestill.text.tokenize import CLIP_END, CLIP_PADDING, write_clip_vocabulary
 
 WEIGHTS = ("float16", "int8")
-TRACED = (16, 16)  # latent size to trace with; graphs hold for every size, and a small one is traced fast
+# The latent size to trace with: small, as that is traced fast, and one that does not halve evenly, for which the UNet
+# doubles to the size that it halved. Graphs hold for every size.
+TRACED = (17, 19)
 FREE_AXES = {"sample": (2, 3), "latents": (2, 3), "image": (2, 3)}  # height and width
 PIPELINE = {"stable-diffusion": "StableDiffusionPipeline", "stable-diffusion-xl": "StableDiffusionXLPipeline"}
 
@@ -47,6 +49,8 @@ def export_sd(info: ModelInfo, folder: Path, *, weights: str = "float16") -> Pat
     """
     if weights not in WEIGHTS:
         raise OnestillError(f"There are no weights in '{weights}'; choose from {', '.join(WEIGHTS)}.")
+    if info.embeddings:
+        raise OnestillError("Embeddings have no OpenVINO form yet; use the engine 'torch'.")
     if info.embeds_guidance:
         raise OnestillError("A UNet that takes the guidance scale has no OpenVINO form yet; use the engine 'torch'.")
     target = folder / FOLDER
@@ -110,11 +114,11 @@ def _write_configs(info: ModelInfo, configs: Mapping[str, Any], folder: Path) ->
         for name, (_, kind) in info.classes.items()
         if name in configs
     }
-    classes["scheduler"] = ["diffusers", info.scheduler.get("_class_name", "EulerDiscreteScheduler")]
-    index = {"_class_name": PIPELINE[info.family], **classes, "force_zeros_for_empty_prompt": info.zero_negative}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     # What diffusers' scheduler draws is written as it was, and has no sampler of ours in the manifest.
     scheduler = dict(info.scheduler) or {"_class_name": "EulerDiscreteScheduler", **info.schedule.to_config()}
+    classes["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    index = {"_class_name": PIPELINE[info.family], **classes, "force_zeros_for_empty_prompt": info.zero_negative}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
     for name in info.tokenizers:
@@ -136,7 +140,7 @@ def _write_tokenizer(info: ModelInfo, name: str, target: Path) -> None:
     target.mkdir()
     source = info.path / name
     if source.is_dir():
-        for file in ("vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json"):
+        for file in ("vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"):
             if (source / file).is_file():
                 (target / file).write_bytes((source / file).read_bytes())
         config = read_json(source, "tokenizer_config.json")

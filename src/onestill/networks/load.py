@@ -81,7 +81,20 @@ def load_components(info: ModelInfo, dtype: str = "float32", only: Collection[st
         module = _of_file(network, classes[kind]) if network is not None else _of_folder(info, component, kind, dtype)
         parts[component] = module
     add_loras(parts, info)
+    _add_embeddings(parts, info)
     return {name: _cast(name, module, dtype) for name, module in parts.items()}
+
+
+def _add_embeddings(parts: dict[str, Any], info: ModelInfo) -> None:
+    """Put trained words behind the rows of each text encoder's vocabulary."""
+    for component in [name for name in info.text_encoders if name in parts and info.embeddings]:
+        module = parts[component]
+        rows = [module.get_input_embeddings().weight]
+        for one in info.embeddings:
+            with safe_open(str(one.path), framework="pt") as file:
+                rows.append(file.get_tensor(one.tensors[component]).reshape(one.count, -1).to(rows[0].dtype))
+        table = torch.cat(rows).detach()
+        module.set_input_embeddings(torch.nn.Embedding(len(table), table.shape[1], _weight=table))
 
 
 def _cast(name: str, module: Any, dtype: str) -> Any:

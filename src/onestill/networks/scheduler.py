@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from onestill.errors import ScheduleError, StepsError
 from onestill.networks.libraries import quiet_libraries
+from onestill.sampling import blend
 
 Predict = Callable[[NDArray[np.float32], float], NDArray[np.float32]]  # (x [B, C, h, w], timestep) -> the output
 
@@ -52,6 +53,7 @@ class DiffusersScheduler:
         num_inference_steps: int,
         start: NDArray[np.float32] | None = None,
         strength: float | None = None,
+        mask: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """Latents [B, C, h, w] for B seeds, as diffusers' pipelines draw them.
 
@@ -62,6 +64,8 @@ class DiffusersScheduler:
             num_inference_steps: before `strength` takes its share.
             start: [1, C, h, w], latents of an image to start from, or None.
             strength: the share of the steps that changes `start`.
+            mask: [1, 1, h, w], 1 where to draw and 0 where `start` stays, blended in after each step as diffusers'
+                inpainting pipelines do; None to draw everywhere.
 
         Raises:
             StepsError: the scheduler cannot take so many steps.
@@ -79,14 +83,15 @@ class DiffusersScheduler:
         timesteps = scheduler.timesteps[left_out * scheduler.order :]
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(left_out * scheduler.order)
+        noise, image = x, x if start is None else torch.from_numpy(start).expand_as(x)
         if start is None:
             x = x * scheduler.init_noise_sigma
         else:
-            x = scheduler.add_noise(torch.from_numpy(start).expand_as(x), x, timesteps[:1].repeat(len(seeds)))
+            x = scheduler.add_noise(image, noise, timesteps[:1].repeat(len(seeds)))
         taken = inspect.signature(scheduler.step).parameters
         # As the pipelines call it: with their own eta of 0, which is not every class's.
         options = {name: value for name, value in (("generator", generators), ("eta", 0.0)) if name in taken}
-        for timestep in timesteps:
+        for step, timestep in enumerate(timesteps):
             output = predict(scheduler.scale_model_input(x, timestep).numpy(), timestep.item())
             try:
                 x = scheduler.step(torch.from_numpy(output), timestep, x, **options, return_dict=False)[0]
@@ -95,6 +100,10 @@ class DiffusersScheduler:
                     f"diffusers' {self._name} cannot take a step with its config "
                     f"({_first_line(error)}); choose a preset, or another scheduler."
                 ) from error
+            if mask is not None:
+                following = timesteps[step + 1 : step + 2].repeat(len(seeds))
+                kept = scheduler.add_noise(image, noise, following) if len(following) else image
+                x = blend(torch.from_numpy(mask), x, kept)
         found: NDArray[np.float32] = x.float().numpy()
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,15 +26,17 @@ from onestill.engine.protocol import (
     TorchOptions,
     first_latents,
 )
-from onestill.errors import NotFiniteError, require
+from onestill.errors import ImageError, NotFiniteError, require
 from onestill.noise import noise_source
 from onestill.pipeline.checks import MOST_IMAGES, checked_prompts, checked_whole, matched_negatives, seeds_of
 from onestill.pipeline.loaded import LoadedInfo
-from onestill.pipeline.notes import notes_on
+from onestill.pipeline.masks import Start, fitted_mask
+from onestill.pipeline.notes import notes_on, notes_on_prompts
 from onestill.pipeline.output import Output, Timings
 from onestill.pipeline.picture import fitted, save_picture
 from onestill.pipeline.plan import Plan
-from onestill.sampling import DRAWING, classifier_free_guidance, sample
+from onestill.pipeline.watch import OnPartial, Watch, partial_steps
+from onestill.sampling import DRAWING, PredictX0, classifier_free_guidance, inpainting, sample
 
 if TYPE_CHECKING:
     from onestill.networks.scheduler import DiffusersScheduler
@@ -45,19 +48,25 @@ MOST_AT_ONCE = 16  # images in one batch, which bounds memory
 
 @dataclass(frozen=True)
 class _Drawing:
-    """What a call draws, or a batch of it: B prompts, negative prompts and seeds, and latents [1, C, h, w] or None."""
+    """What a call draws, or a batch of it: B prompts, negative prompts and seeds, and what they start from."""
 
     plan: Plan
     prompts: Sequence[str]
     negatives: Sequence[str | None]
     seeds: Sequence[int]
-    start: NDArray[np.float32] | None
-    pause: Callable[[], None]
+    start: Start | None
+    watch: Watch
 
     def batches(self) -> Iterator[_Drawing]:
         for first in range(0, len(self.prompts), MOST_AT_ONCE):
             part = slice(first, first + MOST_AT_ONCE)
-            yield replace(self, prompts=self.prompts[part], negatives=self.negatives[part], seeds=self.seeds[part])
+            yield replace(
+                self,
+                prompts=self.prompts[part],
+                negatives=self.negatives[part],
+                seeds=self.seeds[part],
+                watch=self.watch.batch(first),
+            )
 
 
 class Pipeline:
@@ -83,6 +92,7 @@ class Pipeline:
         prompt: str | Sequence[str],
         *,
         image: Image | NDArray[np.uint8] | None = None,
+        mask: Image | NDArray[np.uint8] | None = None,
         strength: float = 0.5,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -96,13 +106,17 @@ class Pipeline:
         crops_coords_top_left: tuple[int, int] = (0, 0),
         target_size: tuple[int, int] | None = None,
         pause: Callable[[], None] | None = None,
+        partial_images: int = 0,
+        on_partial: OnPartial | None = None,
     ) -> Output:
         """Draw.
 
         Args:
             prompt: what to draw, or several of them.
             image: a picture to start from, PIL or uint8 [H, W, 3]; fitted to the size by cutting its longer sides.
-            strength: how much of `image` to change, above 0 and at most 1.
+            mask: which part of `image` to draw, of the same size; the rest stays as it is. With an alpha channel, what
+                is transparent is drawn, else what is white.
+            strength: how much of `image` to change, above 0 and at most 1; with a mask, of what is inside it.
             num_inference_steps: 1 to 50; None is the model's own.
             guidance_scale: above 1, how closely to follow the prompt, at twice the work; None is the model's own.
             negative_prompt: what guidance steers away from, one for all prompts or one for each; None is nothing.
@@ -116,6 +130,9 @@ class Pipeline:
             target_size: (height, width) in pixels that SDXL takes to be wanted; None is its size.
             pause: called before each stage and each call of the network; what it raises ends the drawing there. An
                 engine that goes from prompts to pictures by itself is stopped only between batches.
+            partial_images: how many times to decode each image while it is drawn, after steps that are spread evenly.
+                There are fewer where there are fewer steps, and none of one step. Each costs a call of the decoder.
+            on_partial: called with an image's index in the output, the partial image's own index, and the image.
 
         Raises:
             PromptError, SizeError, StepsError, ImageError, ScheduleError: nothing can be drawn from an argument.
@@ -142,22 +159,43 @@ class Pipeline:
         )
         negatives = matched_negatives(negative_prompt, prompts, each)
         seeds = seeds_of(seed, len(prompts))
-        picture = None if image is None else fitted(image, plan.height, plan.width)
-        pause()
-        start = None if picture is None else self.engine.encode_image(picture[None])
+        watch = Watch(pause, on_partial, partial_steps(partial_images if on_partial else 0, len(plan.timesteps)))
+        start = self._start(image, mask, plan, pause)
         prepared = time.perf_counter()
 
-        goes_all_the_way = isinstance(self.engine, EndToEndEngine) and not plan.scheduler
-        draw = self._draw_whole if goes_all_the_way else self._draw_in_steps
-        drawing = _Drawing(plan, prompts, negatives, seeds, start, pause)
+        # An engine that goes all the way has no image before the last step.
+        draws_whole = isinstance(self.engine, EndToEndEngine) and not (watch.steps or plan.scheduler)
+        draw = self._draw_whole if draws_whole else self._draw_in_steps
+        drawing = _Drawing(plan, prompts, negatives, seeds, start, watch)
         drawn = GenerationResult.joined([draw(batch) for batch in drawing.batches()])
-        images = [PIL.Image.fromarray(one) for one in drawn.pictures]
+        pictures = drawn.pictures if start is None else start.composite(drawn.pictures)
+        images = [PIL.Image.fromarray(one) for one in pictures]
         encode_ms = (prepared - started) * 1000 + drawn.encode_ms
         total_ms = (time.perf_counter() - started) * 1000
         # The decoder's share is all the rest, as making PIL images counts as decoding.
         timings = Timings(encode_ms, drawn.denoise_ms, total_ms - encode_ms - drawn.denoise_ms, total_ms)
-        notes = notes_on(plan, prompts, drawn, has_negative=negative_prompt is not None)
-        return Output(images, seeds, prompts, timings, notes, [plan.metadata(text) for text in negatives])
+        of_prompts = notes_on_prompts(prompts, drawn)
+        partials = (partial_images, len(watch.steps))
+        others = notes_on(plan, start, has_negative=negative_prompt is not None, partial_images=partials)
+        settings = [plan.metadata(text, is_masked=mask is not None) for text in negatives]
+        return Output(images, seeds, prompts, timings, [*of_prompts.values(), *others], settings, of_prompts)
+
+    def _start(
+        self,
+        image: Image | NDArray[np.uint8] | None,
+        mask: Image | NDArray[np.uint8] | None,
+        plan: Plan,
+        pause: Callable[[], None],
+    ) -> Start | None:
+        if image is None:
+            if mask is not None:
+                raise ImageError("A mask needs the image that it belongs to; give image too.")
+            pause()
+            return None
+        picture = fitted(image, plan.height, plan.width)
+        weights = None if mask is None else fitted_mask(mask, image, plan.height, plan.width)
+        pause()
+        return Start(picture, weights, self.engine.encode_image(picture[None]))
 
     # --- prompts to pictures, by an engine that takes one step at a time ---
 
@@ -170,7 +208,7 @@ class Pipeline:
         if not np.isfinite(latents).all():
             raise NotFiniteError.of("the latents", self.engine.dtype)
         denoised = time.perf_counter()
-        batch.pause()
+        batch.watch.pause()
         pictures = self.engine.decode(latents)
         ended = time.perf_counter()
         spent = (encoded - started, denoised - encoded, ended - denoised)
@@ -197,14 +235,15 @@ class Pipeline:
         self, batch: _Drawing, prompts: Conditioning, negatives: Conditioning | None
     ) -> NDArray[np.float32]:
         """Latents [B, C, h, w]."""
-        plan = batch.plan
+        plan, start = batch.plan, batch.start
+        latents, mask = (None, None) if start is None else (start.latents, start.latent_mask)
         conditioning = prompts if negatives is None else Conditioning.joined([prompts, negatives])
         conditioning = replace(
             conditioning, time_ids=plan.time_ids(len(conditioning.states)), guidance_scale=plan.guidance_scale
         )
 
         def predict(x: NDArray[np.float32], timestep: float) -> NDArray[np.float32]:
-            batch.pause()
+            batch.watch.pause()
             if negatives is None:
                 return self.engine.denoise(x, timestep, conditioning)
             both = self.engine.denoise(np.concatenate([x, x]), timestep, conditioning)
@@ -212,33 +251,54 @@ class Pipeline:
 
         if self._scheduler is not None and plan.scheduler:
             return self._scheduler.sample(
-                predict, batch.seeds, plan.latent_shape, plan.num_inference_steps, batch.start, plan.strength
+                predict, batch.seeds, plan.latent_shape, plan.num_inference_steps, latents, plan.strength, mask
             )
         schedule = self.info.schedule
         draw = noise_source(batch.seeds, plan.latent_shape)
-        x = first_latents(self.info, plan.timesteps[0], draw(0), batch.start)
+        noise = draw(0)
+        x = first_latents(self.info, plan.timesteps[0], noise, latents)
 
         def predict_x0(x: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
             return np.asarray(schedule.x0(predict(x, timestep), x, timestep), dtype=np.float32)
 
-        return np.asarray(sample(plan.sampler, predict_x0, x, schedule, plan.timesteps, draw), dtype=np.float32)
+        estimate: PredictX0 = predict_x0
+        if mask is not None:
+            estimate = inpainting(estimate, schedule, mask, latents, noise)
+        if batch.watch.steps:
+            estimate = self._shown(estimate, start, batch.watch)
+        return np.asarray(sample(plan.sampler, estimate, x, schedule, plan.timesteps, draw), dtype=np.float32)
+
+    def _shown(self, predict_x0: PredictX0, start: Start | None, watch: Watch) -> PredictX0:
+        """A network whose estimates are decoded and handed on after the steps that `watch` names."""
+        steps = itertools.count(1)
+
+        def predict_and_show(x: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
+            x0: NDArray[np.float32] = predict_x0(x, timestep)
+            if (step := next(steps)) in watch.steps:
+                watch.pause()
+                pictures = self.engine.decode(x0)
+                watch.show(step, pictures if start is None else start.composite(pictures))
+            return x0
+
+        return predict_and_show
 
     # --- prompts to pictures, by an engine that goes all the way ---
 
     def _draw_whole(self, batch: _Drawing) -> GenerationResult:
-        batch.pause()
-        plan = batch.plan
+        batch.watch.pause()
+        plan, start = batch.plan, batch.start
         draw = noise_source(batch.seeds, plan.latent_shape)
         calls = len(plan.timesteps) if plan.sampler in DRAWING else 1
         request = GenerationRequest(
             batch.prompts,
             batch.negatives if plan.guides else None,
             np.stack([draw(step) for step in range(calls)]),
-            batch.start,
+            None if start is None else start.latents,
             plan.time_ids(len(batch.prompts)),
             plan.sampler,
             plan.timesteps,
             plan.guidance_scale,
+            None if start is None else start.latent_mask,
         )
         assert isinstance(self.engine, EndToEndEngine)  # which is why this was called
         return self.engine.generate(request)
@@ -271,6 +331,7 @@ def load(
     tiny_vae: str | os.PathLike[str] | None = None,
     preset: str | None = None,
     schedule: str | None = None,
+    embedding: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     options: TorchOptions | None = None,
 ) -> Pipeline:
     """Load a model.
@@ -289,6 +350,8 @@ def load(
         tiny_vae: TAESD, or TAESDXL for SDXL, in the decoder's place: a safetensors file or a folder with one.
         preset: one of `onestill.checkpoint.PRESETS`, for a model whose files do not say its steps and sampler.
         schedule: one of `onestill.checkpoint.SCHEDULES`, for a model whose files do not say what its output means.
+        embedding: a safetensors file, or several, with a trained word for prompts (textual inversion): the name of its
+            tensor, or of the file where that is `emb_params` or `clip_l`.
         options: how torch computes; None is the fast way on a GPU and the plain way on a CPU.
 
     Raises:
@@ -302,7 +365,7 @@ def load(
             dtype,
             threads=threads,
             quick_start=quick_start,
-            additions=Additions.of(unet, lora, tiny_vae, preset, schedule),
+            additions=Additions.of(unet, lora, tiny_vae, preset, schedule, embedding),
             options=options,
         )
     )

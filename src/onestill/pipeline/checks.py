@@ -12,7 +12,7 @@ from onestill.errors import PromptError, SizeError, StepsError
 
 MOST_STEPS = 50
 MOST_IMAGES = 1000  # in one call
-MOST_LETTERS = 10_000  # of a prompt, far beyond any model's tokens
+MOST_LETTERS = 32_000  # of a prompt, as in OpenAI's API; far beyond any model's tokens
 MOST_GUIDANCE = 50.0
 LEAST_PX, MOST_PX = 64, 2048  # of a side, where a model draws more than its own sizes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL.Image import Image
@@ -32,6 +32,7 @@ class Output:
         timings: of the whole call.
         notes: sentences on what was not done to the letter, such as how many tokens did not fit.
         settings: what else each was drawn with: model, version, num_inference_steps, sampler, guidance_scale, ...
+        prompt_notes: those of `notes` that are about one prompt, by prompt.
     """
 
     images: list[Image]
@@ -40,6 +41,12 @@ class Output:
     timings: Timings
     notes: list[str]
     settings: list[dict[str, str]]
+    prompt_notes: dict[str, str] = field(default_factory=dict)
+
+    def notes_on(self, index: int) -> list[str]:
+        """The notes that concern image `index`: none on another's prompt."""
+        own = self.prompt_notes.get(self.prompts[index])
+        return [note for note in self.notes if note == own or note not in self.prompt_notes.values()]
 
     def metadata(self, index: int) -> dict[str, str]:
         """What image `index` is drawn from, as written into its file."""

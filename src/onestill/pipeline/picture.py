@@ -119,14 +119,24 @@ def read_picture(source: str | os.PathLike[str] | bytes) -> Image:
 def fitted(image: Image | NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
     """A picture as uint8 [height, width, 3]: upright, on white where transparent, its longer sides cut evenly."""
     try:
-        picture = on_white(PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else upright(image))
-        if picture.size != (width, height):
-            picture = PIL.ImageOps.fit(picture, (width, height), PIL.Image.Resampling.LANCZOS)
+        picture = cut_to(on_white(as_upright(image)), height, width)
     except MemoryError:
         raise
     except Exception as error:  # Pillow decodes only now, and raises anything on damaged bytes
         raise ImageError(f"The image cannot be used ({error}); give a PIL image or uint8 [H, W, 3].") from error
     return np.asarray(picture, dtype=np.uint8)
+
+
+def as_upright(image: Image | NDArray[np.uint8]) -> Image:
+    """A picture or an array as an upright picture."""
+    return PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else upright(image)
+
+
+def cut_to(picture: Image, height: int, width: int) -> Image:
+    """A picture of this size, its longer sides cut evenly."""
+    if picture.size == (width, height):
+        return picture
+    return PIL.ImageOps.fit(picture, (width, height), PIL.Image.Resampling.LANCZOS)
 
 
 def upright(picture: Image) -> Image:

@@ -104,7 +104,7 @@ class Plan:
             return None
         return np.tile(np.array(self.micro_conditioning, dtype=np.float32), (count, 1))
 
-    def metadata(self, negative_prompt: str | None) -> dict[str, str]:
+    def metadata(self, negative_prompt: str | None, *, is_masked: bool) -> dict[str, str]:
         """What an image is drawn with beside its prompt and seed, as written into its file."""
         info = self.info
         return {
@@ -113,6 +113,7 @@ class Plan:
             "guidance_scale": f"{self.guidance_scale:g}",
             **({"negative_prompt": negative_prompt} if self.guides and negative_prompt else {}),
             **({"strength": f"{self.strength:g}"} if self.strength is not None else {}),
+            **({"mask": "yes"} if is_masked else {}),
             "size": f"{self.width}x{self.height}",
             "model": f"{info.name} {info.version}".strip(),
             "engine": f"{info.engine} {info.dtype}",

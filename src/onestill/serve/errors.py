@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from onestill.errors import OnestillError
 
 __all__ = ["ApiError", "Busy", "Closing", "EngineFault", "NotDrawn", "Superseded", "TooLate", "Unavailable"]
@@ -16,13 +18,22 @@ class ApiError(OnestillError):
         code: a word for programs.
         param: the field that is wrong.
         retry_after_s: when to try again; None where that is no help.
+        headers: more headers of the answer.
     """
 
     def __init__(
-        self, status: int, message: str, code: str, *, param: str | None = None, retry_after_s: float | None = None
+        self,
+        status: int,
+        message: str,
+        code: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.param, self.retry_after_s = status, code, param, retry_after_s
+        self.headers = dict(headers or {})
 
 
 class NotDrawn(ApiError):

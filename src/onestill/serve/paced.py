@@ -27,6 +27,7 @@ PARTS_EACH_S = 1000  # requests and chunks; 12 MB in chunks of a kilobyte come w
 FRAMES_EACH_S = 120  # pings are frames too; 60 live messages may come each second
 MESSAGE_S = 30.0  # a message that has begun must have arrived by then
 UNREAD_S = 20.0  # a client that reads nothing of what is sent for so long is cut off
+ENDING_S = 2.0  # when the server ends, that is shorter
 MOST_UNREAD = 64 * 2**20  # bytes that all clients have not read; with more, the one that stalled first is cut off
 
 
@@ -124,6 +125,7 @@ class _Stalled:
 
     transport: Any
     loop: asyncio.AbstractEventLoop
+    _is_ending = False
     _all: ClassVar[dict[_Stalled, None]] = {}  # the one that stalled first is first
 
     def pause_writing(self) -> None:
@@ -133,7 +135,18 @@ class _Stalled:
         self._all[self] = None
         if sum(one.transport.get_write_buffer_size() for one in self._all) > MOST_UNREAD:
             next(iter(self._all)).transport.abort()
-        self.loop.call_later(UNREAD_S, self._close_if_unread, self.transport.get_write_buffer_size())
+        self._watch()
+
+    def _watch(self) -> None:
+        wait_s = ENDING_S if self._is_ending else UNREAD_S
+        self.loop.call_later(wait_s, self._close_if_unread, self.transport.get_write_buffer_size())
+
+    def shutdown(self) -> None:
+        """As uvicorn's: called when the server ends."""
+        self._is_ending = True
+        super().shutdown()  # type: ignore[misc]
+        if self in self._all:
+            self._watch()
 
     def resume_writing(self) -> None:
         """As uvicorn's: called when the client has read most of it."""
@@ -151,7 +164,7 @@ class _Stalled:
         if left >= before:
             self.transport.abort()
         elif left:
-            self.loop.call_later(UNREAD_S, self._close_if_unread, left)
+            self._watch()
 
 
 class _CountedConnection(h11.Connection):

@@ -77,9 +77,18 @@ class PromptTokenizer:
         if pad_id is None:
             raise CheckpointError(f"'{folder}' does not know its own padding token {pad!r}; save the model again.")
         self._pad_id = pad_id
+        self._expanded: dict[str, str] = {}
+        if isinstance(source, ModelInfo) and source.embeddings:
+            if not isinstance(self._tokenizer, _LibraryTokenizer):
+                raise CheckpointError(f"'{source.name}' takes no embeddings; give a model with a CLIP.")
+            for one in source.embeddings:
+                self._tokenizer.add({token: one.first_id + i for i, token in enumerate(one.tokens)})
+                self._expanded[one.token] = " ".join(one.tokens)
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """Tokenize B prompts."""
+        for token, tokens in self._expanded.items():
+            prompts = [prompt.replace(token, tokens) for prompt in prompts]  # as diffusers does
         found = [self._tokenizer.cut(prompt, self._room) for prompt in prompts]
         ids = np.full((len(found), self._max_tokens), self._pad_id, dtype=np.int64)
         mask = np.zeros_like(ids)
@@ -123,8 +132,19 @@ def _read_tokenizer(folder: Path) -> _Tokenizer:
     if not (folder / "tokenizer.json").exists() and (folder / "merges.txt").is_file():
         # As the published models have it: CLIP's byte pairs in two files.
         vocabulary = {str(token): int(token_id) for token, token_id in read_json(folder, "vocab.json").items()}
-        return _LibraryTokenizer(vocabulary, _merges((folder / "merges.txt").read_text(encoding="utf-8")))
+        found = _LibraryTokenizer(vocabulary, _merges((folder / "merges.txt").read_text(encoding="utf-8")))
+        found.add(_added_tokens(folder, vocabulary))
+        return found
     return read_wordpiece(folder) or _LibraryTokenizer(folder / "tokenizer.json", [])
+
+
+def _added_tokens(folder: Path, vocabulary: Mapping[str, int]) -> dict[str, int]:
+    """Words that were added to a folder's vocabulary, such as textual inversion's, with their ids."""
+    listed = read_json(folder, "tokenizer_config.json").get("added_tokens_decoder") or {}
+    found = {token_text(token): int(token_id) for token_id, token in listed.items()}
+    if (folder / "added_tokens.json").is_file():
+        found |= {str(token): int(token_id) for token, token_id in read_json(folder, "added_tokens.json").items()}
+    return {token: token_id for token, token_id in found.items() if token and token not in vocabulary}
 
 
 def _pad_token(folder: Path) -> str:
@@ -197,6 +217,16 @@ class _LibraryTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.num_special_tokens: int = self._tokenizer.num_special_tokens_to_add(False)
+
+    def add(self, tokens: Mapping[str, int]) -> None:
+        """Add whole words, which get these ids: the next ones, or it is an error."""
+        for token, token_id in sorted(tokens.items(), key=lambda one: one[1]):
+            self._tokenizer.add_tokens([token])
+            if self.token_id(token) != token_id:
+                raise CheckpointError(
+                    f"The added token {token!r} should be number {token_id} and is {self.token_id(token)}; it is there "
+                    "twice, or the tokenizer is not the text encoder's: copy the model again."
+                )
 
     def token_id(self, token: str) -> int | None:
         found: int | None = self._tokenizer.token_to_id(token)

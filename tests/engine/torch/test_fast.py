@@ -49,12 +49,16 @@ def levels(pipe: Pipeline, prompts: Any = tuple(PROMPTS), **settings: Any) -> An
 def test_words_to_pixels_equals_the_slow_way(folder: Path) -> None:
     slow, quick = load(folder), fast(folder)
     image = PIL.Image.new("RGB", (64, 64), "orange")
+    mask = PIL.Image.new("L", (64, 64))
+    mask.paste(255, (8, 0, 40, 64))
     for settings in (
         {"num_inference_steps": 1},
         {"num_inference_steps": 3},
         {"num_inference_steps": 2, "guidance_scale": 2.0},
         {"num_inference_steps": 2, "guidance_scale": 2.0, "negative_prompt": "a blue star"},
         {"num_inference_steps": 2, "image": image, "strength": 0.5},
+        {"num_inference_steps": 3, "image": image, "strength": 1.0, "mask": mask},
+        {"num_inference_steps": 2, "image": image, "strength": 1.0, "mask": mask, "guidance_scale": 2.0},
         {"num_inference_steps": 1, "height": 72, "width": 80},
     ):
         assert np.abs(levels(slow, **settings) - levels(quick, **settings)).max() <= LEVELS, settings

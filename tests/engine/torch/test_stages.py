@@ -15,7 +15,7 @@ from onestill.engine.torch.compiling import prepared
 from onestill.engine.torch.eager import TorchEngine
 from onestill.engine.torch.fast import BATCHES
 from onestill.engine.torch.stages import decode_latents, encode_prompts, take_steps
-from onestill.engine.torch.step_table import step_table
+from onestill.engine.torch.step_table import SETTINGS, step_table
 from onestill.networks.inference import Networks
 from onestill.sampling import strength_timesteps
 from tests.engine.pretended_gpu import Recording, Unrecordable, moved, pretended_gpu, put, taken
@@ -27,6 +27,7 @@ WALKS: dict[str, dict[str, Any]] = {
     "three steps": {"steps": 3},
     "guided": {"steps": 1, "guides": True},
     "from an image": {"steps": 3, "strength": 0.7, "sampler": "euler_ancestral"},
+    "inside a mask": {"steps": 3, "strength": 0.7, "guides": True, "mask": True},
 }
 
 
@@ -97,6 +98,7 @@ def test_steps_are_taken_on_the_device_alone(
             random(rows, *model.states, dtype=dtype),
             None if model.pooled is None else random(rows, *model.pooled, dtype=dtype),
             random(rows, 6) if info.is_xl else None,
+            random(1, 1, *info.latent_shape[1:]) if settings.get("mask") else None,
         )
         with Recording():
             latents = take_steps(model.networks, model.networks.output, *inputs)
@@ -139,7 +141,7 @@ def test_a_network_that_embeds_guidance_is_given_it_on_the_device(
     with pretended_gpu(monkeypatch):
         networks = Networks(info, {"unet": moved(unet), "vae": model.networks.latent_space.autoencoder})
         inputs = (
-            random(1, 5),
+            random(1, SETTINGS + 2),
             random(),
             random(1, 1, *info.latent_shape),
             None,

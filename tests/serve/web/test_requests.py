@@ -51,7 +51,7 @@ WRONG: list[tuple[Any, str | None]] = [
     ({"prompt": "\x1c\x1d"}, "prompt"),
     ({"prompt": 5}, "prompt"),
     ({"prompt": ["a"]}, "prompt"),
-    ({"prompt": "a" * 4001}, "prompt"),
+    ({"prompt": "a" * 32_001}, "prompt"),
     ({"prompt": "\ud800"}, "prompt"),
     ({}, "prompt"),
     ({"prompt": "a", "n": 0}, "n"),

@@ -68,6 +68,14 @@ def generate(
     image: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A picture to start from. (default: noise)")
     ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            "--mask",
+            metavar="FILE",
+            help="With --image: draw only where this picture is transparent, or white. (default: everywhere)",
+        ),
+    ] = None,
     strength: Annotated[
         float | None, typer.Option(metavar="X", help="With --image: 0 keeps it, 1 ignores it. (default: 0.5)")
     ] = None,
@@ -91,14 +99,16 @@ def generate(
 
     Prints the path of each picture. A default name never replaces a file: it takes the next free number.
     """
-    if strength is not None and image is None:
-        raise ImageError("--strength needs a picture to start from; add --image FILE.")
+    for option, value in (("--strength", strength), ("--mask", mask)):
+        if value is not None and image is None:
+            raise ImageError(f"{option} needs a picture to start from; add --image FILE.")
     height, width = parse_size(size)
     added = additions.arguments()
     wanted = [prompt for prompt in prompts for _ in range(num)]
     target = Target(out, len(wanted), force)
     settings: dict[str, Any] = {
         "image": read_image(image) if image is not None else None,
+        "mask": read_image(mask) if mask is not None else None,
         "strength": DEFAULT_STRENGTH if strength is None else strength,
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,

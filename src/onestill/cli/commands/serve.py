@@ -195,6 +195,16 @@ def serve(
     recovery: RecoveryOptions,
     additions: AdditionOptions,
     compiling: CompileOptions,
+    model_alias: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=MODEL]",
+            help="Another name of the model in requests, such as gpt-image-1. May be repeated. (default: none)",
+        ),
+    ] = None,
+    upload_mb: Annotated[
+        int, typer.Option(min=1, max=64, metavar="N", help="Megabytes that one request may upload.")
+    ] = 12,
     metrics_for_all: Annotated[
         bool,
         typer.Option("--metrics-for-all", help="Answer /metrics to every address. (default: this machine's alone)"),
@@ -209,11 +219,14 @@ def serve(
     supervised = Supervised() if is_alone else supervise()
     from onestill.serve.queue.scheduler import Limits
     from onestill.serve.run import listen, run
+    from onestill.serve.web.requests import Bounds
     from onestill.serve.web.server import Settings
 
     settings = Settings(
         hosts=tuple(allow_host or ()),
         origins=tuple(allow_origin or ()),
+        bounds=Bounds(body=upload_mb * 2**20),
+        aliases=tuple(model_alias or ()),
         limits=Limits(waiting=queue, waiting_each=max(10, queue // 2), batch=batch),
         metrics_for_all=metrics_for_all,
     )
@@ -249,8 +262,22 @@ def check(settings: Settings, hooks: Hooks, model: str, additions: AdditionOptio
     from onestill.checkpoint import Additions, describe, resolve
 
     info = describe(resolve(model), Additions.of(**additions.arguments()))
+    aliases = tuple(checked_alias(text, info.name) for text in settings.aliases)
     prompt_filter, image_filter = hooks.filters(info)
-    return replace(settings, prompt_filter=prompt_filter, image_filter=image_filter, stamp=hooks.stamp())
+    hooked = replace(settings, prompt_filter=prompt_filter, image_filter=image_filter, stamp=hooks.stamp())
+    return replace(hooked, aliases=aliases)
+
+
+def checked_alias(text: str, name: str) -> str:
+    """The alias in `ALIAS` or `ALIAS=MODEL`.
+
+    Raises:
+        OnestillError: it is empty, or for another model than `name`.
+    """
+    alias, equals, of = text.partition("=")
+    if not alias.strip() or (equals and of != name):
+        raise OnestillError(f"--model-alias {text} names no alias of '{name}'; write it as ALIAS={name}.")
+    return alias.strip()
 
 
 def built(

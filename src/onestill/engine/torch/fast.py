@@ -146,6 +146,7 @@ class FastEngine(TorchEngine):
             states,
             pooled,
             time_ids if request.negatives is None else _both(time_ids, time_ids),
+            None if request.mask is None else _tensor(request.mask),
         ).clone()  # the decoder's graph may use the same memory
         clock.tick()
         pictures = self._pictures(latents, count)

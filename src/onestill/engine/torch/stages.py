@@ -19,7 +19,8 @@ from torch import Tensor
 from onestill.engine.torch.step_table import SETTINGS
 from onestill.networks.inference import Networks
 from onestill.networks.latents import to_uint8
-from onestill.sampling import classifier_free_guidance
+from onestill.sampling import blend, classifier_free_guidance
+from onestill.schedule import add_noise
 
 
 def encode_prompts(
@@ -39,19 +40,21 @@ def take_steps(
     states: Tensor,
     pooled: Tensor | None,
     time_ids: Tensor | None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The whole sampling loop, from noise to latents [B, C, h, w] float32.
 
     Args:
         networks: the model.
         call: its UNet, compiled or not, as `Networks.output`.
-        table: [S, 3 + T] float32, from `onestill.engine.torch.step_table.step_table`.
+        table: [S, 5 + T] float32, from `onestill.engine.torch.step_table.step_table`.
         guidance: [] float32, the scale.
         noise: [N, B, C, h, w] float32.
         start: [1, C, h, w] float32, latents of an image to start from, or None.
         states: [G B, K, D], those that guidance steers away from behind the others.
         pooled: [G B, P], or None.
         time_ids: [G B, 6] float32, or None. In float32, as to bfloat16 a size of 999 px is 1000.
+        mask: [1, 1, h, w] float32, 1 where to draw and 0 where to keep `start`, as `onestill.sampling.inpainting` does.
     """
     dtype, is_guided = networks.dtype, len(states) > noise.shape[1]
     states, pooled = states.to(dtype), None if pooled is None else pooled.to(dtype)
@@ -63,15 +66,18 @@ def take_steps(
     # The sums and x0 stay in float32: in half precision, rounding would add up from step to step.
     for step in range(len(table)):
         timestep = table[step, 0].clone()  # compiled code requires that its inputs are at aligned addresses
-        of_x, of_output = table[step, 1], table[step, 2]
+        of_x, of_output, alpha, sigma = table[step, 1:SETTINGS]
         known = first + len(noise) + step
         x = (table[step, SETTINGS : SETTINGS + known].view(-1, 1, 1, 1, 1) * terms[:known]).sum(0)
+        if mask is not None:
+            x = blend(mask, x, add_noise(start, noise[0], alpha, sigma))
         inputs = (torch.cat([x, x]) if is_guided else x).to(dtype)
         output = call(inputs, timestep, states, pooled, time_ids, guidance).float()
         if is_guided:
             cond, uncond = output.chunk(2)
             output = classifier_free_guidance(cond, uncond, guidance)  # type: ignore[arg-type] # a number all the same
-        terms[known] = of_x * x + of_output * output
+        x0 = of_x * x + of_output * output
+        terms[known] = x0 if mask is None else blend(mask, x0, start)
     return terms[-1]
 
 

@@ -16,17 +16,18 @@ from onestill.checkpoint import ModelInfo
 from onestill.engine.protocol import first_latents
 from onestill.sampling import sample
 
-SETTINGS = 3  # columns before the weights: a call's timestep, and what x and the output are multiplied by in x0
+# Columns before the weights: a call's timestep, what x and the output are multiplied by in x0, and alpha and sigma.
+SETTINGS = 5
 
 
 def step_table(
     info: ModelInfo, sampler: str, timesteps: tuple[int, ...], noises: int, has_start: bool
 ) -> NDArray[np.float32]:
-    """The sampling loop of S calls as [S, 3 + T] float32.
+    """The sampling loop of S calls as [S, 5 + T] float32.
 
-    Row i describes call i: its timestep; a and b of x0 = a x + b output; and the weights of its x in T terms. The terms
-    are the image where there is one, the noises, and the S estimates of x0, of which later ones have weight 0. The last
-    estimate is the result.
+    Row i describes call i: its timestep; a and b of x0 = a x + b output; alpha and sigma of its noise level; and the
+    weights of its x in T terms. The terms are the image where there is one, the noises, and the S estimates of x0, of
+    which later ones have weight 0. The last estimate is the result.
 
     Args:
         info: the model.
@@ -53,5 +54,6 @@ def step_table(
     sample(sampler, predict_x0, x, info.schedule, timesteps, lambda step: next(noise))
     x_alone, output_alone = np.eye(2)  # likewise, x0 is linear in x and the network's output
     pairs = np.array([info.schedule.x0(output_alone, x_alone, timestep) for timestep in timesteps])
-    table = np.concatenate([np.array(timesteps, dtype=np.float64)[:, None], pairs, np.stack(inputs)], axis=1)
+    levels = np.array([info.schedule.at(timestep) for timestep in timesteps])
+    table = np.concatenate([np.array(timesteps, dtype=np.float64)[:, None], pairs, levels, np.stack(inputs)], axis=1)
     return table.astype(np.float32)

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -160,10 +161,20 @@ class Access:
 
     async def left(self, visitor: Visitor) -> int | None:
         """How many pictures the visitor may still draw today; None for any number."""
+        tightest = await self._tightest(visitor)
+        return None if tightest is None else tightest[0]
+
+    async def rate_headers(self, visitor: Visitor) -> dict[str, str]:
+        """OpenAI's headers on what is left, where there is a quota: a picture is a request, a day the period."""
+        tightest = await self._tightest(visitor)
+        return {} if tightest is None else _rate_headers(*tightest)
+
+    async def _tightest(self, visitor: Visitor) -> tuple[int, int] | None:
+        """Of the account with the fewest pictures left today, how many are left and its pictures a day."""
         if self._ledger is None or not visitor.accounts:
             return None
         used = await self.in_pool(self._ledger.used, [account for account, _ in visitor.accounts], _today())
-        return max(0, min(daily - used.get(account, 0) for account, daily in visitor.accounts))
+        return min((max(0, daily - used.get(account, 0)), daily) for account, daily in visitor.accounts)
 
     async def check(self, visitor: Visitor, pictures: int) -> None:
         """Raise ApiError (429) where that many are more than are left. Counts nothing."""
@@ -179,14 +190,13 @@ class Access:
             raise self._over(visitor, 0)
 
     def _over(self, visitor: Visitor, left: int) -> ApiError:
-        now = datetime.now(UTC)
-        midnight = datetime.combine(now.date() + timedelta(days=1), datetime.min.time(), UTC)
         whose = "This key has" if visitor.name.startswith("key:") else "The free trial has"
         return ApiError(
             429,
             f"{whose} {left} pictures left today; the count starts again at midnight UTC.",
             "insufficient_quota",
-            retry_after_s=(midnight - now).total_seconds(),
+            retry_after_s=_until_midnight_s(),
+            headers=_rate_headers(left, min(daily for _, daily in visitor.accounts)),
         )
 
     async def why_not_ready(self) -> str | None:
@@ -205,6 +215,20 @@ class Access:
 
 def _today() -> str:
     return datetime.now(UTC).date().isoformat()
+
+
+def _until_midnight_s() -> float:
+    now = datetime.now(UTC)
+    return (datetime.combine(now.date() + timedelta(days=1), datetime.min.time(), UTC) - now).total_seconds()
+
+
+def _rate_headers(left: int, daily: int) -> dict[str, str]:
+    minutes, seconds = divmod(math.ceil(_until_midnight_s()), 60)
+    return {
+        "x-ratelimit-limit-requests": str(daily),
+        "x-ratelimit-remaining-requests": str(left),
+        "x-ratelimit-reset-requests": f"{minutes // 60}h{minutes % 60}m{seconds}s",
+    }
 
 
 def _client_of(connection: HTTPConnection) -> str:

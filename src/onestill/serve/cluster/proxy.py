@@ -111,7 +111,7 @@ class _Reply:
     def __init__(self, send: Send) -> None:
         self.started = False
         self._send = send
-        self._seeds: set[int] = set()  # of a stream's pictures that have gone out
+        self._sent: set[tuple[Any, Any]] = set()  # seed and partial index of a stream's pictures that went out
 
     async def take(self, events: AsyncIterator[h11.Event]) -> None:
         """Pass the answer of one try on. Raises _NoAnswer where a replica is gone."""
@@ -140,13 +140,13 @@ class _Reply:
         found = json.loads(data) if data.startswith(b"{") else {}
         if block.startswith(b"event: error") and found["error"]["code"] == "closing":
             raise _NoAnswer
-        seed = found.get("seed")
-        if seed is not None and seed in self._seeds:
+        picture = (found.get("seed"), found.get("partial_image_index"))
+        if picture in self._sent:
             return
         await self._start(head)
         await self._send({"type": "http.response.body", "body": block, "more_body": True})
-        if seed is not None:
-            self._seeds.add(seed)
+        if picture[0] is not None:
+            self._sent.add(picture)
 
     async def _start(self, head: h11.Response) -> None:
         if self.started:

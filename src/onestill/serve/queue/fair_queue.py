@@ -56,14 +56,18 @@ class Task:
     def deliver(self, index: int, picture: Picture) -> None:
         """Hand one of its pictures out, and with the last one all of them."""
         self.pictures[index] = picture
+        self.hand_on(index, picture)
+        if len(self.pictures) == len(self.job.seeds):
+            with suppress(InvalidStateError):  # cancelled in this very moment
+                self.future.set_result([self.pictures[i] for i in range(len(self.job.seeds))])
+
+    def hand_on(self, index: int, picture: Picture) -> None:
+        """Hand one of its pictures out, or a partial image of it."""
         if self.on_picture is not None and not self.future.done():
             try:
                 self.on_picture(index, picture)
             except Exception:
                 LOG.exception("A picture could not be handed on.")
-        if len(self.pictures) == len(self.job.seeds):
-            with suppress(InvalidStateError):  # cancelled in this very moment
-                self.future.set_result([self.pictures[i] for i in range(len(self.job.seeds))])
 
     def fail(self, error: Exception) -> None:
         """Answer it with an error, unless it is answered."""

@@ -20,6 +20,8 @@ class Job:
         height, width: pixels.
         image: a picture to start from; None draws from noise.
         strength: how much of `image` to change.
+        mask: white where to draw, black where `image` stays; None draws everywhere.
+        partial_images: how many images to show of each picture while it is drawn.
     """
 
     prompt: str
@@ -29,11 +31,14 @@ class Job:
     width: int
     image: Image | None = None
     strength: float = 0.5
+    mask: Image | None = None
+    partial_images: int = 0
 
     @property
     def shape(self) -> tuple[object, ...]:
         """Jobs of equal shape can be drawn in one call; a job with an image only with itself."""
-        return (self.num_inference_steps, self.height, self.width, id(self) if self.image is not None else 0)
+        alone = id(self) if self.image is not None else 0
+        return (self.num_inference_steps, self.height, self.width, self.partial_images, alone)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Picture:
         metadata: its parameters, as they are written into files.
         notes: where the result differs from the request.
         timings: queue_ms, encode_ms, denoise_ms and decode_ms; the last three are those of the whole call.
+        partial: the number of a partial image, from 0; None for the picture itself.
     """
 
     image: Image
@@ -51,3 +57,4 @@ class Picture:
     metadata: Mapping[str, str]
     notes: Sequence[str]
     timings: Mapping[str, float]
+    partial: int | None = None

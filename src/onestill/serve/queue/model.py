@@ -47,8 +47,16 @@ class Model:
         free_memory()
         self._pipe = self._load()
 
-    def draw(self, jobs: Sequence[Job], seeds: Sequence[int], pause: Callable[[], None]) -> list[Picture]:
+    def draw(
+        self,
+        jobs: Sequence[Job],
+        seeds: Sequence[int],
+        pause: Callable[[], None],
+        on_partial: Callable[[int, Picture], None],
+    ) -> list[Picture]:
         """Draw one picture for each job and its seed; the jobs are of equal shape. `queue_ms` is left out.
+
+        `on_partial` is called with the index of a job and a partial image of its picture.
 
         Raises:
             WrongOutputError: what came back is not one picture for each, or black from an engine that does not work.
@@ -56,6 +64,10 @@ class Model:
         """
         assert self._pipe is not None
         job = jobs[0]
+
+        def hand_on(index: int, partial: int, image: Image) -> None:
+            on_partial(index, Picture(image, seeds[index], {"prompt": jobs[index].prompt}, (), {}, partial))
+
         output = self._pipe(
             [one.prompt for one in jobs],
             seed=list(seeds),
@@ -63,8 +75,11 @@ class Model:
             height=job.height,
             width=job.width,
             image=job.image,
+            mask=job.mask,
             strength=job.strength,
             pause=pause,
+            partial_images=job.partial_images,
+            on_partial=hand_on,
         )
         _check(output.images, len(jobs), (job.width, job.height))
         if list(output.seeds) != list(seeds):
@@ -105,4 +120,4 @@ def _is_black(image: Image) -> bool:
 
 def _picture(output: Output, index: int) -> Picture:
     times = {name: getattr(output.timings, name) for name in ("encode_ms", "denoise_ms", "decode_ms")}
-    return Picture(output.images[index], output.seeds[index], output.metadata(index), output.notes, times)
+    return Picture(output.images[index], output.seeds[index], output.metadata(index), output.notes_on(index), times)

@@ -147,7 +147,7 @@ class Scheduler:
             job: what to draw.
             visitor: the name of who asks; the fair queue alternates between visitors.
             address: where from, as many visitors may be one person; "" where that says nothing.
-            on_picture: called in the model's thread with each picture's index as it is drawn, in any order.
+            on_picture: called in the model's thread with each picture's index as it is drawn, after its partial images.
             client: which of the visitor's programs or connections asks; the visitor's turns alternate between them.
 
         Raises:
@@ -348,11 +348,14 @@ class Scheduler:
             if self._ended.is_set() or all(task.future.done() for task, _ in units):
                 raise Stopped
 
+        def hand_on(i: int, picture: Picture) -> None:
+            units[i][0].hand_on(units[i][1], picture)
+
         started = time.monotonic()
         self._health.move()
         try:
             pictures = self._model.draw(
-                [task.job for task, _ in units], [task.job.seeds[i] for task, i in units], pause
+                [task.job for task, _ in units], [task.job.seeds[i] for task, i in units], pause, hand_on
             )
         except Stopped:
             return
@@ -361,8 +364,7 @@ class Scheduler:
             return
         finally:
             self._health.rest()
-        took = time.monotonic() - started
-        self._picture_s += 0.1 * (took / len(units) - self._picture_s)
+        self._picture_s += 0.1 * ((time.monotonic() - started) / len(units) - self._picture_s)
         self._health.worked()
         self._good += 1
         if self._good >= GOOD_TO_GROW and self._batch < self.limits.batch:

@@ -21,7 +21,7 @@ import PIL.Image
 from PIL.Image import Image
 
 from onestill.serve.errors import ApiError, Busy, Closing
-from onestill.serve.uploads.worker import ANSWER, ASK, DONE, INVALID, READY, TOO_COSTLY, TOO_LARGE
+from onestill.serve.uploads.worker import ANSWER, ASK, DONE, INVALID, OTHER_SIZE, READY, TOO_COSTLY, TOO_LARGE
 
 __all__ = ["Decoder", "Room"]
 
@@ -99,7 +99,7 @@ class Decoder:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing = False
 
-    async def read(self, who: str, data: bytes, height: int, width: int, most_px: int) -> Image:
+    async def read(self, who: str, data: bytes, height: int, width: int, most_px: int, masked: bytes = b"") -> Image:
         """The picture in an upload, fitted to the size of its request. Cancelling the call ends its decoding.
 
         Args:
@@ -107,6 +107,8 @@ class Decoder:
             data: the file: PNG, JPEG or WebP.
             height, width: pixels of the result.
             most_px: pixels that the file may have.
+            masked: the file of the image whose mask it is, so that the result is white where to draw; none where it is
+                no mask.
 
         Raises:
             ApiError: 400, the file has another format, is damaged, or costs too much to decode.
@@ -117,7 +119,7 @@ class Decoder:
         self._loop = asyncio.get_running_loop()
         worker = await self._turn(who)
         worker.stopped.clear()
-        asked = asyncio.wrap_future(self._threads.submit(worker.ask, data, height, width, most_px))
+        asked = asyncio.wrap_future(self._threads.submit(worker.ask, data, height, width, most_px, masked))
         asked.add_done_callback(lambda done: self._release(who, worker, done))
         try:
             answer = await asyncio.wait_for(asyncio.shield(asked), DECODE_S)
@@ -128,9 +130,9 @@ class Decoder:
             worker.stop()
             raise
         if answer.outcome == DONE:
-            return PIL.Image.frombytes("RGB", (width, height), answer.pixels)
+            return PIL.Image.frombytes("L" if masked else "RGB", (width, height), answer.pixels)
         self._check_open()
-        raise _refusal(answer.outcome, most_px)
+        raise _refusal(answer.outcome, most_px, "mask" if masked else "image")
 
     def refuse(self) -> None:
         """Refuse what waits and all that comes from now on; any thread may call it. What is decoded goes on."""
@@ -207,14 +209,16 @@ class Decoder:
                 del self._waiting[name]
 
 
-def _refusal(outcome: int, most_px: int) -> ApiError:
-    code, message = "image_too_costly", "The image costs too much to decode; save it again as a plain PNG or JPEG."
+def _refusal(outcome: int, most_px: int, name: str) -> ApiError:
+    code, message = "image_too_costly", f"The {name} costs too much to decode; save it again as a plain PNG or JPEG."
     if outcome == TOO_LARGE:
         code = "image_too_large"
-        message = f"The image has too many pixels; give one of at most {most_px / 1e6:.0f} megapixels, not a strip."
+        message = f"The {name} has too many pixels; give one of at most {most_px / 1e6:.0f} megapixels, not a strip."
     elif outcome == INVALID:
-        code, message = "invalid_image", "The image cannot be read; give a PNG, JPEG or WebP file."
-    return ApiError(400, message, code, param="image")
+        code, message = "invalid_image", f"The {name} cannot be read; give a PNG, JPEG or WebP file."
+    elif outcome == OTHER_SIZE:
+        code, message = "invalid_image", "The mask has another size than the image; give both the same size."
+    return ApiError(400, message, code, param=name)
 
 
 def _closing() -> Closing:
@@ -240,17 +244,18 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
-    def ask(self, data: bytes, height: int, width: int, most_px: int) -> _Answer:
+    def ask(self, data: bytes, height: int, width: int, most_px: int, masked: bytes) -> _Answer:
         """What became of a file."""
         process = self._started()
         if process is None:
             return _GONE
         assert process.stdin is not None
         assert process.stdout is not None
-        size = height * width * 3
+        size = height * width * (1 if masked else 3)
         with suppress(OSError):  # the process ended
-            process.stdin.write(ASK.pack(len(data), most_px, height, width))
+            process.stdin.write(ASK.pack(len(data), len(masked), most_px, height, width))
             process.stdin.write(data)
+            process.stdin.write(masked)
             process.stdin.flush()
             head = process.stdout.read(ANSWER.size)
             if len(head) == ANSWER.size:

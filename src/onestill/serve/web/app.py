@@ -106,7 +106,7 @@ def _add_page(app: FastAPI, server: Server) -> None:
 
 
 def _add_models(app: FastAPI, server: Server) -> None:
-    info, bounds = server.info, server.bounds
+    info, bounds, aliases = server.info, server.bounds, server.settings.aliases
     model = {
         "id": info.name,
         "object": "model",
@@ -120,6 +120,7 @@ def _add_models(app: FastAPI, server: Server) -> None:
         "styles": list(info.styles),
         "limits": {
             "prompt": bounds.prompt,
+            "live_prompt": bounds.live_prompt,
             "n": bounds.n,
             "live_n": bounds.live_n,
             "num_inference_steps": bounds.steps,
@@ -133,14 +134,14 @@ def _add_models(app: FastAPI, server: Server) -> None:
         """The models, their native sizes and limits."""
         gallery = server.gallery
         more = {} if gallery is None else {"gallery": {"days": gallery.rules.days, "each": gallery.rules.each}}
-        return {"object": "list", "data": [model], **more}
+        others = [{**model, "id": alias, "alias_of": info.name} for alias in aliases]
+        return {"object": "list", "data": [model, *others], **more}
 
     @app.get("/v1/models/{name}", tags=["models"], responses={403: {"model": ErrorBody}, 404: {"model": ErrorBody}})
-    async def one_model(name: str = Path(json_schema_extra={"enum": [info.name]})) -> dict[str, Any]:
+    async def one_model(name: str = Path(json_schema_extra={"enum": [info.name, *aliases]})) -> dict[str, Any]:
         """One model."""
-        if name != info.name:
-            raise ApiError(404, f"There is no such model here; this server has '{info.name}'.", "model_not_found")
-        return model
+        server.check_model(name)
+        return model if name == info.name else {**model, "id": name, "alias_of": info.name}
 
 
 def _add_monitoring(app: FastAPI, server: Server) -> None:

@@ -18,11 +18,12 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from onestill.serve.errors import ApiError
 from onestill.serve.web.errors import from_validation
 from onestill.serve.web.requests import Edit, Generation, Shown
-from onestill.serve.web.server import Server
+from onestill.serve.web.server import Server, Uploads
 
 __all__ = ["json_body", "multipart_body", "validate"]
 
 MOST_JSON = 256 * 1024  # three times the longest prompt with every character escaped
+MOST_IMAGES = 16  # of a form, as in OpenAI's API
 WHOLE_FIELDS = ("seed", "n", "num_inference_steps", "output_compression", "partial_images")
 Body = TypeVar("Body", Generation, Edit, Shown)
 
@@ -30,8 +31,8 @@ Body = TypeVar("Body", Generation, Edit, Shown)
 def validate(server: Server, kind: type[Body], fields: Any) -> Body:
     """The fields of a body as a request of this class. Raises ApiError: 400 or 404, something is wrong with them."""
     named = fields.get("model") if isinstance(fields, dict) else None
-    if isinstance(named, str) and named != server.info.name:
-        raise ApiError(404, f"There is no such model here; this server has '{server.info.name}'.", "model_not_found")
+    if isinstance(named, str):
+        server.check_model(named)
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -66,8 +67,8 @@ class _FormParser(MultiPartParser):
     spool_max_size = sys.maxsize  # in memory, where the sizes of all forms are bounded together
 
 
-async def multipart_body(request: Request, take: Callable[[int], None]) -> tuple[dict[str, Any], bytes]:
-    """The text fields of a multipart body, converted to JSON's types, and the bytes of its one image.
+async def multipart_body(request: Request, take: Callable[[int], None]) -> tuple[dict[str, Any], Uploads]:
+    """The text fields of a multipart body, converted to JSON's types, and its files.
 
     Args:
         request: whose body it is.
@@ -79,12 +80,13 @@ async def multipart_body(request: Request, take: Callable[[int], None]) -> tuple
             take(len(data))
             yield data
 
+    parser = _FormParser(request.headers, pieces(), max_files=MOST_IMAGES + 1, max_fields=32, max_part_size=MOST_JSON)
     try:
-        form = await _FormParser(request.headers, pieces(), max_files=2, max_fields=32, max_part_size=2**16).parse()
+        form = await parser.parse()
     except (HTTPException, MultiPartException, AssertionError, ValueError) as error:
         raise ApiError(400, "The form cannot be read; send valid multipart/form-data.", "invalid_body") from error
     try:
-        return _text_fields(form), await _image_field(form)
+        return _text_fields(form), await _files(form)
     finally:
         await form.close()
 
@@ -92,10 +94,8 @@ async def multipart_body(request: Request, take: Callable[[int], None]) -> tuple
 def _text_fields(form: FormData) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in form.multi_items():
-        if name in ("image", "image[]"):
+        if name in ("image", "image[]", "mask"):
             continue
-        if name == "mask":
-            raise ApiError(400, "Masks are not supported; leave 'mask' out.", "unsupported", param="mask")
         if isinstance(value, UploadFile):
             raise ApiError(400, f"'{name[:64]}' must be text, not a file.", "invalid_value", param=name[:64])
         if name in fields:
@@ -117,8 +117,13 @@ def _field_value(name: str, text: str) -> Any:
     return text
 
 
-async def _image_field(form: FormData) -> bytes:
+async def _files(form: FormData) -> Uploads:
     images = [*form.getlist("image"), *form.getlist("image[]")]
-    if len(images) != 1 or not isinstance(images[0], UploadFile):
-        raise ApiError(400, "Send one picture as the file 'image'.", "invalid_image", param="image")
-    return await images[0].read()
+    if not 1 <= len(images) <= MOST_IMAGES or not isinstance(images[0], UploadFile):
+        raise ApiError(400, "Send a picture as the file 'image'.", "invalid_image", param="image")
+    masks = form.getlist("mask")
+    if not masks:
+        return Uploads(await images[0].read(), None, len(images))
+    if len(masks) > 1 or not isinstance(masks[0], UploadFile):
+        raise ApiError(400, "Send the mask as one file 'mask'.", "invalid_image", param="mask")
+    return Uploads(await images[0].read(), await masks[0].read(), len(images))

@@ -65,7 +65,7 @@ def error_object(error: ApiError) -> dict[str, Any]:
 
 def response_of(error: ApiError) -> JSONResponse:
     """The response to an error, with `Retry-After` (whole seconds) and `WWW-Authenticate` where they apply."""
-    headers = {}
+    headers = dict(error.headers)
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     if error.status == 401:

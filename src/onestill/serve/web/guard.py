@@ -45,7 +45,8 @@ PREFLIGHT = {
     "access-control-max-age": "600",
 }
 SHARED = {
-    "access-control-expose-headers": "Retry-After, X-Request-Id",
+    "access-control-expose-headers": "Retry-After, X-Request-Id, "
+    + ", ".join(f"X-RateLimit-{part}-Requests" for part in ("Limit", "Remaining", "Reset")),
     "cross-origin-resource-policy": "cross-origin",
 }
 

@@ -6,10 +6,11 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -20,13 +21,12 @@ from onestill.serve.errors import ApiError
 from onestill.serve.queue.jobs import Picture
 from onestill.serve.web.bodies import json_body, multipart_body, validate
 from onestill.serve.web.errors import REFUSALS, content, error_object, to_api_error
-from onestill.serve.web.requests import Generation
-from onestill.serve.web.server import Drawing, File, Server, while_there
+from onestill.serve.web.requests import Generation, notes_on
+from onestill.serve.web.server import Drawing, File, Server, Uploads, while_there
 
 __all__ = ["images_router"]
 
 Arrivals: TypeAlias = asyncio.Queue[Picture | None]  # pictures as they are drawn; None after the last
-Queued: TypeAlias = tuple[Drawing[Generation], Arrivals | None]
 QUICK_BYTES = 64 * 1024  # writing at most that many as JSON takes less time than a hop to another thread
 DRAWN = {
     "description": "The pictures, as JSON or, with `stream`, as server-sent events.",
@@ -51,6 +51,8 @@ DRAWN = {
                     },
                     "size": {"type": "string"},
                     "output_format": {"type": "string"},
+                    "background": {"type": "string"},
+                    "usage": {"type": "object"},
                     "timings": {"type": "object", "additionalProperties": {"type": "number"}},
                     "notes": {"type": "array", "items": {"type": "string"}},
                 },
@@ -67,11 +69,40 @@ DRAWN = {
 }
 
 
+class Answering(NamedTuple):
+    """What an answer says beside its pictures: notes on the request, tokens of its prompt, whether it had an image."""
+
+    notes: list[str]
+    prompt_tokens: int
+    has_image: bool
+
+    def notes_with(self, pictures: Sequence[Picture]) -> list[str]:
+        """These notes and the pictures' own, each once."""
+        return list(dict.fromkeys([*self.notes, *(note for picture in pictures for note in picture.notes)]))
+
+    def usage(self, drawing: Drawing[Generation], pictures: int) -> dict[str, Any]:
+        """OpenAI's `usage`. A position of the model's latents is an image token; what was cut of a prompt is none."""
+        info, job = drawing.server.info, drawing.job
+        each = (job.height // info.vae_scale_factor) * (job.width // info.vae_scale_factor)
+        read, drawn = each * self.has_image, each * pictures
+        return {
+            "input_tokens": self.prompt_tokens + read,
+            "input_tokens_details": {"text_tokens": self.prompt_tokens, "image_tokens": read},
+            "output_tokens": drawn,
+            "output_tokens_details": {"text_tokens": 0, "image_tokens": drawn},
+            "total_tokens": self.prompt_tokens + read + drawn,
+        }
+
+
+Queued: TypeAlias = tuple[Drawing[Generation], Arrivals | None, Answering]
+
+
 def images_router(server: Server) -> APIRouter:
     """The two routes; their OpenAPI schema has this model's sizes and bounds."""
     router = APIRouter(prefix="/v1/images", tags=["images"])
     edit_schema = server.forms.edit.model_json_schema()
-    edit_schema["properties"] = {"image": {"type": "string", "format": "binary"}, **edit_schema["properties"]}
+    files = {name: {"type": "string", "format": "binary"} for name in ("image", "mask")}
+    edit_schema["properties"] = {**files, **edit_schema["properties"]}
     edit_schema["required"] = ["image", *edit_schema["required"]]
 
     async def generations(request: Request) -> Response:
@@ -81,7 +112,7 @@ def images_router(server: Server) -> APIRouter:
         return await _answer(request, await _queue(server, request, visitor, form), "image_generation")
 
     async def edits(request: Request) -> Response:
-        """Draw from a prompt and a picture to start from: a form with the field `image`."""
+        """Draw from a prompt and a picture to start from: a form with the file `image`, and `mask` to draw a part."""
         return await _answer(request, await queue_edit(request), "image_edit")
 
     async def queue_edit(request: Request) -> Queued:
@@ -90,9 +121,9 @@ def images_router(server: Server) -> APIRouter:
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise ApiError(400, "The body must be a form: send it as multipart/form-data.", "invalid_body")
         with server.uploads.share(visitor.source) as take:
-            fields, upload = await multipart_body(request, take)
+            fields, uploads = await multipart_body(request, take)
             form = validate(server, server.forms.edit, fields)
-            return await while_there(request, _queue(server, request, visitor, form, upload))
+            return await while_there(request, _queue(server, request, visitor, form, uploads))
 
     for route, media_type, schema in (
         (generations, "application/json", server.forms.generation.model_json_schema()),
@@ -110,12 +141,14 @@ def images_router(server: Server) -> APIRouter:
 
 
 async def _queue(
-    server: Server, request: Request, visitor: Visitor, form: Generation, upload: bytes | None = None
+    server: Server, request: Request, visitor: Visitor, form: Generation, uploads: Uploads | None = None
 ) -> Queued:
     """Queue a request; with `stream`, its pictures arrive in the second result as they are drawn."""
-    request_id = request.headers.get("x-request-id")
+    image, mask, images = uploads or (None, None, 0)
+    ask = partial(server.draw, visitor, form, image, mask=mask, request_id=request.headers.get("x-request-id"))
+    more = Answering(notes_on(form, server.info, images), await server.count_tokens(form.prompt), bool(images))
     if not form.stream:
-        return await server.draw(visitor, form, upload, request_id=request_id), None
+        return await ask(), None, more
     loop = asyncio.get_running_loop()
     arrivals: Arrivals = asyncio.Queue()
 
@@ -123,17 +156,17 @@ async def _queue(
         with suppress(RuntimeError):  # the loop has closed: nobody listens
             loop.call_soon_threadsafe(arrivals.put_nowait, item)
 
-    drawing = await server.draw(
-        visitor, form, upload, request_id=request_id, on_picture=lambda index, picture: hand_over(picture)
-    )
+    drawing = await ask(on_picture=lambda index, picture: hand_over(picture))
     drawing.future.add_done_callback(lambda done: hand_over(None))
-    return drawing, arrivals
+    return drawing, arrivals, more
 
 
 async def _answer(request: Request, queued: Queued, event: str) -> Response:
-    drawing, arrivals = queued
+    drawing, arrivals, more = queued
+    access = drawing.server.access
     if arrivals is not None:
-        return _Events(_events(drawing, arrivals, event), drawing.future)
+        headers = await access.rate_headers(drawing.visitor)
+        return _Events(_events(drawing, arrivals, event, more), drawing.future, headers)
     pictures = await drawing.pictures(request)
     data = []
     for file in await drawing.files(pictures):
@@ -142,28 +175,29 @@ async def _answer(request: Request, queued: Queued, event: str) -> Response:
     rest = {
         "created": int(time.time()),
         **_description(drawing),
+        "usage": more.usage(drawing, len(pictures)),
         "timings": {name: round(value, 2) for name, value in pictures[-1].timings.items()},
-        "notes": list(dict.fromkeys(note for picture in pictures for note in picture.notes)),
+        "notes": more.notes_with(pictures),
     }
     body = b'{"data":[' + b",".join(data) + b"]," + json.dumps(rest).encode()[1:]
-    return Response(body, media_type="application/json")
+    return Response(body, media_type="application/json", headers=await access.rate_headers(drawing.visitor))
 
 
-async def _events(drawing: Drawing[Generation], arrivals: Arrivals, event: str) -> AsyncIterator[bytes]:
-    name = f"{event}.completed"
+async def _events(
+    drawing: Drawing[Generation], arrivals: Arrivals, event: str, more: Answering
+) -> AsyncIterator[bytes]:
     try:
         while (picture := await arrivals.get()) is not None:
             (file,) = await drawing.files([picture])
-            drawing.server.count_picture("images", picture.timings)
-            more = {
-                "type": name,
-                "created_at": int(time.time()),
-                **_description(drawing),
-                "quality": "auto",
-                "background": "opaque",
-                "seed": picture.seed,
-            }
-            yield _event(name, await _file_json(drawing, file, more))
+            rest = {"created_at": int(time.time()), **_description(drawing), "quality": "auto", "seed": picture.seed}
+            if picture.partial is None:
+                name = f"{event}.completed"
+                drawing.server.count_picture("images", picture.timings)
+                rest |= {"usage": more.usage(drawing, 1), "notes": more.notes_with([picture])}
+            else:
+                name = f"{event}.partial_image"
+                rest["partial_image_index"] = picture.partial
+            yield _event(name, await _file_json(drawing, file, {"type": name, **rest}))
         if not drawing.future.cancelled():
             drawing.future.result()
     except Exception as error:
@@ -176,8 +210,10 @@ class _Events(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], future: Future[list[Picture]]) -> None:
-        super().__init__(events, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+    def __init__(
+        self, events: AsyncIterator[bytes], future: Future[list[Picture]], headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(events, headers={"cache-control": "no-store", "x-accel-buffering": "no", **(headers or {})})
         self._future = future
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -192,7 +228,11 @@ def _event(name: str, data: bytes) -> bytes:
 
 
 def _description(drawing: Drawing[Generation]) -> dict[str, str]:
-    return {"size": f"{drawing.job.width}x{drawing.job.height}", "output_format": drawing.form.encoding.kind.lower()}
+    return {
+        "size": f"{drawing.job.width}x{drawing.job.height}",
+        "output_format": drawing.form.encoding.kind.lower(),
+        "background": "opaque",
+    }
 
 
 async def _file_json(drawing: Drawing[Generation], file: File, more: dict[str, Any]) -> bytes:

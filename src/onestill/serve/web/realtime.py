@@ -127,7 +127,7 @@ class _Connection:
             "type": "ready",
             "model": info.name,
             "limits": {
-                "prompt": bounds.prompt,
+                "prompt": bounds.live_prompt,
                 "n": bounds.live_n,
                 "num_inference_steps": bounds.steps,
                 "sizes": [f"{width}x{height}" for height, width in info.sizes],

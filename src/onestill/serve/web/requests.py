@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
@@ -24,10 +26,16 @@ __all__ = [
     "Shown",
     "forms_for",
     "job_of",
+    "notes_on",
 ]
 
 LARGEST_SEED = 2**53 - 1  # the largest integer that JavaScript represents exactly
 KINDS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}  # Pillow's names of the file formats, by those in requests
+# Sizes of OpenAI's models, which clients send whatever the model is.
+USUAL_SIZES = """
+    256x256 512x512 1024x1024 1536x1024 1024x1536 1792x1024 1024x1792 2048x2048 2048x1152 1152x2048 3840x2160 2160x3840
+"""
+WITHOUT_EFFECT = ("quality", "style", "moderation", "input_fidelity")  # in the order in which a note names them
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Bounds:
     """How much one request may ask for.
 
     Attributes:
-        prompt: characters.
+        prompt, live_prompt: characters, of the images API, and of live messages and the gallery.
         n, live_n: pictures of one request, of one live message.
         steps: sampling steps.
         body: bytes of a request, uploads included.
@@ -46,7 +54,8 @@ class Bounds:
         live, live_each: live connections in all, and of one address.
     """
 
-    prompt: int = 4000
+    prompt: int = 32_000
+    live_prompt: int = 4000
     n: int = 10
     live_n: int = 4
     steps: int = 50
@@ -97,6 +106,15 @@ def _whole_from(low: int, high: int) -> Any:
 
 _Seed: TypeAlias = Annotated[int, Field(ge=0, le=LARGEST_SEED), BeforeValidator(_whole)]
 _Quality: TypeAlias = Annotated[int, Field(ge=0, le=100), BeforeValidator(_whole)]
+
+
+def _opaque(value: object) -> object:
+    if value == "transparent":
+        raise ValueError("this model cannot draw a transparent background; send 'opaque' or leave it out")
+    return value
+
+
+_Word: TypeAlias = Annotated[str, Field(max_length=64)]
 _Share: TypeAlias = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), BeforeValidator(_number)]
 
 
@@ -121,12 +139,13 @@ class Generation(_Common):
     output_compression: _Quality | None = Field(None, description="Quality of a JPEG or WebP.")
     stream: bool | None = Field(None, strict=True, description="Server-sent events, one a picture.")
     user: str | None = Field(None, max_length=256, description="Accepted and not stored.")
-    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = None
-    background: Literal["auto", "opaque"] | None = None
-    moderation: Literal["auto", "low"] | None = None
-    style: Literal["vivid", "natural"] | None = None
+    safety_identifier: str | None = Field(None, max_length=256, description="Accepted and not stored.")
+    quality: _Word | None = Field(None, description="Has no effect, which a note says.")
+    background: Annotated[Literal["auto", "opaque"], BeforeValidator(_opaque)] | None = None
+    moderation: _Word | None = Field(None, description="Has no effect, which a note says.")
+    style: _Word | None = Field(None, description="Has no effect, which a note says.")
     partial_images: Annotated[int, Field(ge=0, le=3), BeforeValidator(_whole)] | None = Field(
-        None, description="Accepted and ignored: one step has no partial images."
+        None, description="With `stream`, pictures between the steps; one step has none."
     )
 
     @property
@@ -139,8 +158,10 @@ class Generation(_Common):
 class Edit(Generation):
     """The fields of `POST /v1/images/edits` beside its image."""
 
-    strength: _Share | None = Field(None, description="How much of the image to change.")
-    input_fidelity: Literal["low", "high"] | None = None
+    strength: _Share | None = Field(
+        None, description="How much of the image to change; null is 0.5, and 1 inside a mask."
+    )
+    input_fidelity: _Word | None = Field(None, description="Has no effect, which a note says.")
 
 
 class Shown(_Common):
@@ -194,29 +215,31 @@ class Forms:
     shown: type[Shown]
 
 
-def forms_for(info: ModelInfo, bounds: Bounds) -> Forms:
-    """The classes with the model's name, sizes and bounds filled in, so that the OpenAPI schema has them."""
-    sizes = ("auto", *(f"{width}x{height}" for height, width in info.sizes))
-    # At least one visible character. Python, Rust and JavaScript differ in what else is white space.
-    prompt: Any = (
-        Annotated[str, Field(min_length=1, max_length=bounds.prompt, pattern=r"[^\s\x00-\x1f\x7f-\x9f]")],
-        Field(description="What to draw.", examples=["a red apple"]),
-    )
+def forms_for(info: ModelInfo, bounds: Bounds, aliases: Sequence[str] = ()) -> Forms:
+    """The classes with the model's names, sizes and bounds filled in, so that the OpenAPI schema has them."""
+    own_sizes = ("auto", *(f"{width}x{height}" for height, width in info.sizes))
+    every_size = tuple(dict.fromkeys([*own_sizes, *USUAL_SIZES.split()]))
     steps = (_whole_from(1, bounds.steps), Field(None, description="Null is the model's own."))
-    size: Any = (Literal[sizes] | None, Field(None, description="Width x height in pixels."))
 
-    def made(base: type[Any], **more: Any) -> Any:
+    def made(base: type[Any], most_characters: int, sizes: tuple[str, ...], **more: Any) -> Any:
+        # At least one visible character. Python, Rust and JavaScript differ in what else is white space.
+        prompt: Any = (
+            Annotated[str, Field(min_length=1, max_length=most_characters, pattern=r"[^\s\x00-\x1f\x7f-\x9f]")],
+            Field(description="What to draw.", examples=["a red apple"]),
+        )
+        size: Any = (Literal[sizes] | None, Field(None, description="Width x height in pixels."))
         return create_model(base.__name__, __base__=base, prompt=prompt, size=size, num_inference_steps=steps, **more)
 
     def many(most: int) -> Any:
         return (_whole_from(1, most), Field(None, description="How many pictures."))
 
-    model = (Literal[info.name] | None, Field(None))
+    names: Any = (info.name, *aliases)
+    model = (Literal[names] | None, Field(None))
     return Forms(
-        made(Generation, n=many(bounds.n), model=model),
-        made(Edit, n=many(bounds.n), model=model),
-        made(Live, n=many(bounds.live_n)),
-        made(Shown, model=model),
+        made(Generation, bounds.prompt, every_size, n=many(bounds.n), model=model),
+        made(Edit, bounds.prompt, every_size, n=many(bounds.n), model=model),
+        made(Live, bounds.live_prompt, own_sizes, n=many(bounds.live_n)),
+        made(Shown, bounds.live_prompt, own_sizes, model=model),
     )
 
 
@@ -242,12 +265,42 @@ def job_of(form: Form, info: ModelInfo, *, request_id: str | None = None) -> Job
         height=height,
         width=width,
         strength=0.5 if strength is None else strength,
+        partial_images=(getattr(form, "partial_images", None) or 0) if getattr(form, "stream", None) else 0,
     )
 
 
+def notes_on(form: Form, info: ModelInfo, images: int = 1) -> list[str]:
+    """Sentences on what this server does not do as OpenAI's would.
+
+    Args:
+        form: the validated request.
+        info: the model's.
+        images: how many came with it.
+    """
+    notes = []
+    height, width = _size_of(form, info)
+    if form.size not in (None, "auto", f"{width}x{height}"):
+        notes.append(f"The model does not draw {form.size}; the picture has {width}x{height} pixels.")
+    if idle := [name for name in WITHOUT_EFFECT if getattr(form, name, None) not in (None, "auto")]:
+        notes.append(f"Without effect here: {', '.join(idle)}.")
+    if getattr(form, "partial_images", None) and not getattr(form, "stream", None):
+        notes.append("Partial images come only with stream.")
+    if images > 1:
+        notes.append(f"Of {images} images the first was used; this model starts from one.")
+    return notes
+
+
 def _size_of(form: Form, info: ModelInfo) -> tuple[int, int]:
-    """(height, width) in pixels that a validated request asks for; the model's own where it names none."""
+    """(height, width) in pixels for a validated request: the model's own where it names none.
+
+    A size that the model does not draw becomes the one of the nearest aspect ratio, and of these of the nearest area.
+    """
     if form.size in (None, "auto"):
         return info.height, info.width
     width, height = (int(part) for part in str(form.size).split("x"))
-    return height, width
+
+    def distance(size: tuple[int, int]) -> tuple[float, float]:
+        taller, wider = math.log(size[0] / height), math.log(size[1] / width)
+        return round(abs(wider - taller), 6), abs(wider + taller)
+
+    return min(info.sizes, key=distance)

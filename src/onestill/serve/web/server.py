@@ -18,18 +18,21 @@ from onestill.pipeline.picture import picture_bytes
 from onestill.serve.access.quota import Access, Visitor
 from onestill.serve.errors import ApiError, TooLate
 from onestill.serve.metrics import Metrics
+from onestill.serve.process import lower_priority
 from onestill.serve.provenance import Stamp
 from onestill.serve.queue.jobs import Job, Picture
 from onestill.serve.queue.scheduler import Limits, Scheduler, Slot
 from onestill.serve.safety import ImageFilter, PromptFilter, refuse_pictures, refuse_prompt
 from onestill.serve.uploads.decoder import Decoder, Room
 from onestill.serve.web.requests import Bounds, Encoding, Form, Forms, forms_for, job_of
+from onestill.text.tokenize import PromptTokenizer
 
 if TYPE_CHECKING:
     from onestill.serve.gallery.store import Gallery
 
-__all__ = ["Drawing", "File", "Server", "Settings", "while_there"]
+__all__ = ["Drawing", "File", "Server", "Settings", "Uploads", "while_there"]
 
+MASKED_STRENGTH = 1.0  # unless asked otherwise: who sends OpenAI's API a mask wants something else inside it
 QUICK_PX = 300 * 300  # encoding a JPEG of at most that many pixels takes less time than a hop to another thread
 T = TypeVar("T")
 AnyForm = TypeVar("AnyForm", bound=Form)
@@ -43,6 +46,7 @@ class Settings:
         hosts: names that the server answers to, besides localhost and IP addresses.
         origins: other sites whose pages may send requests.
         bounds: of one request.
+        aliases: other names of the model in requests.
         limits: of the scheduler.
         metrics_for_all: show metrics to every address, not only to this machine's.
         prompt_filter, image_filter: what refuses prompts and pictures; see `onestill.serve.safety`.
@@ -52,6 +56,7 @@ class Settings:
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     bounds: Bounds = field(default_factory=Bounds)
+    aliases: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     metrics_for_all: bool = False
     prompt_filter: PromptFilter | None = None
@@ -86,19 +91,29 @@ class Server:
         self.bounds = settings.bounds
         self.access = access or Access()
         self.gallery = gallery
-        self.forms: Forms = forms_for(pipe.info, settings.bounds)
+        self.forms: Forms = forms_for(pipe.info, settings.bounds, settings.aliases)
+        self._tokenizer = PromptTokenizer(pipe.info)
         self.metrics = Metrics()
         self.scheduler = Scheduler(pipe, settings.limits, load)
         self.live: Counter[str] = Counter()  # address -> live connections
         self.uploads = Room(self.bounds.uploads, self.bounds.body)
         self._decoder = Decoder()
-        self._pool = ThreadPoolExecutor(2, "onestill-files")
+        self._pool = ThreadPoolExecutor(2, "onestill-files", lower_priority)
 
     def drain(self, grace_s: float) -> None:
         """End the scheduler, as `Scheduler.close` says; uploads that are not decoded by then are refused."""
         self._decoder.refuse()
         self.scheduler.close(grace_s)
         self._decoder.close()
+
+    def check_model(self, name: str) -> None:
+        """Refuse (ApiError, 404) a name that is not the model's."""
+        if name not in (self.info.name, *self.settings.aliases):
+            raise ApiError(404, f"There is no such model here; this server has '{self.info.name}'.", "model_not_found")
+
+    async def count_tokens(self, prompt: str) -> int:
+        """How many tokens of a prompt the model reads, those at both ends included."""
+        return int((await self.in_pool(self._tokenizer, [prompt])).mask.sum())
 
     def close(self, grace_s: float = 0.0) -> None:
         """End the scheduler, as `Scheduler.close` says, and everything else."""
@@ -127,6 +142,7 @@ class Server:
         form: AnyForm,
         upload: bytes | None = None,
         *,
+        mask: bytes | None = None,
         request_id: str | None = None,
         slot: Slot | None = None,
         on_picture: Callable[[int, Picture], None] | None = None,
@@ -141,6 +157,7 @@ class Server:
             visitor: who asks.
             form: the validated request.
             upload: the file of a picture to start from.
+            mask: the file of its mask.
             request_id: names the seed where the request has none; see `job_of`.
             slot: the place of a live connection; None queues behind the visitor's other requests.
             on_picture: called in the model's thread with each picture's index as it is drawn.
@@ -157,6 +174,9 @@ class Server:
         if upload is not None:
             size = (job.height, job.width)
             job = replace(job, image=await self._decoder.read(visitor.source, upload, *size, self.bounds.upload_px))
+            if mask is not None:
+                area = await self._decoder.read(visitor.source, mask, *size, self.bounds.upload_px, upload)
+                job = replace(job, mask=area, strength=getattr(form, "strength", None) or MASKED_STRENGTH)
         if slot is not None:
             future = slot.put(job)
         else:
@@ -181,6 +201,14 @@ class Server:
         self.metrics.count("onestill_pictures_total", route=route)
         for name, value in timings.items():
             self.metrics.observe("onestill_stage_seconds", value / 1000, stage=name.removesuffix("_ms"))
+
+
+class Uploads(NamedTuple):
+    """The files of an edit: the image to start from, its mask, and how many images there were."""
+
+    image: bytes
+    mask: bytes | None
+    images: int
 
 
 class File(NamedTuple):
@@ -210,6 +238,8 @@ class Drawing(Generic[AnyForm]):
     ) -> list[File]:
         """Pictures of this job as files that may be handed out: filtered, encoded, and counted on the visitor's quota.
 
+        A partial image is not counted.
+
         Args:
             pictures: all of the job's, or those that are drawn.
             accept: is given the files before they are counted, and may raise to refuse them.
@@ -227,7 +257,8 @@ class Drawing(Generic[AnyForm]):
             files.append(File(picture, data, (time.perf_counter() - started) * 1000))
         if accept is not None:
             await accept(files)
-        await server.access.spend(self.visitor, len(files))
+        if whole := sum(picture.partial is None for picture in pictures):
+            await server.access.spend(self.visitor, whole)
         return files
 
 

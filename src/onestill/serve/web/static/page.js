@@ -365,7 +365,7 @@ async function start() {
   translatePage();
   const models = await (await fetch("/v1/models")).json();
   model = models.data[0];
-  $("prompt").maxLength = model.limits.prompt;
+  $("prompt").maxLength = model.limits.live_prompt;
   $("steps").max = Math.min(8, model.limits.num_inference_steps);
   $("steps").value = model.num_inference_steps;
   $("steps-out").textContent = steps();
