@@ -295,12 +295,11 @@ class Scheduler:
         with self._changed:
             self._sweep()
             is_dead = not self._thread.is_alive()
-            running = self._running
         if self._closing:
             return
         if is_dead:
             LOG.critical("The model's thread ended; the engine is loaded anew.")
-            self._fail_all(running)
+            self._fail_all(self._running)
             with self._changed:
                 self._running = []
                 self._health.thread_died = True
