@@ -69,7 +69,8 @@ def verify(path: str | os.PathLike[str], *, contents: bool = False, use_stamps: 
     if holds_weights:
         _check_sizes(form)
     for component in NETWORKS:
-        if index.get(component, [None])[0] and not holds_weights:
+        named = index.get(component)
+        if isinstance(named, list) and named and named[0] and not holds_weights:
             weights_file(folder, component)
     files = manifest.get("files", {})
     if not isinstance(files, dict) or not all(_is_listed(name, facts) for name, facts in files.items()):

@@ -214,14 +214,14 @@ def load_checkpoint(state: TrainState, folder: Path, fingerprint: str, defaults:
         saved_random = load_file(folder / "random.safetensors")
         for name, generator in state.random.items():  # what was trained on a CPU had one generator for both
             restore(generator, saved_random.get(name, saved_random["generator"]))
+        state.iteration, state.nimg, state.bad_steps = saved["iteration"], saved["nimg"], saved["bad_steps"]
+        state.data = saved["data"]
     except RecipeError:
         raise
     except Exception as error:  # of a damaged state that is still JSON, anything
         raise CheckpointError(
             f"the checkpoint {folder} is damaged ({first_line(error)}): delete it and resume from the one before."
         ) from error
-    state.iteration, state.nimg, state.bad_steps = saved["iteration"], saved["nimg"], saved["bad_steps"]
-    state.data = saved["data"]
 
 
 def drop_checkpoint(folder: Path) -> None:
