@@ -20,7 +20,7 @@ from onestill.checkpoint import Additions, Lora, describe
 from onestill.checkpoint.single_file import UNET_PREFIX
 from onestill.errors import CheckpointError, ModelNotFoundError, UnsafeFormatError
 from onestill.networks.load import load_components
-from onestill.networks.lora_names import find_layer, layers_by_name, original_name
+from onestill.networks.lora.names import find_layer, layers_by_name, original_name
 from onestill.pipeline import Pipeline
 from tests.lora_files import ALPHA, RANK, lora_pairs, write_lora
 from tests.on_cpu import load

@@ -29,7 +29,7 @@ from torch import Tensor
 from onestill.checkpoint import Lora, ModelInfo, read_json
 from onestill.checkpoint.header import read_header
 from onestill.errors import CheckpointError
-from onestill.networks.lora_names import Layer, Names, find_layer, layers_by_name
+from onestill.networks.lora.names import Layer, Names, find_layer, layers_by_name
 
 __all__ = ["add_loras"]
 
