@@ -20,6 +20,8 @@ def open_whole(kind: Any, folder: str | Path, **options: Any) -> Any:
     Raises:
         ValueError: some are missing or of another shape, which the libraries make up at random and only warn of.
     """
+    if kind is transformers.BertModel:  # of which only the tokens' states are used, and some files have no pooler
+        options["add_pooling_layer"] = False
     model, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     if wanting := [*report["missing_keys"], *report["mismatched_keys"]]:
         raise ValueError(f"{len(wanting)} of its weights are missing, such as {sorted(map(str, wanting))[0]}")

@@ -73,7 +73,7 @@ class DiffusersScheduler:
         scheduler = copy.deepcopy(self._scheduler)
         try:
             scheduler.set_timesteps(num_inference_steps)
-        except (ValueError, IndexError, RuntimeError) as error:
+        except (AttributeError, ValueError, IndexError, RuntimeError, TypeError) as error:
             raise StepsError(
                 f"{self._name} cannot take {num_inference_steps} steps ({_first_line(error)}); choose another number."
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ from torch import Tensor
 from onestill.errors import DataError
 from onestill.networks.condition import Condition, native_sizes
 from onestill.pixels import to_images
+from onestill.train.noise import Part
+from onestill.train.runtime import parallel
 
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
 
@@ -146,3 +149,35 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
     }
+
+
+def captions_before(
+    batch: Mapping[str, Any], text: Tensor, part: Part, embed: Callable[[dict[str, Any]], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The caption of the sample before, for each sample of a pass, in the order of the whole batch.
+
+    Args:
+        batch: the pass's; its "whole" is the process's batch where that takes several passes.
+        text: [B, E], the embeddings of the pass's captions.
+        part: which of the whole batch the pass is.
+        embed: one row of a batch -> its caption's embedding, [1, E].
+
+    Returns:
+        The embeddings [B, E]; bool [B], where the two captions differ; and how many differ in the whole batch, as this
+        pass's share, at least one.
+    """
+    whole, ahead = batch.get("whole", batch), text[-1:]
+    if whole is not batch:  # what stands before this pass is the last of the one before
+        ahead = embed({key: value[part.index * len(text) - 1 :][:1] for key, value in whole.items()})
+    every = parallel.stacked(torch.cat([ahead, text]))  # [processes, 1 + B, E]
+    before = every[part.rank - 1][1:] if part.rank else every[-1][:-1]
+    numbers = torch.tensor([_number(caption) for caption in whole["captions"]]).to(text.device, non_blocking=True)
+    numbers = parallel.stacked(numbers).T.flatten()  # in the order of the whole batch
+    differ = numbers != numbers.roll(1)
+    return before, part.of(differ, len(text)), differ.sum().clamp(min=1) / part.parts
+
+
+def _number(caption: str) -> int:
+    """The same for equal captions, and in every process."""
+    digest = hashlib.blake2b(caption.encode(errors="replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from onestill.errors import RecipeError
 from onestill.train.discriminator import heads, inputs
-from onestill.train.methods import add
+from onestill.train.methods import add, add_options
 from onestill.train.noise import Draw
 from onestill.train.recipe import LoopOptions, option
 from onestill.train.state import TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentInputOptions(add.StudentInputOptions):
+class StudentInputOptions(add_options.StudentInputOptions):
     """Most weight on pure noise, after a warm-up with little noise."""
 
     weights: list[float] = option([0.7, 0.1, 0.1, 0.1], low=0.0, was="timestep_weights")
@@ -54,12 +54,12 @@ class HeadOptions(heads.HeadOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillationOptions(add.DistillationOptions):
+class DistillationOptions(add_options.DistillationOptions):
     lambda_distill: float = option(0.0, low=0.0)  # for images that the teacher drew; 1 to 2.5 for real ones
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(add.Options):
+class Options(add_options.Options):
     """ADD's tables with LADD's defaults."""
 
     student_input: StudentInputOptions = field(default_factory=StudentInputOptions)
