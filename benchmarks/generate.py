@@ -78,13 +78,13 @@ CONTENDERS: dict[str, Callable[[str, int, int | None], Draw]] = {
 
 def contenders(model: str) -> list[str]:
     """The ones that there are for this model on this CPU, with OpenVINO's default first."""
-    import openvino
+    from onestill.engine.openvino.runtime import shared_core
 
     pipe = onestill.load(model, engine="openvino")
     default = OPENVINO + pipe.engine.dtype
     int8 = read_int8(pipe.info.path)
     absent = set() if int8 is not None and int8.parts else {OPENVINO + "int8"}
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" not in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         absent.add(OPENVINO + "bfloat16")  # computed in float32, and slower
     return sorted(CONTENDERS.keys() - absent, key=lambda name: (name != default, list(CONTENDERS).index(name)))
 

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import openvino
+from onestill.engine.openvino.runtime import shared_core
 
 from onestill.bench.latency import measure_elsewhere, psnr
 from onestill.bench.machine import machine
@@ -44,7 +44,7 @@ def contenders(kind: str, pictures: int, warm_up: int) -> dict[str, Setting]:
     form = cached_random_openvino(kind, str(model / "tiny_vae"), "int8", note)
     asked = Setting("onestill", str(form), engine="openvino", dtype="int8", height=SIZE_PX, width=SIZE_PX, steps=1)
     ours = replace(asked, pictures=pictures, warm_up=warm_up, repeats=0)
-    other = "bfloat16" if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"
+    other = "bfloat16" if "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"
     plain = replace(ours, model=str(model), dtype="float32", engine=None)
     tiny = replace(plain, tiny_vae=str(model / "tiny_vae"))
     return {

@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from onestill.engine.openvino.runtime import openvino, opset13
+from onestill.engine.openvino.runtime import openvino, opset13, shared_core
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,12 +141,12 @@ def _draw(engine: OpenVinoEngine, caption: str, seed: int, steps: int = 1) -> ND
 
 
 def _compiled(model: Any, config: Mapping[str, Any] | None = None) -> Any:
-    return openvino.Core().compile_model(model, "CPU", {**EXACT, **(config or {})}).create_infer_request()
+    return shared_core().compile_model(model, "CPU", {**EXACT, **(config or {})}).create_infer_request()
 
 
 def _ranges(info: ModelInfo, part: str, calls: Sequence[Arrays]) -> Layers:
     """The range of every layer's input."""
-    model, _space = read_index(info.path)[part].read(openvino.Core(), (1, *info.latent_shape))
+    model, _space = read_index(info.path)[part].read(shared_core(), (1, *info.latent_shape))
     nodes = layer_nodes(model)
     watched = openvino.Model([opset13.result(node.input_value(0)) for node in nodes.values()], model.get_parameters())
     request = _compiled(watched)
@@ -166,13 +166,13 @@ def _moved(info: ModelInfo, calls: Sequence[Arrays]) -> dict[str, float]:
     files, shape = read_index(info.path)["text_encoder"], (1, info.max_tokens)
 
     def states(layers: Layers) -> NDArray[np.float32]:
-        model, _space = files.read(openvino.Core(), shape)
+        model, _space = files.read(shared_core(), shape)
         quantize(model, layers)
         request = _compiled(model, DYNAMIC)
         return np.concatenate([np.array(request.infer(inputs)[0]) for inputs in calls])
 
     exact = states({})
-    names = layer_nodes(files.read(openvino.Core(), shape)[0])
+    names = layer_nodes(files.read(shared_core(), shape)[0])
     whole = np.linalg.norm(exact).item()
     return {name: np.linalg.norm(states({name: None}) - exact).item() / whole for name in names}
 

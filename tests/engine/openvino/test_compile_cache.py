@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from onestill.engine.openvino.runtime import shared_core
+
 import numpy as np
 import openvino
 import pytest
@@ -34,7 +36,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(source: Path, **config: Any) -> Any:
-    core = openvino.Core()
+    core = shared_core()
     options, weights = CONFIG | config, source.with_suffix(".bin")
     key = network_key(core, options, str(weights.stat().st_mtime_ns))
     model = core.read_model(source)

@@ -6,8 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
+from onestill.engine.openvino.runtime import shared_core
+
 import numpy as np
-import openvino
 import pytest
 from numpy.typing import NDArray
 
@@ -74,7 +75,7 @@ def test_both_networks_that_gain_are_in_int8_and_draw_nearly_as_in_float32(folde
 
 
 def test_layers_are_computed_in_bytes(folder: Path) -> None:
-    form, core = read_int8(folder), openvino.Core()
+    form, core = read_int8(folder), shared_core()
     assert form is not None
     model, _space = read_index(folder)["decoder"].read(core, (1, *describe(folder).latent_shape))
     quantize(model, form.parts["decoder"])
@@ -118,7 +119,7 @@ def test_without_vnni_int8_is_refused(limit: str, tmp_path: Path, monkeypatch: p
     for folder in (form, model_path("icons")):
         with pytest.raises(OnestillError, match="no VNNI, without which int8 draws wrong images; choose float32"):
             OpenVinoEngine(describe(folder), dtype="int8")
-    assert StoredWeights(describe(form)).fastest_dtype(openvino.Core()) != "int8"
+    assert StoredWeights(describe(form)).fastest_dtype(shared_core()) != "int8"
     with pytest.raises(OnestillError, match="leave out --int8"):
         export_openvino(tiny_model(tmp_path / "tiny", autoencoder="tiny", openvino=False), int8=True)
 
@@ -157,7 +158,7 @@ def test_a_network_that_draws_badly_stays_in_float32(copy: Path, monkeypatch: py
 
 
 def test_layers_at_the_inputs_and_of_one_row_stay_in_float32(folder: Path) -> None:
-    model, _space = read_index(folder)["unet"].read(openvino.Core(), (1, *describe(folder).latent_shape))
+    model, _space = read_index(folder)["unet"].read(shared_core(), (1, *describe(folder).latent_shape))
     for node in layer_nodes(model).values():
         source = node.input_value(0)
         assert source.get_node().get_type_name() != "Parameter"

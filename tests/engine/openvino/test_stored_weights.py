@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from onestill.engine.openvino.runtime import shared_core
+
 import numpy as np
 import openvino
 import PIL.Image
@@ -86,7 +88,7 @@ def test_int8_weights_are_half_as_large_and_near(small: tuple[Path, Path], tmp_p
 @needs_vnni
 def test_int8_is_computed_in_int8_and_near(small: tuple[Path, Path], exported: Path) -> None:
     folder, form = small
-    fast = "INT8" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    fast = "INT8" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     quick = load(form, dtype="int8" if not fast else None)
     assert quick.engine.dtype == "int8"
     exact, found = (levels(load(form, dtype="float32")), levels(quick))

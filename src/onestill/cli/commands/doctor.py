@@ -89,9 +89,9 @@ def packages() -> Facts:
 
 def openvino() -> Facts:
     """The devices OpenVINO sees, and what each computes fast."""
-    from onestill.engine.openvino import runtime
+    from onestill.engine.openvino.runtime import shared_core
 
-    core = runtime.openvino.Core()
+    core = shared_core()
     return {
         device: {
             "name": str(core.get_property(device, "FULL_DEVICE_NAME")).strip(),

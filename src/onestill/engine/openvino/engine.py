@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from onestill.engine.openvino.runtime import openvino
+from onestill.engine.openvino.runtime import shared_core
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +66,7 @@ class OpenVinoEngine:
             raise OnestillError(f"The engine 'openvino' runs on 'cpu'; for '{device}' choose the engine 'torch'.")
         if dtype is not None and dtype not in DTYPES:
             raise OnestillError(f"The engine 'openvino' computes in {', '.join(DTYPES)}, not '{dtype}'.")
-        core = openvino.Core()
+        core = shared_core()
         source = StoredWeights(info) if info.size_multiple else SharedWeights(info, quick_start=quick_start)
         if dtype == "int8" and not source.has_int8:
             raise OnestillError(f"The model '{info.name}' has no int8 form; choose float32 or bfloat16, or export one.")

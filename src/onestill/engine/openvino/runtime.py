@@ -6,6 +6,7 @@ Every module of ours takes `openvino` from here, before it imports parts of it.
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import Any
 
 from onestill.errors import require
@@ -36,3 +37,14 @@ def _import_without_converter() -> Any:
 
 openvino = _import_without_converter()
 opset13 = openvino.opset13
+
+
+@cache
+def shared_core() -> Any:
+    """OpenVINO's Core, one for the process, which is never closed.
+
+    Its CPU plugin puts a stack for signals under the thread that loads it, and with the Core it goes back to the one
+    before. Of several Cores that may be one that is gone, and the next signal that Python handles, such as Ctrl-C,
+    kills the process without a word.
+    """
+    return openvino.Core()
